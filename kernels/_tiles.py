@@ -1,0 +1,165 @@
+"""Pieces that the Triton kernels share: reading packed codes, activations, and how a launch is prepared.
+
+Codes are read as int32 words. A *unit* is sixteen neighbouring codes; in *byte form* it is four words with one whole
+code in each byte, whatever the planes. The smallest plane has FIELDS units in a chunk of 16 bytes, so kernels step over
+chunks of that plane: unit = chunk * FIELDS + field, and word `w` of a unit holds its codes 4w … 4w + 3.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+except ImportError:  # the modules still import, and every kernel refuses
+    triton = SimpleNamespace(jit=lambda function: function)
+    tl = gdc_launch_dependents = gdc_wait = None
+
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def refuses_device(x: Tensor) -> str | None:
+    """Why no Triton kernel runs where `x` is; the interpreter takes the CPU, but gets bfloat16 wrong."""
+    if tl is None:
+        return "triton is not installed"
+    if x.device.type != "cuda" and not (INTERPRET and x.device.type == "cpu"):
+        return f"needs cuda, x is on {x.device.type}"
+    if x.dtype not in FLOATS:
+        return f"handles float32, float16 and bfloat16, not {str(x.dtype).removeprefix('torch.')}"
+    if x.dtype == torch.bfloat16 and (INTERPRET or torch.cuda.get_device_capability(x.device) < (8, 0)):
+        return "bfloat16 needs a GPU of compute capability 8.0"
+    return None
+
+
+def dependent_launch(x: Tensor) -> bool:
+    """Can a kernel start while the one before it drains? (Hopper and later; saves half a microsecond a kernel.)"""
+    return not INTERPRET and torch.cuda.get_device_capability(x.device) >= (9, 0)
+
+
+def launch(kernel, grid: Sequence[int], x: Tensor, *args, **constants) -> None:
+    """Run `kernel` on the device of `x`. PDL, where the kernel has it, also sets the launch attribute."""
+    if INTERPRET:
+        kernel[tuple(grid)](*args, **constants)
+        return
+    with torch.cuda.device(x.device):
+        kernel[tuple(grid)](*args, **constants, launch_pdl=constants.get("PDL", False))
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def as_rows(x: Tensor) -> tuple[Tensor, int, int, int, int]:
+    """(x, rows, inner, outer_stride, inner_stride) of x (…, n) seen as rows of n neighbouring elements.
+
+    Row r begins at r // inner * outer_stride + r % inner * inner_stride. Leading dimensions are merged where their
+    strides allow it; x is copied only if more than two remain or the last one is strided.
+    """
+    if x.stride(-1) != 1 and x.shape[-1] > 1:
+        x = x.contiguous()
+    dims: list[tuple[int, int]] = []
+    for size, stride in zip(x.shape[:-1], x.stride()[:-1]):
+        if size == 1:
+            continue
+        if dims and dims[-1][1] == size * stride:
+            dims[-1] = (dims[-1][0] * size, stride)
+        else:
+            dims.append((size, stride))
+    if len(dims) > 2:
+        return as_rows(x.contiguous())
+    (outer, outer_stride), (inner, inner_stride) = [(1, 0)] * (2 - len(dims)) + dims
+    return x, outer * inner, inner, outer_stride, inner_stride
+
+
+@triton.jit
+def row_offset(row, inner, outer_stride, inner_stride):
+    """Where a row of `as_rows` begins."""
+    row = row.to(tl.int64)
+    return row // inner * outer_stride + row % inner * inner_stride
+
+
+@triton.jit
+def plane_words(K, WIDTH: tl.constexpr):
+    """int32 words of one row of a plane of WIDTH bits."""
+    return (K + 128 // WIDTH - 1) // (128 // WIDTH) * 4
+
+
+@triton.jit
+def _plane(row, chunk, word, mask, FIELD: tl.constexpr, FIELDS: tl.constexpr, WIDTH: tl.constexpr):
+    """One plane of unit chunk * FIELDS + FIELD, in byte form. `row` points at the plane's first word."""
+    PER_CHUNK: tl.constexpr = 8 // WIDTH
+    at = (chunk * (FIELDS // PER_CHUNK) + FIELD // PER_CHUNK) * 4 + word
+    words = tl.load(row + at, mask=mask, other=0, eviction_policy="evict_first")
+    if WIDTH < 8:
+        words = (words >> (FIELD % PER_CHUNK * WIDTH)) & (0x01010101 * ((1 << WIDTH) - 1))
+    return words
+
+
+@triton.jit
+def unit_codes(
+    row, K, chunk, word, mask,
+    FIELD: tl.constexpr, FIELDS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
+):  # fmt: skip
+    """Unit chunk * FIELDS + FIELD in byte form; P0, P1, P2 are the plane widths, low bits first, 0 for none.
+
+    Planes that hold several units of the step in one chunk are loaded once: equal loads are merged by the compiler.
+    """
+    codes = _plane(row, chunk, word, mask, FIELD, FIELDS, P0)
+    if P1 > 0:
+        row += plane_words(K, P0)
+        codes |= _plane(row, chunk, word, mask, FIELD, FIELDS, P1) << P0
+    if P2 > 0:
+        row += plane_words(K, P1)
+        codes |= _plane(row, chunk, word, mask, FIELD, FIELDS, P2) << (P0 + P1)
+    return codes
+
+
+@triton.jit
+def byte_as_float(words, BYTE: tl.constexpr, BITS: tl.constexpr):
+    """1 + code / 2**BITS for the code in byte BYTE: the code becomes the top of a float32's mantissa.
+
+    A shift and one three-input logic operation, where an integer conversion runs at a sixteenth of their rate.
+    """
+    SHIFT: tl.constexpr = 23 - BITS - 8 * BYTE
+    placed = words << SHIFT if SHIFT > 0 else words >> -SHIFT
+    return ((placed & (((1 << BITS) - 1) << (23 - BITS))) | 0x3F800000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def activate(y, ACTIVATION: tl.constexpr):
+    """The activations of ops/activation.py on float32; None is the identity."""
+    if ACTIVATION == "silu":
+        y = y * tl.sigmoid(y)
+    elif ACTIVATION == "gelu":
+        y = 0.5 * y * (1 + tl.erf(y * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":
+        y = y * tl.sigmoid(1.5957691216057308 * (y + 0.044715 * y * y * y))
+    elif ACTIVATION == "quick_gelu":
+        y = y * tl.sigmoid(1.702 * y)
+    elif ACTIVATION == "relu":
+        y = tl.where(y < 0, 0.0, y)
+    elif ACTIVATION == "relu2":
+        y = tl.where(y < 0, 0.0, y * y)
+    elif ACTIVATION == "sigmoid":
+        y = tl.sigmoid(y)
+    elif ACTIVATION == "tanh":
+        # Near zero 2 * sigmoid(2y) - 1 cancels; the series is exact to float32 there.
+        square = y * y
+        series = y * (1 + square * (-1 / 3 + square * (2 / 15 - square * (17 / 315))))
+        y = tl.where(square < 0.01, series, 2 * tl.sigmoid(2 * y) - 1)
+    else:
+        tl.static_assert(ACTIVATION is None, "unknown activation")
+    return y

@@ -1,0 +1,232 @@
+// What every CPU kernel here shares: vectors of sixteen, number formats, and the codes of a packed row.
+//
+// A source is compiled once for each width: BITS is a macro. The files are put together into one text (see
+// linear_cpu.py), need no header of torch, and use compiler vectors, so that they run wherever gcc or clang do.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <omp.h>
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#include <immintrin.h>
+#define HAS_AVX512 1
+#endif
+#if defined(HAS_AVX512) && defined(__AVX512BF16__)
+#define HAS_BF16_DOT 1
+#endif
+
+namespace {
+
+#define INLINE inline __attribute__((always_inline))
+
+typedef uint8_t u8x16 __attribute__((vector_size(16)));
+typedef uint16_t u16x16 __attribute__((vector_size(32)));
+typedef uint32_t u32x16 __attribute__((vector_size(64)));
+typedef float f32x16 __attribute__((vector_size(64)));
+
+constexpr int64_t LANES = 16;
+
+template <typename V> INLINE V load(const void* from) {
+    V v;
+    std::memcpy(&v, from, sizeof(V));
+    return v;
+}
+template <typename V> INLINE void store(void* to, V v) { std::memcpy(to, &v, sizeof(V)); }
+template <typename To, typename From> INLINE To bits_of(From v) {
+    static_assert(sizeof(To) == sizeof(From), "same size");
+    To to;
+    std::memcpy(&to, &v, sizeof(To));
+    return to;
+}
+INLINE f32x16 splat(float v) { return f32x16{} + v; }
+
+INLINE float sum(f32x16 v) {
+#ifdef HAS_AVX512
+    return _mm512_reduce_add_ps(bits_of<__m512>(v));
+#else
+    float total[16];
+    store(total, v);
+    for (int width = 8; width; width /= 2)
+        for (int i = 0; i < width; i++) total[i] += total[i + width];
+    return total[0];
+#endif
+}
+
+// ---- number formats ----
+
+enum Kind : int { F32 = 0, BF16 = 1, F16 = 2, U8 = 3 };
+
+constexpr int64_t size_of(int kind) { return kind == F32 ? 4 : kind == U8 ? 1 : 2; }
+
+INLINE f32x16 from_half(u32x16 h) {
+    // Exponent and fraction moved into place are off by 2^112, for subnormals too; infinity and nan are put back.
+    u32x16 magnitude = (h & 0x7fff) << 13, sign = (h & 0x8000) << 16;
+    u32x16 value = bits_of<u32x16>(bits_of<f32x16>(magnitude) * 0x1p112f);
+    u32x16 special = (u32x16)(magnitude >= 0x0f800000) & 0x7f800000;
+    return bits_of<f32x16>(value | special | sign);
+}
+
+INLINE f32x16 load16(const void* base, int64_t index, int kind) {
+    const char* at = (const char*)base + index * size_of(kind);
+    if (kind == F32) return load<f32x16>(at);
+    if (kind == U8) return __builtin_convertvector(load<u8x16>(at), f32x16);
+    u32x16 wide = __builtin_convertvector(load<u16x16>(at), u32x16);
+    return kind == BF16 ? bits_of<f32x16>(wide << 16) : from_half(wide);
+}
+
+INLINE u16x16 to_bf16(f32x16 v) {
+#ifdef HAS_BF16_DOT
+    return bits_of<u16x16>(_mm512_cvtneps_pbh(bits_of<__m512>(v)));
+#else
+    u32x16 b = bits_of<u32x16>(v);
+    u32x16 rounded = (b + (0x7fff + ((b >> 16) & 1))) >> 16;
+    u32x16 is_nan = (u32x16)((b & 0x7fffffff) > 0x7f800000);
+    return __builtin_convertvector((rounded & ~is_nan) | (is_nan & 0x7fc0), u16x16);
+#endif
+}
+
+INLINE u16x16 to_half(f32x16 v) {
+#ifdef HAS_AVX512
+    return bits_of<u16x16>(_mm512_cvtps_ph(bits_of<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
+#else
+    // Normal numbers: round to nearest even on bit 13. Subnormal ones: adding 0.5 leaves the fraction in the low bits.
+    u32x16 b = bits_of<u32x16>(v), sign = (b >> 16) & 0x8000, a = b & 0x7fffffff;
+    u32x16 normal = (a - 0x38000000 + 0xfff + ((a >> 13) & 1)) >> 13;
+    u32x16 tiny = bits_of<u32x16>(bits_of<f32x16>(a) + 0.5f) - 0x3f000000;
+    u32x16 is_tiny = (u32x16)(a < 0x38800000), is_nan = (u32x16)(a > 0x7f800000), is_big = (u32x16)(a >= 0x477ff000);
+    u32x16 value = (tiny & is_tiny) | (normal & ~is_tiny);
+    value = (value & ~is_big) | (is_big & 0x7c00);
+    return __builtin_convertvector(sign | value | (is_nan & 0x200), u16x16);
+#endif
+}
+
+INLINE void store16(void* base, int64_t index, int kind, f32x16 v) {
+    char* at = (char*)base + index * size_of(kind);
+    if (kind == F32) store(at, v);
+    else store(at, kind == BF16 ? to_bf16(v) : to_half(v));
+}
+
+// The same for one number.
+INLINE float load1(const void* base, int64_t index, int kind) {
+    char raw[64] = {};
+    std::memcpy(raw, (const char*)base + index * size_of(kind), size_of(kind));
+    return load16(raw, 0, kind)[0];
+}
+INLINE void store1(void* base, int64_t index, int kind, float v) {
+    char raw[64];
+    store16(raw, 0, kind, splat(v));
+    std::memcpy((char*)base + index * size_of(kind), raw, size_of(kind));
+}
+
+// `count` numbers to float32. Never reads behind the last one.
+INLINE void to_floats(float* to, const void* from, int64_t count, int kind) {
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) store(to + i, load16(from, i, kind));
+    if (i == count) return;
+    char raw[64] = {};
+    std::memcpy(raw, (const char*)from + i * size_of(kind), (count - i) * size_of(kind));
+    f32x16 v = load16(raw, 0, kind);
+    std::memcpy(to + i, &v, (count - i) * sizeof(float));
+}
+
+// ---- a packed weight ----
+
+// The planes of packing.py: widths, and where in a code their bits go.
+constexpr int PLANES = BITS == 7 ? 3 : BITS == 3 || BITS == 5 || BITS == 6 ? 2 : 1;
+constexpr int width_of(int plane) {
+    return BITS == 3 ? (plane == 0 ? 2 : 1) : BITS == 5 ? (plane == 0 ? 4 : 1) : BITS == 6 ? (plane == 0 ? 4 : 2)
+         : BITS == 7 ? (plane == 0 ? 4 : plane == 1 ? 2 : 1) : BITS;
+}
+constexpr int low_of(int plane) { return plane == 0 ? 0 : low_of(plane - 1) + width_of(plane - 1); }
+constexpr int64_t plane_bytes(int plane, int64_t columns) {
+    int64_t codes = 128 / width_of(plane);
+    return (columns + codes - 1) / codes * 16;
+}
+// Blocks of sixteen codes after which the shifts repeat.
+constexpr int PERIOD = 8 / width_of(PLANES - 1);
+
+struct Row {
+    const uint8_t* plane[PLANES];
+
+    Row() = default;
+    INLINE Row(const uint8_t* at, int64_t columns) {
+        for (int p = 0; p < PLANES; p++) {
+            plane[p] = at;
+            at += plane_bytes(p, columns);
+        }
+    }
+
+    // Codes 16 * block … 16 * block + 15, where `phase` = block % PERIOD.
+    INLINE u8x16 block(int64_t block, int phase) const {
+        u8x16 codes{};
+        for (int p = 0; p < PLANES; p++) {
+            const int width = width_of(p), fields = 8 / width;
+            u8x16 v = load<u8x16>(plane[p] + block / fields * 16);
+            if (width < 8) v = (v >> (uint8_t)(phase % fields * width)) & (uint8_t)((1 << width) - 1);
+            codes |= v << (uint8_t)low_of(p);
+        }
+        return codes;
+    }
+};
+
+// The weight as the caller passes it. `group` inputs share a scale; a stride of 0 repeats one row of scales.
+struct Weight {
+    const uint8_t* data;
+    const void *scale, *zero;
+    int64_t rows, columns, group, data_stride, scale_stride, zero_stride;
+    int scale_kind, zero_kind;
+    float offset;
+
+    INLINE int64_t groups() const { return columns / group; }
+    INLINE int64_t blocks() const { return (columns + LANES - 1) / LANES; }
+    INLINE Row row(int64_t n) const { return Row(data + n * data_stride, columns); }
+    INLINE void scales(float* to, int64_t n) const {
+        to_floats(to, (const char*)scale + n * scale_stride * size_of(scale_kind), groups(), scale_kind);
+    }
+    INLINE void zeros(float* to, int64_t n) const {
+        if (zero) to_floats(to, (const char*)zero + n * zero_stride * size_of(zero_kind), groups(), zero_kind);
+        else std::fill(to, to + groups(), offset);
+    }
+};
+
+// y, with an optional bias.
+struct Output {
+    void* y;
+    const void* bias;
+    int64_t columns;
+    int kind, bias_kind;
+
+    INLINE void write(int64_t m, int64_t n, float v) const {
+        if (bias) v += load1(bias, n, bias_kind);
+        store1(y, m * columns + n, kind, v);
+    }
+};
+
+// Memory that a thread keeps between calls.
+struct Scratch {
+    void* at = nullptr;
+    size_t size = 0;
+    template <typename T> T* get(int64_t count) {
+        size_t need = (count * sizeof(T) + 127) / 64 * 64;
+        if (need > size) {
+            std::free(at);
+            at = std::aligned_alloc(64, size = need);
+            if (!at) std::abort();
+        }
+        return (T*)at;
+    }
+    ~Scratch() { std::free(at); }
+};
+
+}  // namespace
+
+#define WEIGHT_ARGUMENTS                                                                                            \
+    const void *data, const void *scale, const void *zero, int64_t rows, int64_t columns, int64_t group,            \
+        int64_t data_stride, int64_t scale_stride, int64_t zero_stride, int scale_kind, int zero_kind, float offset
+#define WEIGHT                                                                                                      \
+    {                                                                                                               \
+        (const uint8_t*)data, scale, zero, rows, columns, group, data_stride, scale_stride, zero_stride,            \
+            scale_kind, zero_kind, offset                                                                           \
+    }

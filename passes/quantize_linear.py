@@ -1,0 +1,46 @@
+"""Linears whose weight is unpacked from codes become quantized linears.
+
+    w = dequantize(codes, scale, zero)
+    y = linear(x, w, bias)                   ->        y = qcompile.linear(x, codes, scale, zero, bias)
+
+Why: the float weight never exists; decode reads 4 bits a weight instead of 16.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch.fx import Node
+
+from qcompile.graph.match import Miss, argument, aten, is_call, value
+from qcompile.graph.rewrite import Rewriter
+from qcompile.ops.linear import dequantize, linear
+
+
+@dataclass(frozen=True)
+class UnpackedLinear:
+    linear: Node
+    x: Node
+    weight: Node
+    bias: Node | None
+
+
+class QuantizeLinear:
+    name = "quantize_linear"
+
+    def match(self, node: Node) -> UnpackedLinear | Miss | None:
+        if not is_call(node, aten.linear.default):
+            return None
+        x, weight, bias = node.args[0], node.args[1], argument(node, 2, "bias")
+        if not is_call(weight, dequantize.overload):
+            return None
+        if value(x).dtype != value(weight).dtype:
+            return Miss(f"x is {value(x).dtype}, the weight unpacks to {value(weight).dtype}", node)
+        if value(weight).dim() != 2:
+            return Miss(f"the weight has {value(weight).dim()} dimensions", node)
+        return UnpackedLinear(node, x, weight, bias)
+
+    def rewrite(self, g: Rewriter, m: UnpackedLinear) -> None:
+        data, scale, zero, spec = m.weight.args[:4]
+        with g.before(m.linear):
+            g.replace(m.linear, g.call(linear.overload, m.x, data, scale, zero, m.bias, spec, None))

@@ -1,0 +1,125 @@
+"""The one place that touches private parts of torch. Checked on torch 2.11, 2.13 and 2.14."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+
+def fake_mode_of(values: Sequence[Any]) -> Any:
+    """The FakeTensorMode behind the first fake tensor among `values`, or None."""
+    return next((value.fake_mode for value in values if hasattr(value, "fake_mode")), None)
+
+
+def inductor(gm: GraphModule, fakes: Sequence[Any], patches: dict[str, Any]) -> Callable[..., Any]:
+    """Compile an inference graph whose placeholders are described by `fakes`; the result takes the same inputs."""
+    from torch._guards import TracingContext, tracing
+    from torch._inductor.compile_fx import compile_fx
+
+    context = TracingContext.try_get() or TracingContext(fake_mode_of(fakes))
+    with torch.no_grad(), tracing(context):
+        return compile_fx(gm, list(fakes), config_patches=patches)
+
+
+def trace(function: Callable[..., Any], fakes: Sequence[Any], pre_dispatch: bool = False) -> GraphModule:
+    """The ATen graph of `function` on fake tensors, which may be symbolic; every node has meta["val"]."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.traceback import preserve_node_meta
+
+    mode = fake_mode_of(fakes)
+    with torch.no_grad(), preserve_node_meta(), mode:
+        return make_fx(function, pre_dispatch=pre_dispatch, _allow_non_fake_inputs=True)(*fakes)
+
+
+def dynamo_fakes(gm: GraphModule) -> list[Any]:
+    """The fake inputs that Dynamo traced a graph with."""
+    return [node.meta.get("example_value", node.meta.get("val")) for node in gm.graph.find_nodes(op="placeholder")]
+
+
+def shape_guards(fakes: Sequence[Any]) -> Callable[[Sequence[torch.Tensor]], bool]:
+    """A predicate over real inputs: do their shapes satisfy everything that was assumed about these fakes?"""
+    import sympy
+    from torch.utils._sympy.printers import PythonPrinter
+
+    checks: list[str] = []
+    symbols: dict[Any, str] = {}
+    shape_env = None
+    for index, fake in enumerate(fakes):
+        if not isinstance(fake, torch.Tensor):
+            continue
+        for dim, size in enumerate(fake.shape):
+            place = f"x[{index}].shape[{dim}]"
+            if isinstance(size, int):
+                checks.append(f"{place} == {size}")
+                continue
+            shape_env = size.node.shape_env
+            expression = shape_env.simplify(size.node.expr)
+            if isinstance(expression, sympy.Symbol):
+                if expression in symbols:
+                    checks.append(f"{place} == {symbols[expression]}")
+                else:
+                    symbols[expression] = place
+            elif expression.is_number:
+                checks.append(f"{place} == {int(expression)}")
+            else:
+                checks.append(f"{place} == {PythonPrinter().doprint(expression)}")
+    if shape_env is not None:
+        for symbol in symbols:
+            interval = shape_env.var_to_range.get(symbol)
+            if interval is None:
+                continue
+            if interval.lower.is_number and interval.lower.is_finite:
+                checks.append(f"{symbol} >= {int(interval.lower)}")
+            if interval.upper.is_number and interval.upper.is_finite and interval.upper < 2**62:
+                checks.append(f"{symbol} <= {int(interval.upper)}")
+        for guard in shape_env.guards:
+            expression = shape_env.simplify(guard.expr)
+            if expression.free_symbols <= set(symbols) and expression is not sympy.true:
+                checks.append(f"({PythonPrinter().doprint(expression)})")
+    # A size is at least 2 where it is symbolic: torch specializes on 0 and 1.
+    checks += [f"{symbol} >= 2" for symbol in symbols]
+    bindings = "".join(f"    {symbol} = {place}\n" for symbol, place in symbols.items())
+    body = " and ".join(dict.fromkeys(checks)) or "True"
+    scope: dict[str, Any] = {"math": __import__("math")}
+    exec(f"def accept(x):\n{bindings}    return {body}\n", scope)
+    return scope["accept"]
+
+
+@functools.cache
+def compiler_available() -> str | None:
+    """None if Inductor can build C++ here, else the reason why not."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        get_cpp_compiler()
+    except Exception as error:
+        return f"no C++ compiler: {error}"
+    return None
+
+
+def is_tracing() -> bool:
+    """Whether torch is tracing the program that calls this: torch.compile, torch.export, make_fx."""
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+    return torch.compiler.is_compiling() or torch.compiler.is_exporting() or get_proxy_mode() is not None
+
+
+@contextmanager
+def inductor_counters() -> Iterator[dict[str, int]]:
+    """Counts, by name, what Inductor did inside the block."""
+    from torch._dynamo.utils import counters
+
+    before = dict(counters["inductor"])
+    seen: dict[str, int] = {}
+    yield seen
+    seen.update({key: n - before.get(key, 0) for key, n in counters["inductor"].items()})
+
+
+def schema_is_mutable(node: Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable

@@ -1,0 +1,209 @@
+"""A call of a model as flat tensors plus a hashable key, and back; key/value caches are taken apart and put together.
+
+Two calls with one key differ only in their tensors, so one captured graph can serve both. A cache's tensors are inputs
+of the graph; what the call assigned to the cache is put back afterwards.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qcompile.errors import UnsupportedError
+
+_PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device, type)
+
+
+@dataclass
+class Flat:
+    """The tensors of a call, the key of everything else, and a tree to put new tensors into."""
+
+    tensors: list[Tensor] = field(default_factory=list)
+    key: list[Hashable] = field(default_factory=list)
+    caches: list[Any] = field(default_factory=list)
+
+
+def flatten(value: Any) -> tuple[Flat, Callable[[Sequence[Any]], Any]]:
+    """Take a value apart. The second result rebuilds it around other tensors, with copies of its caches.
+
+    Raises UnsupportedError where a value has no stable key, with the reason.
+    """
+    flat = Flat()
+    return flat, _take(value, flat)
+
+
+def _take(value: Any, flat: Flat) -> Callable[[Sequence[Any]], Any]:
+    if isinstance(value, Tensor):
+        index = len(flat.tensors)
+        flat.tensors.append(value)
+        flat.key.append(("tensor", value.dtype, value.device, value.dim()))
+        return lambda tensors: tensors[index]
+    if isinstance(value, _PLAIN):
+        flat.key.append((type(value), value))
+        return lambda tensors: value
+    if is_cache(value):
+        return _take_cache(value, flat)
+    if isinstance(value, dict):
+        flat.key.append((type(value), tuple(value)))
+        items = {name: _take(item, flat) for name, item in value.items()}
+        if type(value) is dict:
+            return lambda tensors: {name: item(tensors) for name, item in items.items()}
+        return lambda tensors: type(value)(**{name: item(tensors) for name, item in items.items()})
+    if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
+        flat.key.append((type(value), len(value)))
+        parts = [_take(item, flat) for item in value]
+        return lambda tensors: type(value)(part(tensors) for part in parts)
+    raise UnsupportedError(f"an argument of type {type(value).__name__}")
+
+
+def is_cache(value: Any) -> bool:
+    """Whether this is a key/value cache of transformers."""
+    module = sys.modules.get("transformers.cache_utils")
+    return module is not None and isinstance(value, module.Cache)
+
+
+def _take_cache(cache: Any, flat: Flat) -> Callable[[Sequence[Any]], Any]:
+    if (reason := why_not_traceable(cache)) is not None:
+        raise UnsupportedError(reason)
+    place = len(flat.caches)
+    flat.caches.append(cache)
+    flat.key.append((type(cache), len(cache.layers)))
+    layers = []
+    for layer in cache.layers:
+        flat.key.append(type(layer))
+        attributes = {}
+        for name, item in sorted(vars(layer).items()):
+            if name == "max_cache_len" and layer.is_initialized:
+                continue  # the size of `keys`, which may be symbolic
+            flat.key.append(name)
+            attributes[name] = _take(item, flat)
+        layers.append((layer, attributes))
+
+    def rebuild(tensors: Sequence[Any]) -> Any:
+        shell = copy.copy(cache)
+        shell.layers = []
+        for layer, attributes in layers:
+            twin = copy.copy(layer)
+            for name, item in attributes.items():
+                setattr(twin, name, item(tensors))
+            if hasattr(twin, "max_cache_len") and twin.is_initialized:
+                twin.max_cache_len = twin.keys.shape[2]
+            shell.layers.append(twin)
+        shell._qcompile_place = place
+        return shell
+
+    return rebuild
+
+
+def why_not_traceable(cache: Any) -> str | None:
+    """Why calls with this cache run uncompiled: a layer that counts in Python would need a new graph every step."""
+    utils = sys.modules["transformers.cache_utils"]
+    steady = (utils.StaticLayer, utils.DynamicLayer)
+    if not hasattr(cache, "layers"):
+        return f"the cache {type(cache).__name__} has no layers"
+    for layer in cache.layers:
+        if type(layer) in steady:
+            continue
+        if type(layer) is utils.DynamicSlidingWindowLayer and not layer.is_initialized:
+            continue
+        return f"the cache layer {type(layer).__name__} keeps its position in Python"
+    return None
+
+
+@dataclass
+class Result:
+    """What a traced call gave: tensors that the graph must return, and how to build the caller's result from them."""
+
+    tensors: list[Any]
+    build: Callable[[Sequence[Any], Sequence[Any], Sequence[Any]], Any]
+
+
+def record(result: Any, inputs: Sequence[Any], shells: Sequence[Any]) -> Result:
+    """Describe the result of a traced call.
+
+    `inputs` are the tensors the call was given, `shells` the cache copies it ran on. `build(outputs, tensors, caches)`
+    gives the caller's result and writes the new state into the caller's caches.
+    """
+    outputs: list[Any] = []
+    given = {id(tensor): index for index, tensor in enumerate(inputs)}
+    effects = [(place, _changes(shell, given, outputs)) for place, shell in enumerate(shells)]
+    make = _give(result, given, outputs)
+
+    def build(values: Sequence[Any], tensors: Sequence[Any], caches: Sequence[Any]) -> Any:
+        for place, changes in effects:
+            _apply_changes(caches[place], changes, values, tensors, caches)
+        return make(values, tensors, caches)
+
+    return Result(outputs, build)
+
+
+Make = Callable[[Sequence[Any], Sequence[Any], Sequence[Any]], Any]
+
+
+def _give(value: Any, given: dict[int, int], outputs: list[Any]) -> Make:
+    if isinstance(value, Tensor) and id(value) in given:
+        index = given[id(value)]
+        return lambda values, tensors, caches: tensors[index]
+    if isinstance(value, (Tensor, torch.SymInt)):
+        index = len(outputs)
+        outputs.append(value)
+        return lambda values, tensors, caches: values[index]
+    if is_cache(value):
+        if (place := getattr(value, "_qcompile_place", None)) is not None:
+            return lambda values, tensors, caches: caches[place]
+        changes = _changes(value, given, outputs)
+        template = copy.copy(value)
+        template.layers = [_without_tensors(layer) for layer in value.layers]
+
+        def fresh(values: Sequence[Any], tensors: Sequence[Any], caches: Sequence[Any]) -> Any:
+            cache = copy.copy(template)
+            cache.layers = [copy.copy(layer) for layer in template.layers]
+            _apply_changes(cache, changes, values, tensors, caches)
+            return cache
+
+        return fresh
+    if isinstance(value, dict):
+        items = {name: _give(item, given, outputs) for name, item in value.items()}
+        cls = type(value)
+        return lambda *state: cls(**{name: item(*state) for name, item in items.items()})
+    if isinstance(value, (list, tuple)):
+        parts = [_give(item, given, outputs) for item in value]
+        cls = type(value) if type(value) in (list, tuple) else tuple
+        return lambda *state: cls(part(*state) for part in parts)
+    return lambda values, tensors, caches: value
+
+
+def _changes(shell: Any, given: dict[int, int], outputs: list[Any]) -> list[dict[str, Make]]:
+    """Per layer, the attributes that the caller's cache must take over."""
+    changes = []
+    for layer in shell.layers:
+        mine: dict[str, Make] = {}
+        for name, item in sorted(vars(layer).items()):
+            if isinstance(item, Tensor) and id(item) in given:
+                continue
+            if name != "max_cache_len" and isinstance(item, (Tensor, torch.SymInt, *_PLAIN)):
+                mine[name] = _give(item, given, outputs)
+        changes.append(mine)
+    return changes
+
+
+def _apply_changes(cache: Any, changes: list[dict[str, Make]], *state: Sequence[Any]) -> None:
+    while len(cache.layers) < len(changes):  # a dynamic cache that grows its layers as they are met
+        cache.layers.append(cache.layer_class_to_replicate())
+    for layer, mine in zip(cache.layers, changes, strict=True):
+        for name, item in mine.items():
+            setattr(layer, name, item(*state))
+
+
+def _without_tensors(layer: Any) -> Any:
+    twin = copy.copy(layer)
+    for name, item in list(vars(twin).items()):
+        if isinstance(item, (Tensor, torch.SymInt)):
+            setattr(twin, name, None)
+    return twin

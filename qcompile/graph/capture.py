@@ -1,0 +1,150 @@
+"""From a module to one normal form, from both entrances.
+
+The normal form is ATen before decomposition: `aten.linear`, `silu` and `scaled_dot_product_attention` are single nodes.
+Every node has meta["val"] (its fake value) and meta["module_path"] (the dotted module that made it), every weight is an
+input with meta["input_path"], and inputs that are one tensor are one input.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from qcompile import _torch
+from qcompile.errors import CaptureError
+
+
+@dataclass(frozen=True)
+class Input:
+    """One input of a captured graph: a weight by its dotted path, a constant by value, or the caller's tensor."""
+
+    path: str | None = None
+    constant: Tensor | None = None
+    user: int | None = None
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A graph in normal form and where its inputs come from, in order."""
+
+    gm: GraphModule
+    inputs: tuple[Input, ...]
+
+    @property
+    def fakes(self) -> list[Any]:
+        return [node.meta["val"] for node in self.gm.graph.find_nodes(op="placeholder")]
+
+
+def export(module: nn.Module, tensors: Sequence[Tensor], prefix: str = "") -> Captured:
+    """Capture `module(*tensors)` ahead of time. Sizes above 1 are symbolic unless the module's code fixes them.
+
+    `prefix` is cut from the front of every module and weight path.
+
+    Raises CaptureError with torch's reason where the forward depends on tensor values or leaves the traceable world.
+    """
+    auto = torch.export.Dim.AUTO
+    # Sizes 0 and 1 are always fixed: torch specializes on them, and warns if asked not to.
+    shapes = tuple({dim: auto for dim, size in enumerate(tensor.shape) if size > 1} for tensor in tensors)
+    try:
+        with torch.no_grad():
+            program = torch.export.export(module, tuple(tensors), dynamic_shapes=(shapes,), strict=False)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CaptureError(f"{type(module).__name__}.forward could not be captured: {reason}") from error
+    gm = program.graph_module
+    kinds = torch.export.graph_signature.InputKind
+    real = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers(remove_duplicate=False))}
+    inputs: list[Input] = []
+    seen: dict[int, Node] = {}
+    users = 0
+    for spec, node in zip(program.graph_signature.input_specs, gm.graph.find_nodes(op="placeholder"), strict=True):
+        if spec.kind in (kinds.PARAMETER, kinds.BUFFER):
+            node.meta["input_path"] = spec.target.removeprefix(prefix)
+            tensor = real.get(spec.target)
+            if tensor is not None and (first := seen.setdefault(id(tensor), node)) is not node:
+                node.replace_all_uses_with(first)
+                gm.graph.erase_node(node)
+                continue
+            constant = program.constants.get(spec.target) if tensor is None else None
+            inputs.append(Input(path=spec.target.removeprefix(prefix)) if constant is None else Input(constant=constant))
+        elif spec.kind == kinds.CONSTANT_TENSOR:
+            inputs.append(Input(constant=program.constants[spec.target]))
+        elif spec.kind == kinds.USER_INPUT:
+            inputs.append(Input(user=users))
+            users += 1
+        else:
+            raise CaptureError(f"{type(module).__name__}.forward: input {node.name} is a {spec.kind.name}")
+    _name_modules(gm, prefix)
+    gm.recompile()
+    return Captured(gm, tuple(inputs))
+
+
+def retrace(gm: GraphModule) -> GraphModule:
+    """Bring a graph of Dynamo's into normal form; its placeholders stay, in order."""
+    fakes = _torch.dynamo_fakes(gm)
+    traced = _torch.trace(torch.fx.Interpreter(gm).run, fakes, pre_dispatch=True)
+    _name_modules(traced)
+    return traced
+
+
+def inline(gm: GraphModule, node: Node, function: Callable[..., Any]) -> list[Node]:
+    """Replace a call by the graph of `function` on the same arguments; returns the new nodes.
+
+    Arguments that are not nodes are constants of the traced function.
+    """
+    flat, spec = torch.utils._pytree.tree_flatten((node.args, node.kwargs))
+    places = [index for index, arg in enumerate(flat) if isinstance(arg, Node)]
+
+    def on_values(*values: Any) -> Any:
+        full = list(flat)
+        for index, given in zip(places, values, strict=True):
+            full[index] = given
+        args, kwargs = torch.utils._pytree.tree_unflatten(full, spec)
+        return function(*args, **kwargs)
+
+    traced = _torch.trace(on_values, [flat[index].meta["val"] for index in places])
+    env: dict[Node, Any] = {}
+    given = iter([flat[index] for index in places])
+    made: list[Node] = []
+    with gm.graph.inserting_before(node):
+        for inner in traced.graph.nodes:
+            if inner.op == "placeholder":
+                env[inner] = next(given)
+            elif inner.op == "output":
+                result = torch.fx.node.map_arg(inner.args[0], lambda n: env[n])
+            elif inner.op == "get_attr":
+                name = f"_const_{node.name}_{inner.target}"
+                setattr(gm, name, getattr(traced, inner.target))
+                env[inner] = gm.graph.get_attr(name)
+                env[inner].meta["val"] = inner.meta.get("val", getattr(traced, inner.target))
+            else:
+                env[inner] = gm.graph.node_copy(inner, lambda n: env[n])
+                made.append(env[inner])
+    for new in made:
+        new.meta["module_path"] = node.meta.get("module_path", "")
+    if isinstance(result, (list, tuple)):
+        for user in list(node.users):
+            user.replace_all_uses_with(result[user.args[1]])
+            gm.graph.erase_node(user)
+    else:
+        node.replace_all_uses_with(result)
+    gm.graph.erase_node(node)
+    return made
+
+
+# Dynamo's `L['self'].`, torch.export's own wrapper, and slices of a ModuleList, which torch writes into the path.
+_NOISE = re.compile(r"^L\['(?:self|fn)'\]\.|^_empty_nn_module_stack.*|slice\([^)]*\)\.")
+
+
+def _name_modules(gm: GraphModule, prefix: str = "") -> None:
+    """meta["module_path"] from torch's module stack: the dotted path inside the model."""
+    for node in gm.graph.nodes:
+        stack = list((node.meta.get("nn_module_stack") or {}).values())
+        path = _NOISE.sub("", str(stack[-1][0])) if stack else ""
+        node.meta["module_path"] = path.removeprefix(prefix) if path != prefix.rstrip(".") else ""

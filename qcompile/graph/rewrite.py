@@ -1,0 +1,136 @@
+"""Apply a pass to a graph: match, rewrite, count, clean up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from qcompile.graph.match import Miss, module_path, value
+
+M = TypeVar("M")
+
+
+class Rule(Protocol[M]):
+    """A pass. `match` looks at one node and returns a match, a Miss with the reason, or None: not our business."""
+
+    name: str
+
+    def match(self, node: Node) -> M | Miss | None: ...
+
+    def rewrite(self, g: Rewriter, match: M) -> None: ...
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place in the model, for reports: the node's name and the module it came from."""
+
+    node: str
+    module: str
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """What one pass did: where it rewrote, and where it looked and did not, with reasons."""
+
+    name: str
+    rewrites: tuple[Site, ...]
+    misses: tuple[tuple[str, Site], ...]
+    nodes_before: int
+    nodes_after: int
+
+
+class Rewriter:
+    """Builds new nodes next to old ones. Every node it makes has meta["val"], a module path and the pass's name."""
+
+    def __init__(self, graph: Graph, origin: str):
+        self.graph = graph
+        self.origin = origin
+        self._anchor: Node | None = None
+
+    @contextmanager
+    def before(self, node: Node) -> Iterator[None]:
+        """New nodes go in front of `node` and inherit its module path."""
+        previous, self._anchor = self._anchor, node
+        with self.graph.inserting_before(node):
+            yield
+        self._anchor = previous
+
+    @contextmanager
+    def after(self, node: Node) -> Iterator[None]:
+        """New nodes go behind `node`, in order, and inherit its module path."""
+        with self.before(node.next):
+            self._anchor = node
+            yield
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
+        """A call node whose value is `target` run on the operands' fake values."""
+        new = self.graph.call_function(target, args, kwargs)
+        values = torch.fx.node.map_arg((args, kwargs), value)
+        mode = next((v.fake_mode for v in _leaves(values) if hasattr(v, "fake_mode")), None)
+        if mode is None:
+            new.meta["val"] = target(*values[0], **values[1])
+        else:
+            with mode:
+                new.meta["val"] = target(*values[0], **values[1])
+        self.stamp(new)
+        return new
+
+    def stamp(self, new: Node) -> None:
+        """Note where a node comes from."""
+        assert self._anchor is not None
+        new.meta["module_path"] = module_path(self._anchor)
+        new.meta["origin"] = self.origin
+
+    def replace(self, old: Node, new: Node) -> None:
+        """All users of `old` read `new`. Raises RuntimeError if the two differ in shape, dtype or device."""
+        for a, b in zip(_leaves(value(old)), _leaves(value(new)), strict=True):
+            if isinstance(a, torch.Tensor) and not _alike(a, b):
+                raise RuntimeError(
+                    f"{self.origin}: {new.name} is {tuple(b.shape)} {b.dtype}, {old.name} is {tuple(a.shape)} {a.dtype}"
+                )
+        old.replace_all_uses_with(new)
+
+
+def apply(gm: GraphModule, rule: Rule[Any]) -> PassResult:
+    """Run one pass over a graph, first node to last; dead code is removed and the graph checked afterwards."""
+    graph, before = gm.graph, len(gm.graph.nodes)
+    rewriter, rewrites, misses = Rewriter(graph, rule.name), [], []
+    for node in list(graph.nodes):
+        if node.op == "erased" or node._erased:
+            continue
+        found = rule.match(node)
+        if found is None:
+            continue
+        if isinstance(found, Miss):
+            misses.append((found.reason, Site(found.node.name, module_path(found.node))))
+            continue
+        site = Site(node.name, module_path(node))
+        rule.rewrite(rewriter, found)
+        rewrites.append(site)
+    if rewrites:
+        graph.eliminate_dead_code(is_impure_node=_is_impure)
+        graph.lint()
+        gm.recompile()
+    return PassResult(rule.name, tuple(rewrites), tuple(dict.fromkeys(misses)), before, len(graph.nodes))
+
+
+def _is_impure(node: Node) -> bool:
+    """Inputs and outputs stay, and calls that write to an argument; random calls without users may go."""
+    if node.op in ("placeholder", "output"):
+        return True
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
+
+
+def _alike(a: torch.Tensor, b: torch.Tensor) -> bool:
+    # Symbolic sizes are compared as expressions: `==` on them would add guards.
+    return a.dtype == b.dtype and a.device == b.device and str(tuple(a.shape)) == str(tuple(b.shape))
+
+
+def _leaves(values: Any) -> list[Any]:
+    return torch.utils._pytree.tree_leaves(values)

@@ -1,0 +1,109 @@
+"""Ops, their meanings, and the implementations that kernels sign up.
+
+An op is a few lines of plain torch: the documentation, the fake, the fallback on every device and the oracle of every
+kernel's test. `@op` registers it as `torch.ops.qcompile.<name>`. A kernel signs up with `<op>.implementation(name,
+refuses)`; the first one that does not refuse is chosen, and if all refuse the meaning runs.
+
+An implementation is a plain function that `lower` traces into the graph, so torch code in it fuses with its
+neighbours. What a compiler must not look into (a C++ call, a kernel with a launcher of its own) goes behind `@opaque`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+_OPS = torch.library.Library("qcompile", "FRAGMENT")
+_KERNELS = torch.library.Library("qcompile_kernels", "FRAGMENT")
+
+Function = Callable[..., Any]
+Refuses = Callable[..., str | None]
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """A kernel behind an op. `refuses` takes the op's arguments, fake tensors with possibly symbolic shapes."""
+
+    name: str
+    function: Function
+    refuses: Refuses
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What `Op.choose` decided: the function to trace, its name, and why the ones before it refused."""
+
+    name: str
+    function: Function
+    refusals: tuple[tuple[str, str], ...]
+
+
+MEANING = "MEANING"
+
+
+@dataclass
+class Op:
+    """A registered op; calling it runs the meaning through the dispatcher."""
+
+    name: str
+    meaning: Function
+    overload: torch._ops.OpOverload
+    implementations: list[Implementation] = field(default_factory=list)
+
+    def __call__(self, *args: Any) -> Any:
+        return self.overload(*args)
+
+    def implementation(self, name: str, refuses: Refuses) -> Callable[[Function], Function]:
+        """Sign up a kernel. Raises TypeError unless function and `refuses` take the op's own arguments."""
+
+        def sign_up(function: Function) -> Function:
+            want = list(inspect.signature(self.meaning).parameters)
+            for candidate in (function, refuses):
+                got = list(inspect.signature(candidate).parameters)
+                if got != want:
+                    raise TypeError(f"{name}: {candidate.__name__} takes {got}, {self.name} takes {want}")
+            self.implementations.append(Implementation(name, function, refuses))
+            return function
+
+        return sign_up
+
+    def choose(self, *args: Any) -> Choice:
+        """The first implementation that does not refuse these arguments, else the meaning."""
+        refusals = []
+        for implementation in self.implementations:
+            reason = implementation.refuses(*args)
+            if reason is None:
+                return Choice(implementation.name, implementation.function, tuple(refusals))
+            refusals.append((implementation.name, reason))
+        return Choice(MEANING, self.meaning, tuple(refusals))
+
+
+OPS: dict[str, Op] = {}
+
+
+def op(meaning: Function) -> Op:
+    """Register `meaning`, a function of tensors and plain values in plain torch, as `torch.ops.qcompile.<its name>`."""
+    name = meaning.__name__
+    OPS[name] = Op(name, meaning, _define(_OPS, meaning, fake=meaning))
+    OPS[name].__doc__ = meaning.__doc__
+    return OPS[name]
+
+
+def opaque(fake: Function) -> Callable[[Function], torch._ops.OpOverload]:
+    """Register a function as `torch.ops.qcompile_kernels.<its name>`, which compilers call and never look into.
+
+    `fake` takes the same arguments and gives empty tensors of the right shape, dtype and strides.
+    """
+    return lambda function: _define(_KERNELS, function, fake)
+
+
+def _define(library: torch.library.Library, function: Function, fake: Function) -> torch._ops.OpOverload:
+    name = function.__name__
+    library.define(name + torch.library.infer_schema(function, mutates_args=()))
+    library.impl(name, function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{library.ns}::{name}", fake, lib=library)
+    return getattr(getattr(torch.ops, library.ns), name).default

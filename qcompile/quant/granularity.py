@@ -1,0 +1,99 @@
+"""Who shares a scale. A weight is always seen as a matrix (rows, columns) = (out_features, in_features)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from qcompile.errors import SpecError
+
+
+@dataclass(frozen=True)
+class PerTensor:
+    """One scale for the whole weight: scale is (1, 1)."""
+
+    def __str__(self) -> str:
+        return "tensor"
+
+    def scale_shape(self, rows: int, columns: int) -> tuple[int, int]:
+        return (1, 1)
+
+    def spread(self, scale: Tensor, rows: int, columns: int) -> Tensor:
+        return scale
+
+
+@dataclass(frozen=True)
+class PerRow:
+    """One scale per output channel: scale is (rows, 1)."""
+
+    def __str__(self) -> str:
+        return "row"
+
+    def scale_shape(self, rows: int, columns: int) -> tuple[int, int]:
+        return (rows, 1)
+
+    def spread(self, scale: Tensor, rows: int, columns: int) -> Tensor:
+        return scale
+
+
+@dataclass(frozen=True)
+class PerGroup:
+    """`size` neighbouring inputs of a row share a scale: scale is (rows, columns / size).
+
+    Where `size` does not divide the columns but does divide the whole weight, groups run on over the row ends, as
+    they do in HQQ: scale is (1, rows * columns / size).
+    """
+
+    size: int
+
+    def __str__(self) -> str:
+        return f"g{self.size}"
+
+    def scale_shape(self, rows: int, columns: int) -> tuple[int, int]:
+        if columns % self.size == 0:
+            return (rows, columns // self.size)
+        return (1, _flat_groups(self, rows, columns))
+
+    def spread(self, scale: Tensor, rows: int, columns: int) -> Tensor:
+        return scale.reshape(-1, 1).expand(-1, self.size).reshape(rows, columns)
+
+
+@dataclass(frozen=True)
+class PerOutputGroup:
+    """HQQ's axis 0: the flat weight is cut into `size` equal parts, and the elements at one place of every part share
+    a scale, so element n of the flat weight belongs to group n mod (numel / size): scale is (1, numel / size)."""
+
+    size: int
+
+    def __str__(self) -> str:
+        return f"o{self.size}"
+
+    def scale_shape(self, rows: int, columns: int) -> tuple[int, int]:
+        return (1, _flat_groups(self, rows, columns))
+
+    def spread(self, scale: Tensor, rows: int, columns: int) -> Tensor:
+        return scale.reshape(1, -1).expand(self.size, -1).reshape(rows, columns)
+
+
+Granularity = PerTensor | PerRow | PerGroup | PerOutputGroup
+
+
+def parse_granularity(tag: str) -> Granularity:
+    """`tensor`, `row`, `g64` (64 inputs), `o64` (64 parts along the output)."""
+    if tag == "tensor":
+        return PerTensor()
+    if tag == "row":
+        return PerRow()
+    kinds = {"g": PerGroup, "o": PerOutputGroup}
+    if tag[:1] in kinds and tag[1:].isdecimal() and int(tag[1:]) > 0 and tag[1] != "0":
+        return kinds[tag[0]](int(tag[1:]))
+    raise SpecError(f"unknown granularity {tag!r}; known: tensor, row, g<inputs> such as g64, o<outputs> such as o64")
+
+
+def _flat_groups(granularity: PerGroup | PerOutputGroup, rows: int, columns: int) -> int:
+    numel = math.prod((rows, columns))
+    if numel % granularity.size:
+        raise SpecError(f"group size {granularity.size} does not divide a weight of ({rows}, {columns})")
+    return numel // granularity.size

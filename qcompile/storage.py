@@ -1,0 +1,214 @@
+"""Packed weights inside a model: parameters leave, packed buffers come, and the model keeps working.
+
+A quantized parameter becomes a property of its module that unpacks the weight, so the eager model, PEFT and every way
+of using a weight stay right, and a captured graph shows `dequantize(codes, …)` where the parameter was. The codes live
+in a `PackedWeight`; sibling modules (Q, K and V, gate and up) share one, output rows side by side, and each reads its
+own rows. One shared submodule, not one shared tensor: `.to()` and deepcopy keep submodules shared.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qcompile.errors import FormatError
+from qcompile.ops.linear import dequantize
+from qcompile.quant.spec import QSpec
+from qcompile.quant.tensor import QTensor
+
+
+class PackedWeight(nn.Module):
+    """Codes, scales and zero points of one weight or of several stored side by side, as buffers.
+
+    Buffers: data (rows, bytes) uint8, scale, zero; quantized scales nest as submodules of the same kind. `bias` holds
+    the siblings' biases side by side, if they have any.
+    """
+
+    def __init__(self, parts: Sequence[QTensor], biases: Sequence[Tensor] = ()):
+        super().__init__()
+        first = parts[0]
+        self.spec = str(first.spec)
+        self.columns = first.columns
+        for name in first.parts():
+            pieces = [part.parts()[name] for part in parts]
+            if isinstance(pieces[0], QTensor):
+                assert len(pieces) == 1, "quantized scales are not stored side by side"
+                self.add_module(name, PackedWeight(pieces))
+            else:
+                self.register_buffer(name, torch.cat(pieces) if len(pieces) > 1 else pieces[0])
+        self.register_buffer("bias", torch.cat(list(biases)) if biases else None)
+
+    def part(self, name: str, start: int, rows: int, total: int) -> Tensor | None:
+        """Rows `start … start + rows` of a piece; pieces with one row for all (per tensor, output groups) whole."""
+        piece = getattr(self, name, None)
+        if isinstance(piece, PackedWeight):
+            return piece.dequantize(torch.float32)
+        if piece is None or rows == total or piece.shape[0] != total:
+            return piece
+        return piece.narrow(0, start, rows)
+
+    def dequantize(self, dtype: torch.dtype, start: int = 0, rows: int | None = None) -> Tensor:
+        """Float rows of the weight, (rows, columns)."""
+        total = self.data.shape[0]
+        rows = total if rows is None else rows
+        data, scale, zero = (self.part(name, start, rows, total) for name in ("data", "scale", "zero"))
+        return dequantize(data, scale, zero, self.spec, [rows, self.columns], dtype)
+
+    def tensor(self, start: int, rows: int, shape: Sequence[int]) -> QTensor:
+        """A QTensor over the same memory."""
+        total = self.data.shape[0]
+        parts = {}
+        for name in ("data", "scale", "zero"):
+            piece = getattr(self, name, None)
+            if isinstance(piece, PackedWeight):
+                parts[name] = piece.tensor(0, piece.data.shape[0], (piece.data.shape[0], piece.columns))
+            else:
+                parts[name] = self.part(name, start, rows, total)
+        return QTensor(QSpec.parse(self.spec), tuple(shape), **parts)
+
+    def pieces(self, start: int, rows: int) -> dict[str, Tensor]:
+        """Views of all stored tensors that belong to these rows, by dotted name."""
+        total, found = self.data.shape[0], {}
+        for name in ("data", "scale", "zero"):
+            piece = getattr(self, name, None)
+            if isinstance(piece, PackedWeight):
+                nested = piece.pieces(0, piece.data.shape[0])
+                found.update({f"{name}.{key}": tensor for key, tensor in nested.items()})
+            elif piece is not None:
+                found[name] = self.part(name, start, rows, total)
+        return found
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedWeight:
+        # `.to(dtype)`, `.half()` and `.float()` change what the weight is unpacked to, never the stored numbers.
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        bias = self.bias
+        super()._apply(keep_dtype, recurse)
+        if bias is not None:
+            self.bias = fn(bias)
+        return self
+
+    # Each module writes and reads its own rows (`_Packed`), so the shared buffers stay out of state_dict.
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        pass
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        pass
+
+    def extra_repr(self) -> str:
+        return f"{self.spec}, rows={self.data.shape[0]}, columns={self.columns}"
+
+
+@dataclass
+class Slot:
+    """Where a parameter of a module lies: rows start … start + rows of the PackedWeight in submodule `store`.
+
+    `transposed` is for modules that keep (in_features, out_features), such as Conv1D; `like` is an empty tensor whose
+    dtype is the one the weight is unpacked to, and which follows `.to(dtype)`.
+    """
+
+    store: str
+    start: int
+    rows: int
+    shape: tuple[int, ...]
+    transposed: bool
+    like: Tensor
+    bias: bool = False
+
+
+class _Packed:
+    """Mixed into the class of a module that has packed parameters."""
+
+    _slots: dict[str, Slot]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        base = type(self).__mro__[2]
+        return _rebuild, (base, tuple(self._slots)), self.__dict__
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        for slot in self._slots.values():
+            slot.like = fn(slot.like)
+        return super()._apply(fn, recurse)  # type: ignore[misc]
+
+    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
+        destination.update({prefix + name: piece for name, piece in self._pieces().items()})
+
+    def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, metadata: Any, strict: bool, *lists: Any):
+        missing, unexpected, errors = lists
+        mine = self._pieces()
+        for name, piece in mine.items():
+            if (new := state.get(prefix + name)) is None:
+                missing.append(prefix + name)
+            elif new.shape != piece.shape or new.dtype != piece.dtype:
+                errors.append(f"{prefix}{name} is {tuple(new.shape)} {new.dtype}, not {tuple(piece.shape)} {piece.dtype}")
+            else:
+                piece.copy_(new)
+        rest = {key: tensor for key, tensor in state.items() if key.removeprefix(prefix) not in mine}
+        super()._load_from_state_dict(rest, prefix, metadata, strict, *lists)  # type: ignore[misc]
+
+    def _pieces(self) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for name, slot in self._slots.items():
+            store = getattr(self, slot.store)
+            if slot.bias:
+                found[name] = store.bias.narrow(0, slot.start, slot.rows)
+            else:
+                found.update({f"{name}.{key}": t for key, t in store.pieces(slot.start, slot.rows).items()})
+        return found
+
+
+def packed_parameters(module: nn.Module) -> dict[str, Slot]:
+    """The packed parameters of a module by name; empty for an ordinary one."""
+    return dict(module._slots) if isinstance(module, _Packed) else {}
+
+
+def packed_tensor(module: nn.Module, name: str) -> QTensor:
+    """The QTensor behind a packed parameter, as stored: (out_features, in_features) also for a transposed one."""
+    slot = packed_parameters(module)[name]
+    shape = slot.shape[::-1] if slot.transposed else slot.shape
+    return getattr(module, slot.store).tensor(slot.start, slot.rows, shape)
+
+
+def install(module: nn.Module, slots: Mapping[str, Slot], stores: Mapping[str, PackedWeight]) -> None:
+    """Replace parameters of `module` by packed ones, in place. The module's class becomes a subclass of itself."""
+    for name, slot in slots.items():
+        if name not in module._parameters:
+            raise FormatError(f"{type(module).__name__} has no parameter {name!r} to replace")
+        del module._parameters[name]
+        module._modules[slot.store] = stores[slot.store]
+    every = {**packed_parameters(module), **slots}
+    base = type(module).__mro__[2] if isinstance(module, _Packed) else type(module)
+    module.__class__ = _packed_class(base, tuple(every))
+    module.__dict__["_slots"] = every
+
+
+@functools.cache
+def _packed_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+    properties = {name: property(functools.partial(_read, name=name)) for name in names}
+    body = {**properties, "__module__": base.__module__, "__qualname__": base.__qualname__}
+    return type(base.__name__, (_Packed, base), body)
+
+
+def _rebuild(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
+    module = _packed_class(base, names).__new__(_packed_class(base, names))
+    return module
+
+
+def _read(module: nn.Module, name: str) -> Tensor:
+    slot = module.__dict__["_slots"][name]
+    store = module._modules[slot.store]
+    assert isinstance(store, PackedWeight)
+    if slot.bias:
+        return store.bias.narrow(0, slot.start, slot.rows)
+    weight = store.dequantize(slot.like.dtype, slot.start, slot.rows)
+    if slot.transposed:
+        return weight.t()
+    return weight if weight.dim() == len(slot.shape) else weight.reshape(slot.shape)
