@@ -26,15 +26,15 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def refuses_device(x: Tensor) -> str | None:
-    """Why no Triton kernel runs where `x` is; the interpreter takes the CPU, but gets bfloat16 wrong."""
+def refuses_device(x: Tensor, dtype: torch.dtype) -> str | None:
+    """Why no Triton kernel runs where `x` is, in `dtype`; the interpreter takes the CPU, but gets bfloat16 wrong."""
     if tl is None:
         return "triton is not installed"
     if x.device.type != "cuda" and not (INTERPRET and x.device.type == "cpu"):
         return f"needs cuda, x is on {x.device.type}"
-    if x.dtype not in FLOATS:
-        return f"handles float32, float16 and bfloat16, not {str(x.dtype).removeprefix('torch.')}"
-    if x.dtype == torch.bfloat16 and (INTERPRET or torch.cuda.get_device_capability(x.device) < (8, 0)):
+    if dtype not in FLOATS:
+        return f"handles float32, float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+    if dtype == torch.bfloat16 and (INTERPRET or torch.cuda.get_device_capability(x.device) < (8, 0)):
         return "bfloat16 needs a GPU of compute capability 8.0"
     return None
 
@@ -102,7 +102,7 @@ def _plane(row, chunk, word, mask, FIELD: tl.constexpr, FIELDS: tl.constexpr, WI
     """One plane of unit chunk * FIELDS + FIELD, in byte form. `row` points at the plane's first word."""
     PER_CHUNK: tl.constexpr = 8 // WIDTH
     at = (chunk * (FIELDS // PER_CHUNK) + FIELD // PER_CHUNK) * 4 + word
-    words = tl.load(row + at, mask=mask, other=0, eviction_policy="evict_first")
+    words = tl.load(row + at, mask=mask, eviction_policy="evict_first")
     if WIDTH < 8:
         words = (words >> (FIELD % PER_CHUNK * WIDTH)) & (0x01010101 * ((1 << WIDTH) - 1))
     return words
@@ -129,13 +129,66 @@ def unit_codes(
 
 @triton.jit
 def byte_as_float(words, BYTE: tl.constexpr, BITS: tl.constexpr):
-    """1 + code / 2**BITS for the code in byte BYTE: the code becomes the top of a float32's mantissa.
+    """code * 2**(SHIFT - 149) for the code in byte BYTE: its bits are read as a denormal float32.
 
-    A shift and one three-input logic operation, where an integer conversion runs at a sixteenth of their rate.
+    FMA takes denormals at full speed, so this costs one logic operation (two where the byte does not lie inside the 23
+    bits of the mantissa); an integer conversion runs at a fraction of that rate.
     """
-    SHIFT: tl.constexpr = 23 - BITS - 8 * BYTE
-    placed = words << SHIFT if SHIFT > 0 else words >> -SHIFT
-    return ((placed & (((1 << BITS) - 1) << (23 - BITS))) | 0x3F800000).to(tl.float32, bitcast=True)
+    SHIFT: tl.constexpr = 8 * BYTE if 8 * BYTE + BITS <= 23 else 8 * ((23 - BITS) // 8)
+    placed = words >> (8 * BYTE - SHIFT) if 8 * BYTE > SHIFT else words
+    return (placed & (((1 << BITS) - 1) << SHIFT)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def scaled_for_byte(x, BYTE: tl.constexpr, BITS: tl.constexpr):
+    """The factor for `byte_as_float`: float32 x, scaled so that the product is 2**-74 times the true one."""
+    SHIFT: tl.constexpr = 8 * BYTE if 8 * BYTE + BITS <= 23 else 8 * ((23 - BITS) // 8)
+    return x * (2.0 ** (75 - SHIFT))
+
+
+@triton.jit
+def unit_weights(
+    data, scale_row, zero_row, K, chunk, OFFSET: tl.constexpr, GROUP: tl.constexpr, DTYPE: tl.constexpr,
+    FIELD: tl.constexpr, FIELDS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
+    EVEN: tl.constexpr,
+):  # fmt: skip
+    """(code - zero) * scale of unit chunk * FIELDS + FIELD as a (rows, 16 * chunks) tile of DTYPE; rounded once.
+
+    data, scale_row and zero_row point at the rows, (rows, 1); `chunk` is a vector. GROUP 0 leaves the scale out.
+    """
+    BITS: tl.constexpr = P0 + P1 + P2
+    # The first of the units that surely share a scale with this one: the loads of their scales are then equal.
+    SHARING: tl.constexpr = FIELDS if GROUP == 0 else min(FIELDS, (GROUP // 16) & -(GROUP // 16))
+    word = tl.arange(0, 4)[None, None, :]
+    mask = None if EVEN else ((chunk * FIELDS + FIELD) * 16 < K)[None, :, None]
+    codes = unit_codes(data[:, :, None], K, chunk[None, :, None], word, mask, FIELD, FIELDS, P0, P1, P2)
+    if GROUP == 0:
+        scale = 1.0
+        zero = OFFSET if zero_row is None else tl.load(zero_row).to(tl.float32)[:, :, None]
+    else:
+        group = tl.minimum((chunk * FIELDS + FIELD // SHARING * SHARING) * 16, K - 1) // GROUP
+        scale = tl.load(scale_row + group[None, :]).to(tl.float32)[:, :, None]
+        zero = OFFSET if zero_row is None else tl.load(zero_row + group[None, :]).to(tl.float32)[:, :, None]
+    parts = ()
+    for byte in tl.static_range(4):
+        code = scaled_for_byte(byte_as_float(codes, byte, BITS), byte, BITS)
+        parts += (tl.fma(*tl.broadcast(code, scale * 2.0**74), -zero * scale + tl.zeros_like(code)).to(DTYPE),)
+    return tl.reshape(stack(parts, 4), (codes.shape[0], codes.shape[1] * 16))
+
+
+@triton.jit
+def stack(tensors, COUNT: tl.constexpr):
+    """COUNT tensors of one shape, a power of two, side by side along a new last axis of COUNT.
+
+    One reduction over the result costs one exchange between warps, where COUNT reductions cost COUNT.
+    """
+    if COUNT > 1:
+        joined = ()
+        for i in tl.static_range(COUNT // 2):
+            joined += (tl.join(tensors[i], tensors[i + COUNT // 2]),)
+        return stack(joined, COUNT // 2)
+    else:
+        return tensors[0]
 
 
 @triton.jit

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -46,7 +46,7 @@ class Weight:
     rows: int
     columns: int
     bits: int
-    pointers: tuple[Tensor, Tensor, Tensor | None]
+    pointers: tuple[Tensor | None, ...]
     strides: tuple[int, int, int]
     constants: dict[str, Any]
 
@@ -73,6 +73,14 @@ class Weight:
         pointers = (data.view(torch.int32), scale, zero)
         strides = (data.stride(0) // 16, scale_stride, zero_stride)
         return Weight(data.shape[0], columns, parsed.element.bits, pointers, strides, constants)
+
+    def narrow(self, first: int, count: int) -> Weight:
+        """The rows first … first + count - 1."""
+        pointers = tuple(
+            part if part is None or part.shape[0] != self.rows else part.narrow(0, first, count)
+            for part in self.pointers
+        )
+        return replace(self, rows=count, pointers=pointers)
 
 
 def _side(side: Tensor, spec: QSpec) -> tuple[Tensor, int]:

@@ -1,15 +1,12 @@
 """A few rows times a quantized weight: bound by reading the weight.
 
-One program makes BLOCK_N outputs of every row, BLOCK_M rows in all. Each step takes CHUNKS 16-byte chunks of BLOCK_N
-weight rows. A code q is seen as u = 1 + q / 2**BITS, free of conversions, and put right once a scale group:
-
-    Σ (q - zero) x = 2**BITS Σ u x - (2**BITS + zero) Σ x
-
-The sums differ in size by at most a few bits, so float32 loses nothing that matters (a relative 1e-6).
+One program makes OUTPUTS columns of every row of x, ROWS rows in all. Each step takes CHUNKS 16-byte chunks of a weight
+row, one or more a thread, so every load of the weight is 16 bytes wide and x is in the same threads that need it.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from qcompile.kernels import _tuning
@@ -22,6 +19,8 @@ from qcompile.kernels._tiles import (
     gdc_wait,
     launch,
     power_of_two,
+    scaled_for_byte,
+    stack,
     tl,
     triton,
     unit_codes,
@@ -35,11 +34,11 @@ def gemv(x: Tensor, weight: Weight, bias: Tensor | None, activation: str | None,
     """act(x @ W.T + bias) for contiguous x (M, K) with M at most MAX_ROWS."""
     m, k = x.shape
     out = x.new_empty(m, weight.rows)
-    pdl = dependent_launch(x)
+    if x.element_size() == 2 and k % 4 == 0 and x.data_ptr() % 8 == 0:
+        x = x.view(torch.int64)
     launch(
         _gemv,
-        (cdiv(weight.rows, tile.rows),),
-        x,
+        (cdiv(weight.rows, tile.outputs),),
         x,
         *weight.pointers,
         bias,
@@ -51,12 +50,11 @@ def gemv(x: Tensor, weight: Weight, bias: Tensor | None, activation: str | None,
         **weight.constants,
         ACTIVATION=activation,
         EVEN=k % (tile.chunks * weight.step) == 0,
-        BLOCK_M=power_of_two(m),
-        BLOCK_N=tile.rows,
+        ROWS=power_of_two(m),
+        OUTPUTS=tile.outputs,
         CHUNKS=tile.chunks,
-        PDL=pdl,
+        PDL=dependent_launch(x),
         num_warps=tile.warps,
-        num_stages=tile.stages,
     )
     return out
 
@@ -66,65 +64,84 @@ def _gemv(
     x_ptr, data_ptr, scale_ptr, zero_ptr, bias_ptr, out_ptr, M, N, K, data_stride, scale_stride, zero_stride,
     OFFSET: tl.constexpr, GROUP: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
     FIELDS: tl.constexpr, ACTIVATION: tl.constexpr, EVEN: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr, PDL: tl.constexpr,
+    ROWS: tl.constexpr, OUTPUTS: tl.constexpr, CHUNKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    BITS: tl.constexpr = P0 + P1 + P2
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    # Tiles have the axes (row of x, row of the weight, chunk, word).
-    n = tl.minimum(tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), N - 1).to(tl.int64)[None, :, None]
-    m = tl.arange(0, BLOCK_M)[:, None]
-    chunks = tl.arange(0, CHUNKS)
-    word = tl.arange(0, 4)[None, None, None, :]
-    data = data_ptr + (n * (data_stride * 4))[:, :, :, None]
-    scale_row = scale_ptr + n * scale_stride
-    zero_row = zero_ptr + n * zero_stride if zero_ptr is not None else None
-    if GROUP == 0 and zero_ptr is not None:
-        shift = tl.load(zero_row).to(tl.float32) + (1 << BITS)
-    # Fields that surely share a scale: all, or those of the largest power of two that divides the group.
-    SHARING: tl.constexpr = FIELDS if GROUP == 0 else min(FIELDS, (GROUP // 16) & -(GROUP // 16))
-    acc = tl.zeros((BLOCK_M, BLOCK_N, CHUNKS), tl.float32)
+    first = tl.program_id(0) * OUTPUTS
+    zero = tl.zeros((CHUNKS,), tl.float32)
+    sums = (zero,) * (OUTPUTS * ROWS)
     for start in tl.range(0, tl.cdiv(K, FIELDS * 16), CHUNKS):
-        chunk = start + chunks
-        for first in tl.static_range(0, FIELDS, SHARING):
-            part = tl.zeros((BLOCK_M, BLOCK_N, CHUNKS, 4), tl.float32)
-            x_sum = tl.zeros((BLOCK_M, 1, CHUNKS, 4), tl.float32)
-            for field in tl.static_range(first, first + SHARING):
-                unit = chunk * FIELDS + field
-                mask = None if EVEN else (unit * 16 < K)[None, None, :, None]
-                codes = unit_codes(data, K, chunk[None, None, :, None], word, mask, field, FIELDS, P0, P1, P2)
-                k = tl.reshape(unit[:, None] * 16 + tl.arange(0, 16)[None, :], (1, CHUNKS * 16))
-                x_mask = m < M if EVEN else (m < M) & (k < K)
-                x = tl.load(x_ptr + m * K + k, mask=x_mask, other=0.0)
-                x = tl.reshape(x, (BLOCK_M, 1, CHUNKS, 4, 2, 2))
-                even, odd = tl.split(x)
-                x0, x2 = tl.split(even)
-                x1, x3 = tl.split(odd)
-                for byte in tl.static_range(4):
-                    xb = (x0 if byte == 0 else x1 if byte == 1 else x2 if byte == 2 else x3).to(tl.float32)
-                    part = tl.fma(*tl.broadcast(byte_as_float(codes, byte, BITS), xb), part)
-                    x_sum += xb
-            part = tl.sum(part, 3) * (1 << BITS)
-            x_sum = tl.sum(x_sum, 3)
-            if GROUP == 0:
-                if zero_ptr is None:
-                    shift = (1 << BITS) + OFFSET
-                acc += part - shift * x_sum
-            else:
-                group = (tl.minimum((chunk * FIELDS + first) * 16, K - 1) // GROUP)[None, None, :]
-                scale = tl.load(scale_row + group).to(tl.float32)
-                if zero_ptr is None:
-                    shift = (1 << BITS) + OFFSET
-                else:
-                    shift = tl.load(zero_row + group).to(tl.float32) + (1 << BITS)
-                acc += scale * (part - shift * x_sum)
-    y = tl.sum(acc, 2)
-    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-    inside = column < N
+        chunk = start + tl.arange(0, CHUNKS)
+        new = ()
+        # What does not depend on both loops is written inside them, and merged by the compiler.
+        for i in tl.static_range(OUTPUTS * ROWS):
+            n = tl.minimum(first + i // ROWS, N - 1).to(tl.int64)
+            zero_row = None if zero_ptr is None else zero_ptr + n * zero_stride
+            new += (
+                sums[i]
+                + _dot(
+                    x_ptr, tl.minimum(i % ROWS, M - 1), data_ptr + n * (data_stride * 4), scale_ptr + n * scale_stride,
+                    zero_row, chunk, K, out_ptr.dtype.element_ty, OFFSET, GROUP, P0, P1, P2, FIELDS, EVEN,
+                ),
+            )  # fmt: skip
+        sums = new
+    y = tl.sum(tl.reshape(stack(sums, OUTPUTS * ROWS), (CHUNKS, OUTPUTS * ROWS)), 0)
+    i = tl.arange(0, OUTPUTS * ROWS)
+    n, m = first + i // ROWS, i % ROWS
+    inside = n < N
     if GROUP == 0:
-        y *= tl.load(scale_ptr + tl.minimum(column, N - 1).to(tl.int64) * scale_stride).to(tl.float32)
+        y *= tl.load(scale_ptr + n.to(tl.int64) * scale_stride, mask=inside).to(tl.float32)
     if bias_ptr is not None:
-        y += tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
-    y = activate(y, ACTIVATION)
-    tl.store(out_ptr + m * N + column, y.to(out_ptr.dtype.element_ty), mask=inside & (m < M))
+        y += tl.load(bias_ptr + n, mask=inside).to(tl.float32)
+    tl.store(out_ptr + m * N + n, activate(y, ACTIVATION).to(out_ptr.dtype.element_ty), mask=inside & (m < M))
+
+
+@triton.jit
+def _dot(
+    x_ptr, m, data, scale_ptr, zero_ptr, chunk, K, DTYPE: tl.constexpr, OFFSET: tl.constexpr, GROUP: tl.constexpr,
+    P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, FIELDS: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """For each chunk: Σ (code - zero) * scale * x over its codes; without the scale where a row has but one."""
+    BITS: tl.constexpr = P0 + P1 + P2
+    # Units that surely share a scale: all, or those of the largest power of two that divides the group.
+    SHARING: tl.constexpr = FIELDS if GROUP == 0 else min(FIELDS, (GROUP // 16) & -(GROUP // 16))
+    word = tl.arange(0, 4)[None, :]
+    total = tl.zeros(chunk.shape, tl.float32)
+    for first in tl.static_range(0, FIELDS, SHARING):
+        part = tl.zeros((chunk.shape[0], 4), tl.float32)
+        x_sum = tl.zeros((chunk.shape[0], 4), tl.float32)
+        for field in tl.static_range(first, first + SHARING):
+            k = (chunk * (FIELDS * 16) + field * 16)[:, None]
+            codes = unit_codes(data, K, chunk[:, None], word, None if EVEN else k < K, field, FIELDS, P0, P1, P2)
+            for byte in tl.static_range(4):
+                x = _x_of_byte(x_ptr, m, k, word, K, DTYPE, byte, EVEN)
+                x_sum += x
+                part = tl.fma(byte_as_float(codes, byte, BITS), scaled_for_byte(x, byte, BITS), part)
+        dot = tl.sum(part, 1) * (2.0**74)
+        group = 0 if GROUP == 0 else tl.minimum((chunk * FIELDS + first) * 16, K - 1) // GROUP
+        if zero_ptr is not None:
+            dot -= tl.load(zero_ptr + group).to(tl.float32) * tl.sum(x_sum, 1)
+        elif OFFSET > 0:
+            dot -= OFFSET * tl.sum(x_sum, 1)
+        if GROUP > 0:
+            dot *= tl.load(scale_ptr + group).to(tl.float32)
+        total += dot
+    return total
+
+
+@triton.jit
+def _x_of_byte(x_ptr, m, k, word, K, DTYPE: tl.constexpr, BYTE: tl.constexpr, EVEN: tl.constexpr):
+    """x[m, k + 4 * word + BYTE] in float32. x_ptr is int64 where four 16-bit elements are read at once."""
+    if x_ptr.dtype.element_ty != tl.int64:
+        at = k + 4 * word + BYTE
+        return tl.load(x_ptr + m * K + at, mask=None if EVEN else at < K, other=None if EVEN else 0.0).to(tl.float32)
+    else:
+        inside = None if EVEN else k + 4 * word < K
+        four = tl.load(x_ptr + m * (K // 4) + k // 4 + word, mask=inside, other=None if EVEN else 0)
+        two = (four >> (BYTE // 2 * 32)).to(tl.int32)
+        if DTYPE == tl.bfloat16:
+            return (two << 16 if BYTE % 2 == 0 else two & -65536).to(tl.float32, bitcast=True)
+        else:
+            return (two >> (BYTE % 2 * 16)).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ def fake_mode_of(values: Sequence[Any]) -> Any:
     return next((value.fake_mode for value in values if hasattr(value, "fake_mode")), None)
 
 
-def inductor(gm: GraphModule, fakes: Sequence[Any], patches: dict[str, Any]) -> Callable[..., Any]:
+def inductor(gm: GraphModule, fakes: Sequence[Any], patches: dict[str, Any] | None = None) -> Callable[..., Any]:
     """Compile an inference graph whose placeholders are described by `fakes`; the result takes the same inputs."""
     from torch._guards import TracingContext, tracing
     from torch._inductor.compile_fx import compile_fx
@@ -26,14 +26,46 @@ def inductor(gm: GraphModule, fakes: Sequence[Any], patches: dict[str, Any]) -> 
         return compile_fx(gm, list(fakes), config_patches=patches)
 
 
+def inductor_training(gm: GraphModule, inputs: Sequence[Any], patches: dict[str, Any]) -> Callable[..., Any]:
+    """Compile a graph of Dynamo's as it is, forward and backward."""
+    from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx(gm, list(inputs), config_patches=patches)
+
+
+def mode_options(mode: str | None) -> dict[str, Any]:
+    """Inductor's options for a mode of torch.compile."""
+    from torch._inductor import list_mode_options
+
+    return dict(list_mode_options(mode)) if mode not in (None, "default") else {}
+
+
+def source_name(node: Node) -> str:
+    """Where an input of a Dynamo graph comes from, such as L['self']._modules['fc']._parameters['weight']."""
+    grapharg = node.meta.get("grapharg")
+    source = getattr(grapharg, "source", None)
+    if source is None:
+        return node.name
+    name = source.name
+    return name() if callable(name) else name
+
+
 def trace(function: Callable[..., Any], fakes: Sequence[Any], pre_dispatch: bool = False) -> GraphModule:
-    """The ATen graph of `function` on fake tensors, which may be symbolic; every node has meta["val"]."""
+    """The ATen graph of `function` on tensors, fake ones with possibly symbolic sizes; every node has meta["val"]."""
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.fx.traceback import preserve_node_meta
 
-    mode = fake_mode_of(fakes)
+    mode = fake_mode_of(fakes) or nullcontext()
     with torch.no_grad(), preserve_node_meta(), mode:
         return make_fx(function, pre_dispatch=pre_dispatch, _allow_non_fake_inputs=True)(*fakes)
+
+
+def run_fake(function: Callable[[], Any]) -> Any:
+    """Run `function` without computing: every tensor in it, parameters too, is turned into a fake one."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+        return function()
 
 
 def dynamo_fakes(gm: GraphModule) -> list[Any]:

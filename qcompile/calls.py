@@ -116,6 +116,12 @@ def why_not_traceable(cache: Any) -> str | None:
     return None
 
 
+def is_unallocated(cache: Any) -> bool:
+    """Whether this is a static cache that has not been given its memory yet."""
+    static = sys.modules["transformers.cache_utils"].StaticLayer
+    return any(type(layer) is static and not layer.is_initialized for layer in cache.layers)
+
+
 @dataclass
 class Result:
     """What a traced call gave: tensors that the graph must return, and how to build the caller's result from them."""

@@ -2,43 +2,116 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
+from qcompile.config import Config
 from qcompile.graph.dump import dump, write_dump
-from qcompile.graph.rewrite import PassResult, Rule, apply
+from qcompile.graph.match import Miss, module_path
+from qcompile.graph.rewrite import PassResult, Rewriter, Rule, apply
+from qcompile.passes.fuse_attention import FuseAttention
+from qcompile.passes.fuse_mlp import FuseMlp
+from qcompile.passes.fuse_norm import FuseNorm
+from qcompile.passes.fuse_rope import FuseRope
+from qcompile.passes.fuse_siblings import FuseSiblings
 from qcompile.passes.lower import Lowered, lower
+from qcompile.passes.normalize import Normalize
 from qcompile.passes.quantize_linear import QuantizeLinear
+from qcompile.passes.recognize_activation import RecognizeActivation
+
+# Importing a kernel signs it up. Earlier ones are asked first.
+KERNELS = ("linear_cpu", "dequantize_cpu", "linear_cuda", "dequantize_gpu", "norm", "gated_act", "rope")
+for kernel in KERNELS:
+    importlib.import_module(f"qcompile.kernels.{kernel}")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the pipeline did to one graph."""
+    """What the pipeline did to one graph: every pass, every op call's implementation, and the graph before lowering.
 
+    `inputs` names the call, such as `i64[s0,s1]`, by the types of the caller's tensors.
+    """
+
+    inputs: str
     passes: tuple[PassResult, ...]
     lowered: tuple[Lowered, ...]
     text: str
 
 
-def default_passes() -> list[Rule[Any]]:
-    return [QuantizeLinear()]
+def default_passes(config: Config) -> list[Rule[Any]]:
+    """The passes, in order."""
+    # One spelling first, because captured spellings change with each release of torch and transformers.
+    passes: list[Rule[Any]] = [Normalize(), RecognizeActivation(), QuantizeLinear()]
+    if not config.do_fuse:
+        return passes
+    named = config.modules_to_fuse
+    fusing: list[tuple[str, Rule[Any]]] = [
+        ("any", FuseSiblings()),
+        # After siblings: the norm and the rope then feed and read one wide linear.
+        ("layernorm", FuseNorm()),
+        ("attention", FuseRope()),
+        # After siblings: gate and up are halves of one tensor, and a linear with an activation is no sibling.
+        ("mlp", FuseMlp()),
+        ("attention", FuseAttention()),
+    ]
+    if named is None:
+        return passes + [rule for _, rule in fusing]
+    return passes + [Confined(rule, config.may_fuse_in(kind)) for kind, rule in fusing]
+
+
+class Confined:
+    """A pass that works only where `allows(module path)` says so; elsewhere its matches become misses."""
+
+    def __init__(self, rule: Rule[Any], allows: Callable[[str], bool]):
+        self.rule = rule
+        self.name = rule.name
+        self.allows = allows
+
+    def match(self, node: Node) -> Any:
+        found = self.rule.match(node)
+        if found is None or isinstance(found, Miss) or self.allows(module_path(node)):
+            return found
+        return Miss("the module is not named in modules_to_fuse", node)
+
+    def rewrite(self, g: Rewriter, match: Any) -> None:
+        self.rule.rewrite(g, match)
 
 
 @dataclass
 class Pipeline:
     """Passes, dump folder and Inductor options, ready to run on graphs."""
 
-    passes: Sequence[Rule[Any]] = field(default_factory=default_passes)
+    passes: Sequence[Rule[Any]]
     dump: Path | None = None
-    inductor_options: dict[str, Any] = field(default_factory=dict)
 
-    def transform(self, gm: GraphModule) -> Outcome:
+    @staticmethod
+    def of(config: Config) -> Pipeline:
+        return Pipeline(default_passes(config), config.dump)
+
+    def transform(self, gm: GraphModule, inputs: str) -> Outcome:
+        """Run all passes on a graph in normal form and lower it, in place. Dumps go to `dump/inputs/…`."""
+        folder = self.dump / _file_name(inputs) if self.dump else None
         results = []
-        for rule in self.passes:
+        self._write(folder, 0, "captured", gm)
+        for index, rule in enumerate(self.passes, start=1):
             results.append(apply(gm, rule))
+            if results[-1].rewrites:
+                self._write(folder, 10 * index, rule.name, gm)
         text = dump(gm.graph)
-        return Outcome(tuple(results), lower(gm), text)
+        lowered = lower(gm)
+        self._write(folder, 10 * (len(self.passes) + 1), "lower", gm)
+        return Outcome(inputs, tuple(results), lowered, text)
+
+    def _write(self, folder: Path | None, index: int, name: str, gm: GraphModule) -> None:
+        if folder is not None:
+            write_dump(folder, index, name, dump(gm.graph))
+
+
+def _file_name(inputs: str) -> str:
+    """`i64[s0,s1] i64[s0,s2]` as a folder's name."""
+    return "".join(c if c.isalnum() else "-" for c in inputs).strip("-")[:100] or "no-inputs"

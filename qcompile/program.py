@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,33 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from qcompile import _torch, calls
-from qcompile.graph import capture
+from qcompile.graph.dump import type_text
 from qcompile.pipeline import Outcome, Pipeline
+from qcompile.step import Forward, capture_call
 
 
-class Step(nn.Module):
-    """A model's forward as a module of flat tensors, for capture."""
-
-    def __init__(self, model: nn.Module, forward: Callable[..., Any], rebuild: Callable[[Sequence[Any]], Any], results: list):
-        super().__init__()
-        self.model = model
-        self._forward = forward
-        self._rebuild = rebuild
-        # By closure, because torch.export takes back what a forward does to its module.
-        self._keep = lambda result: results.append(result)
-
-    def forward(self, *tensors: Any) -> list[Any]:
-        kwargs = self._rebuild(tensors)
-        shells = sorted((v for v in kwargs.values() if calls.is_cache(v)), key=lambda shell: shell._qcompile_place)
-        result = self._forward(**kwargs)
-        recorded = calls.record(result, tensors, shells)
-        self._keep(recorded)
-        return recorded.tensors
-
-
-@dataclass
+@dataclass(frozen=True)
 class Program:
-    """A compiled graph, the inputs it gathers from the model, and the shapes it accepts."""
+    """A compiled graph, the weights it gathers from the model at each call, and the shapes it accepts."""
 
     run: Callable[..., Sequence[Any]]
     weights: list[tuple[dict[str, Any], str] | Tensor]
@@ -45,19 +26,17 @@ class Program:
     outcome: Outcome
 
     def __call__(self, tensors: Sequence[Tensor], caches: Sequence[Any]) -> Any:
+        # Looked up every time: weights are inputs, so a weight that was edited or moved is never stale.
         weights = [place if isinstance(place, Tensor) else place[0][place[1]] for place in self.weights]
         with torch.no_grad():
             outputs = self.run(*weights, *tensors)
         return self.build(outputs, tensors, caches)
 
 
-def compile_call(model: nn.Module, forward: Callable[..., Any], kwargs: dict[str, Any], pipeline: Pipeline) -> Program:
-    """Capture, transform and compile `forward(**kwargs)`. Raises CaptureError if it cannot be captured."""
-    flat, rebuild = calls.flatten(kwargs)
-    results: list[calls.Result] = []
-    step = Step(model, forward, rebuild, results)
-    captured = capture.export(step, flat.tensors, prefix="model.")
-    weights: list[Any] = []
+def compile_call(model: nn.Module, forward: Forward, kwargs: Mapping[str, Any], pipeline: Pipeline) -> Program:
+    """Capture, transform and compile `forward(**kwargs)`. Raises CaptureError or UnsupportedError where it cannot."""
+    captured, _, build = capture_call(model, forward, kwargs)
+    weights: list[tuple[dict[str, Any], str] | Tensor] = []
     for given in captured.inputs:
         if given.path is not None:
             path, _, name = given.path.rpartition(".")
@@ -65,8 +44,31 @@ def compile_call(model: nn.Module, forward: Callable[..., Any], kwargs: dict[str
             weights.append((owner._parameters if name in owner._parameters else owner._buffers, name))
         elif given.constant is not None:
             weights.append(given.constant)
-    # The caller's tensors come last, in the order they were given; torch.export keeps that order.
+    # torch.export lists weights first and the caller's tensors last, in the order they were given.
     fakes = [fake for given, fake in zip(captured.inputs, captured.fakes, strict=True) if given.user is not None]
-    outcome = pipeline.transform(captured.gm)
-    run = _torch.inductor(captured.gm, captured.fakes, pipeline.inductor_options)
-    return Program(run, weights, results[-1].build, _torch.shape_guards(fakes), outcome)
+    accepts = _torch.shape_guards(fakes)
+    outcome = pipeline.transform(captured.gm, describe(kwargs, fakes))
+    run = _torch.inductor(captured.gm, captured.fakes)
+    return Program(run, weights, build, accepts, outcome)
+
+
+def preview_call(model: nn.Module, forward: Forward, kwargs: Mapping[str, Any], pipeline: Pipeline) -> Outcome:
+    """What the passes make of `forward(**kwargs)`, without compiling it."""
+    captured, _, _ = capture_call(model, forward, kwargs)
+    fakes = [fake for given, fake in zip(captured.inputs, captured.fakes, strict=True) if given.user is not None]
+    return pipeline.transform(captured.gm, describe(kwargs, fakes))
+
+
+def describe(kwargs: Mapping[str, Any], fakes: Sequence[Any]) -> str:
+    """A call by the types of its tensor arguments: `input_ids i64[s0,s1]`, caches as `past_key_values`."""
+    symbols: dict[str, str] = {}
+    given = iter(fakes)
+    words = []
+    for name, argument in kwargs.items():
+        if isinstance(argument, Tensor):
+            words.append(f"{name} {type_text(next(given), symbols)}")
+        elif calls.is_cache(argument):
+            words.append(f"{name} {type(argument.layers[0]).__name__}")
+            for _ in calls.flatten(argument)[0].tensors:
+                next(given)
+    return ", ".join(words)

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -23,6 +24,7 @@ namespace {
 
 typedef uint8_t u8x16 __attribute__((vector_size(16)));
 typedef uint16_t u16x16 __attribute__((vector_size(32)));
+typedef int32_t i32x16 __attribute__((vector_size(64)));
 typedef uint32_t u32x16 __attribute__((vector_size(64)));
 typedef float f32x16 __attribute__((vector_size(64)));
 
@@ -56,6 +58,15 @@ INLINE float sum(f32x16 v) {
 
 // ---- number formats ----
 
+INLINE f32x16 to_floats(u8x16 v) {
+#ifdef HAS_AVX512
+    return bits_of<f32x16>(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bits_of<__m128i>(v))));
+#else
+    // In steps: gcc converts straight from bytes one number at a time.
+    return __builtin_convertvector(__builtin_convertvector(__builtin_convertvector(v, u16x16), i32x16), f32x16);
+#endif
+}
+
 enum Kind : int { F32 = 0, BF16 = 1, F16 = 2, U8 = 3 };
 
 constexpr int64_t size_of(int kind) { return kind == F32 ? 4 : kind == U8 ? 1 : 2; }
@@ -71,7 +82,7 @@ INLINE f32x16 from_half(u32x16 h) {
 INLINE f32x16 load16(const void* base, int64_t index, int kind) {
     const char* at = (const char*)base + index * size_of(kind);
     if (kind == F32) return load<f32x16>(at);
-    if (kind == U8) return __builtin_convertvector(load<u8x16>(at), f32x16);
+    if (kind == U8) return to_floats(load<u8x16>(at));
     u32x16 wide = __builtin_convertvector(load<u16x16>(at), u32x16);
     return kind == BF16 ? bits_of<f32x16>(wide << 16) : from_half(wide);
 }

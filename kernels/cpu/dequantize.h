@@ -34,7 +34,7 @@ template <int KIND> struct Values {
             return store((char*)out + index * 2, words);
         }
 #endif
-        store16(out, index, KIND, (__builtin_convertvector(codes, f32x16) - zero) * scale);
+        store16(out, index, KIND, (to_floats(codes) - zero) * scale);
     }
 };
 

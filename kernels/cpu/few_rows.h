@@ -14,7 +14,7 @@ INLINE void few_rows_f32(const Weight& w, int64_t n, const float* x, int64_t x_s
         const f32x16 s = splat(scale[g]), shift = splat(-zero[g] * scale[g]);
         const int64_t last = first + per_group;
         auto add = [&](int64_t b, int phase) __attribute__((always_inline)) {
-            const f32x16 value = __builtin_convertvector(row.block(b, phase), f32x16) * s + shift;
+            const f32x16 value = to_floats(row.block(b, phase)) * s + shift;
             for (int m = 0; m < M; m++) total[m] += value * load<f32x16>(x + m * x_stride + b * LANES);
         };
         int64_t b = first;

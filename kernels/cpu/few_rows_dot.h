@@ -7,6 +7,12 @@
 #ifdef HAS_BF16_DOT
 namespace {
 
+#ifndef SCHED
+#define SCHED schedule(dynamic)
+#endif
+#ifndef PF
+#define PF 8192
+#endif
 constexpr int64_t UNIT = 64;  // codes in one vector of bytes
 constexpr float MAGIC = BITS == 8 ? 2048 + 128 : 128;
 
@@ -61,6 +67,7 @@ INLINE void add_unit(__m512 (&sums)[R][M], const Row* row, int64_t unit, int64_t
     for (int m = 0; m < M; m++) x0[m] = x.at(m0 + m, unit, 0), x1[m] = x.at(m0 + m, unit, 1);
     for (int r = 0; r < R; r++) {
         __m512i codes = codes64<LAST>(row[r], unit, columns);
+        __builtin_prefetch(row[r].plane[0] + unit * 8 * BITS + PF, 0, 3);
         if (BITS == 8) {
             const __m512i nibble = _mm512_set1_epi8(15);
             __m512i high = _mm512_and_si512(_mm512_srli_epi16(codes, 4), nibble);
@@ -126,9 +133,12 @@ INLINE void few_rows_dot(const Weight& w, int64_t n, const Dotted& x, int64_t ro
 
 template <bool LANEWISE>
 void few_rows_dot(const Weight& w, const Dotted& x, int64_t rows, const Output& out, int threads) {
-    constexpr int R = 4;
-    const int64_t groups = w.groups(), blocks = (w.columns + UNIT - 1) / UNIT * 4;
-    const int64_t stride = std::max((groups + LANES - 1) / LANES * LANES, LANEWISE ? blocks : 0) + LANES;
+#ifndef RR
+#define RR 4
+#endif
+    constexpr int R = RR;
+    const int64_t groups = w.groups(), units = (w.columns + UNIT - 1) / UNIT;
+    const int64_t stride = (std::max(groups, LANEWISE ? units * 4 : 0) + LANES - 1) / LANES * LANES;
     const int64_t step = std::max<int64_t>(1, std::min<int64_t>(16, w.rows / (4 * R * threads))) * R;
 #pragma omp parallel num_threads(threads)
     {
@@ -150,7 +160,7 @@ void few_rows_dot(const Weight& w, const Dotted& x, int64_t rows, const Output& 
         const bool varies = w.scale_stride || w.zero_stride;
         if (!varies)
             for (int r = 0; r < R; r++) prepare(0, r);
-#pragma omp for schedule(dynamic)
+#pragma omp for SCHED
         for (int64_t first = 0; first < w.rows; first += step) {
             const int64_t last = std::min(first + step, w.rows);
             int64_t n = first;

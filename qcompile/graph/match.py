@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
+
+from qcompile import _torch
 
 aten = torch.ops.aten
 
@@ -44,15 +46,29 @@ def argument(node: Node, index: int, name: str, default: Any = None) -> Any:
     return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
 
 
+def named_argument(node: Node, name: str) -> Any:
+    """An argument of an op by its name in the schema; None if the op has none of this name."""
+    schema = getattr(node.target, "_schema", None)
+    for index, formal in enumerate(schema.arguments if schema else ()):
+        if formal.name == name:
+            return argument(node, index, name, formal.default_value)
+    return None
+
+
 def only_user(node: Node) -> Node | None:
     """The single user of a node, or None."""
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
+def same_shape(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Whether two shapes are one expression; `==` on symbolic sizes would add guards."""
+    return str(tuple(a)) == str(tuple(b))
+
+
 def same_type(a: Node, b: Node) -> bool:
     """Whether two nodes hold tensors of one shape, dtype and device."""
     x, y = value(a), value(b)
-    return (tuple(x.shape), x.dtype, x.device) == (tuple(y.shape), y.dtype, y.device)
+    return same_shape(x.shape, y.shape) and (x.dtype, x.device) == (y.dtype, y.device)
 
 
 def module_path(node: Node) -> str:
@@ -60,14 +76,63 @@ def module_path(node: Node) -> str:
     return node.meta.get("module_path", "")
 
 
-CASTS = (aten.to.dtype, aten._to_copy.default)
+CASTS = (aten.to.dtype, aten.to.dtype_layout, aten.type_as.default, aten._to_copy.default)
+
+
+def is_cast(node: Any) -> bool:
+    """Whether `node` converts between floating dtypes, or not at all, on one device."""
+    if not is_call(node, *CASTS):
+        return False
+    new, old = value(node), value(node.args[0])
+    return new.is_floating_point() and old.is_floating_point() and new.device == old.device
 
 
 def skip_casts(node: Any) -> Any:
     """Walk up over conversions between floating dtypes."""
-    while is_call(node, *CASTS) and value(node).is_floating_point() and value(node.args[0]).is_floating_point():
+    while is_cast(node):
         node = node.args[0]
     return node
+
+
+def in_dtype(node: Any, dtype: torch.dtype) -> Node | None:
+    """The first of `node` and of what it was cast from, step by step, that has this dtype."""
+    while value(node).dtype != dtype and is_cast(node):
+        node = node.args[0]
+    return node if value(node).dtype == dtype else None
+
+
+def only_reader(node: Node) -> Node | None:
+    """The single user of a node that is not a cast, if nothing but casts lies between, else None."""
+    user = only_user(node)
+    while user is not None and is_cast(user):
+        user = only_user(user)
+    return user
+
+
+def other_operand(user: Node, node: Node) -> Any:
+    """What `user`, a call with two operands, reads beside `node`; None if it reads `node` twice. Casts aside."""
+    others = [arg for arg in user.args if skip_casts(arg) is not skip_casts(node)]
+    return others[0] if len(others) == 1 else None
+
+
+def cast_back(root: Node, x: Node) -> tuple[Node, Node] | None:
+    """Where a computation that starts at `x` and ends at `root` has one dtype at both ends.
+
+    The ends are `root` or a cast behind it, the last one that will do, and `x` or what it was cast from.
+    """
+    found = None
+    while True:
+        if (source := in_dtype(x, value(root).dtype)) is not None:
+            found = root, source
+        user = only_user(root)
+        if user is None or not is_cast(user):
+            return found
+        root = user
+
+
+def dtype_text(node: Node) -> str:
+    """A node's dtype without the `torch.`, for reasons and reports."""
+    return str(value(node).dtype).removeprefix("torch.")
 
 
 _COMMUTES = {aten.add.Tensor, aten.mul.Tensor, operator.add, operator.mul}
@@ -79,15 +144,17 @@ class Pattern:
         Pattern(lambda x, w, eps: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * w, "x w", eps=1e-5)
 
     Tensor parameters are named in one string; keyword parameters are scalars that bind to whatever number stands there.
-    Conversions between floating dtypes in the graph are looked through: one pattern serves every dtype.
+    Conversions between floating dtypes are looked through on both sides: one pattern serves every dtype. The function is
+    written as Normalize spells graphs: `x.pow(2)`, not `x * x`.
     """
 
     def __init__(self, function: Callable[..., Any], tensors: str, **scalars: float):
         names = tensors.split()
-        example = torch.randn(2, 8, dtype=torch.float64)
+        # One tensor for each name: tracing tells them apart by identity.
+        examples = [torch.ones(2, 8, dtype=torch.float64) for _ in names]
         # Scalars are traced as numbers that occur nowhere else and recognised by their value.
         marks = {name: 1e9 + 7 * index for index, name in enumerate(scalars, start=1)}
-        traced = torch.fx.experimental.proxy_tensor.make_fx(lambda *xs: function(*xs, **marks))(*[example] * len(names))
+        traced = _torch.trace(lambda *xs: function(*xs, **marks), examples, pre_dispatch=True)
         inputs = traced.graph.find_nodes(op="placeholder")
         self._names = dict(zip(inputs, names, strict=True))
         self._marks = {mark: name for name, mark in marks.items()}
@@ -96,18 +163,17 @@ class Pattern:
     def match(self, node: Node) -> Match | None:
         """The values of all parameters if the value of `node` is this computation."""
         for bound in self._unify(self._root, node, {}):
-            inner = frozenset(n for n in bound.values() if isinstance(n, Node))
+            inner = {got for got in bound.values() if isinstance(got, Node)} | set(_casts(node))
             named = {name: bound[key] for key, name in self._names.items()}
             scalars = {key: number for key, number in bound.items() if isinstance(key, str)}
-            inputs = set(named.values())
-            return Match(node, {**named, **scalars}, frozenset(inner - inputs))
+            return Match(node, {**named, **scalars}, frozenset(inner - set(named.values())))
         return None
 
     def _unify(self, want: Any, got: Any, bound: dict[Any, Any]) -> Iterator[dict[Any, Any]]:
         if not isinstance(want, Node):
             yield from self._unify_literal(want, got, bound)
-        elif want in bound:
-            if bound[want] is got or skip_casts(bound[want]) is skip_casts(got):
+        elif (want := skip_casts(want)) in bound:
+            if bound[want] is skip_casts(got):
                 yield bound
         elif want in self._names:
             if isinstance(got, Node):
@@ -130,8 +196,9 @@ class Pattern:
 
     def _unify_literal(self, want: Any, got: Any, bound: dict[Any, Any]) -> Iterator[dict[Any, Any]]:
         if isinstance(want, float) and want in self._marks:
-            if isinstance(got, (int, float)):
-                yield {**bound, self._marks[want]: float(got)}
+            name = self._marks[want]
+            if isinstance(got, (int, float)) and bound.get(name, got) == got:
+                yield {**bound, name: float(got)}
         elif isinstance(want, (list, tuple)) and isinstance(got, (list, tuple)):
             yield from self._unify_all(tuple(want), tuple(got), bound)
         elif isinstance(want, (int, float)) and isinstance(got, (int, float)):
@@ -157,9 +224,16 @@ class Match:
         return None
 
 
+def _casts(node: Node) -> Iterator[Node]:
+    """The conversions that `skip_casts` walks over, from `node` up."""
+    while skip_casts(node) is not node:
+        yield node
+        node = node.args[0]  # type: ignore[assignment]
+
+
 def _feeds_only(node: Node, inner: frozenset[Node]) -> bool:
     """Whether a cast between two inner nodes is itself inside."""
-    return is_call(node, *CASTS) and all(user in inner or _feeds_only(user, inner) for user in node.users)
+    return is_cast(node) and all(user in inner or _feeds_only(user, inner) for user in node.users)
 
 
 def _trim(args: tuple[Any, ...], node: Node) -> tuple[Any, ...]:
@@ -168,7 +242,7 @@ def _trim(args: tuple[Any, ...], node: Node) -> tuple[Any, ...]:
     if schema is None:
         return args
     full = list(args) + [node.kwargs.get(a.name, a.default_value) for a in schema.arguments[len(args) :]]
-    while full and full[-1] in (None, False):
+    while full and (full[-1] is None or full[-1] is False):
         full.pop()
     return tuple(full)
 

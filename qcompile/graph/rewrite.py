@@ -51,6 +51,7 @@ class Rewriter:
         self.graph = graph
         self.origin = origin
         self._anchor: Node | None = None
+        self._replaced: list[Node] = []
 
     @contextmanager
     def before(self, node: Node) -> Iterator[None]:
@@ -88,12 +89,23 @@ class Rewriter:
 
     def replace(self, old: Node, new: Node) -> None:
         """All users of `old` read `new`. Raises RuntimeError if the two differ in shape, dtype or device."""
-        for a, b in zip(_leaves(value(old)), _leaves(value(new)), strict=True):
+        was, now = _leaves(value(old)), _leaves(value(new))
+        if len(was) != len(now):
+            raise RuntimeError(f"{self.origin}: {new.name} has {len(now)} values, {old.name} has {len(was)}")
+        for a, b in zip(was, now):
             if isinstance(a, torch.Tensor) and not _alike(a, b):
-                raise RuntimeError(
-                    f"{self.origin}: {new.name} is {tuple(b.shape)} {b.dtype}, {old.name} is {tuple(a.shape)} {a.dtype}"
-                )
+                raise RuntimeError(f"{self.origin}: {new.name} is {_type(b)}, {old.name} is {_type(a)}")
         old.replace_all_uses_with(new)
+        self._replaced.append(old)
+
+    def sweep(self) -> None:
+        """Remove what was replaced and everything that only it used, so that counting users stays meaningful."""
+        stack, self._replaced = self._replaced, []
+        while stack:
+            node = stack.pop()
+            if not node._erased and not node.users and not _is_impure(node):
+                stack += node.all_input_nodes
+                self.graph.erase_node(node)
 
 
 def apply(gm: GraphModule, rule: Rule[Any]) -> PassResult:
@@ -101,7 +113,7 @@ def apply(gm: GraphModule, rule: Rule[Any]) -> PassResult:
     graph, before = gm.graph, len(gm.graph.nodes)
     rewriter, rewrites, misses = Rewriter(graph, rule.name), [], []
     for node in list(graph.nodes):
-        if node.op == "erased" or node._erased:
+        if node._erased:
             continue
         found = rule.match(node)
         if found is None:
@@ -111,6 +123,7 @@ def apply(gm: GraphModule, rule: Rule[Any]) -> PassResult:
             continue
         site = Site(node.name, module_path(node))
         rule.rewrite(rewriter, found)
+        rewriter.sweep()
         rewrites.append(site)
     if rewrites:
         graph.eliminate_dead_code(is_impure_node=_is_impure)
@@ -127,9 +140,17 @@ def _is_impure(node: Node) -> bool:
     return schema is not None and schema.is_mutable
 
 
-def _alike(a: torch.Tensor, b: torch.Tensor) -> bool:
+def _alike(a: torch.Tensor, b: Any) -> bool:
+    if not isinstance(b, torch.Tensor):
+        return False
     # Symbolic sizes are compared as expressions: `==` on them would add guards.
     return a.dtype == b.dtype and a.device == b.device and str(tuple(a.shape)) == str(tuple(b.shape))
+
+
+def _type(tensor: Any) -> str:
+    if not isinstance(tensor, torch.Tensor):
+        return type(tensor).__name__
+    return f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
 
 
 def _leaves(values: Any) -> list[Any]:

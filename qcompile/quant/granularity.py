@@ -1,4 +1,8 @@
-"""Who shares a scale. A weight is always seen as a matrix (rows, columns) = (out_features, in_features)."""
+"""Who shares a scale. A weight is always seen as a matrix (rows, columns) = (out_features, in_features).
+
+`scale_shape` says how many scales there are, `spread` gives each element its scale, and `fold` views a (rows, columns)
+weight so that the elements of a group lie along one axis, which it returns too. Groups are in the order of the scales.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +27,9 @@ class PerTensor:
     def spread(self, scale: Tensor, rows: int, columns: int) -> Tensor:
         return scale
 
+    def fold(self, weight: Tensor) -> tuple[Tensor, int]:
+        return weight.reshape(1, -1), 1
+
 
 @dataclass(frozen=True)
 class PerRow:
@@ -36,6 +43,9 @@ class PerRow:
 
     def spread(self, scale: Tensor, rows: int, columns: int) -> Tensor:
         return scale
+
+    def fold(self, weight: Tensor) -> tuple[Tensor, int]:
+        return weight, 1
 
 
 @dataclass(frozen=True)
@@ -59,6 +69,9 @@ class PerGroup:
     def spread(self, scale: Tensor, rows: int, columns: int) -> Tensor:
         return scale.reshape(-1, 1).expand(-1, self.size).reshape(rows, columns)
 
+    def fold(self, weight: Tensor) -> tuple[Tensor, int]:
+        return weight.reshape(-1, self.size), 1
+
 
 @dataclass(frozen=True)
 class PerOutputGroup:
@@ -75,6 +88,9 @@ class PerOutputGroup:
 
     def spread(self, scale: Tensor, rows: int, columns: int) -> Tensor:
         return scale.reshape(1, -1).expand(self.size, -1).reshape(rows, columns)
+
+    def fold(self, weight: Tensor) -> tuple[Tensor, int]:
+        return weight.reshape(self.size, -1), 0
 
 
 Granularity = PerTensor | PerRow | PerGroup | PerOutputGroup

@@ -33,20 +33,33 @@ class QTensor:
     zero: Tensor | QTensor | None = None
 
     def __post_init__(self) -> None:
+        if not self.shape:
+            raise FormatError(f"{self._what}: a quantized weight has at least one dimension")
         groups = self.spec.scale_shape(self.rows, self.columns)
         self._check("data", self.data.shape, (self.rows, row_bytes(self.columns, self.spec.element.bits)))
         self._check("scale", self.scale.shape, groups)
         if self.data.dtype != torch.uint8:
             raise FormatError(f"{self._what}: data is {self.data.dtype}, packed codes are torch.uint8")
-        if isinstance(self.scale, QTensor) != (self.spec.scale_spec is not None):
-            raise FormatError(f"{self._what}: scale is a {type(self.scale).__name__}")
+        self._check_numbers("scale", self.scale, self.spec.scale_spec)
         if (self.zero is None) != (self.spec.zero is Zero.NONE):
             raise FormatError(f"{self._what}: zero is {'missing' if self.zero is None else 'not expected'}")
         if self.zero is None:
             return
         self._check("zero", self.zero.shape, groups)
-        if isinstance(self.zero, Tensor) and self.spec.zero is Zero.INT and self.zero.dtype != torch.uint8:
-            raise FormatError(f"{self._what}: zero is {self.zero.dtype}, integer zero points are torch.uint8")
+        if self.spec.zero is Zero.FLOAT:
+            self._check_numbers("zero", self.zero, self.spec.zero_spec)
+        elif isinstance(self.zero, QTensor) or self.zero.dtype != torch.uint8:
+            got = "quantized" if isinstance(self.zero, QTensor) else self.zero.dtype
+            raise FormatError(f"{self._what}: zero is {got}, integer zero points are torch.uint8")
+
+    def _check_numbers(self, name: str, numbers: Tensor | QTensor, spec: QSpec | None) -> None:
+        if isinstance(numbers, QTensor):
+            if numbers.spec != spec:
+                raise FormatError(f"{self._what}: {name} is quantized as {numbers.spec}, not as {spec}")
+        elif spec:
+            raise FormatError(f"{self._what}: {name} is {numbers.dtype}, not quantized as {spec}")
+        elif not numbers.dtype.is_floating_point:
+            raise FormatError(f"{self._what}: {name} is {numbers.dtype}, not a floating dtype")
 
     def _check(self, name: str, got: tuple[int, ...], needs: tuple[int, ...]) -> None:
         if tuple(got) != tuple(needs):

@@ -1,0 +1,82 @@
+"""linear on CUDA: the number of rows, known only at the call, decides between three ways (see _tuning.way).
+
+A few rows are bound by reading the weight (linear_gemv), more keep the tensor cores busy with codes unpacked on the way
+(linear_gemm), and many are fastest as a float weight, written once and multiplied by cuBLAS.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qcompile.kernels import _tuning
+from qcompile.kernels._tiles import refuses_device
+from qcompile.kernels._weight import Weight, refuses_weight
+from qcompile.kernels.dequantize_gpu import write_weight
+from qcompile.kernels.linear_gemm import gemm
+from qcompile.kernels.linear_gemv import gemv
+from qcompile.ops.activation import ACTIVATIONS
+from qcompile.ops.linear import linear
+from qcompile.ops.precision import wide
+from qcompile.ops.registry import opaque
+
+
+def refuses(
+    x: Tensor, data: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, spec: str, activation: str | None
+) -> str | None:
+    """Why the Triton kernels cannot run this call, or None."""
+    if activation is not None and activation not in ACTIVATIONS:
+        return f"does not know the activation {activation}"
+    return refuses_device(x, x.dtype) or refuses_weight(scale, zero, spec, x.shape[-1])
+
+
+def _fake(
+    x: Tensor, data: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, spec: str, activation: str | None
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], data.shape[0]))
+
+
+@opaque(_fake)
+def linear_cuda(
+    x: Tensor, data: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, spec: str, activation: str | None
+) -> Tensor:
+    columns = x.shape[-1]
+    shape = (*x.shape[:-1], data.shape[0])
+    if x.numel() == 0 or data.numel() == 0:
+        return linear.meaning(x, data, scale, zero, bias, spec, activation)
+    rows = x.reshape(-1, columns).contiguous()
+    weight = Weight.of(data, scale, zero, spec, columns)
+    bias = None if bias is None else bias.contiguous()
+    way = _tuning.way(rows.shape[0], weight.rows, columns, weight.bits)
+    if way == "gemv":
+        tile = _tuning.gemv_tile(rows.shape[0], weight.rows, columns, weight.step)
+        return gemv(rows, weight, bias, activation, tile).reshape(shape)
+    if way == "gemm":
+        tile = _tuning.gemm_tile(rows.shape[0], weight.rows, columns, weight.step, rows.dtype)
+        return gemm(rows, weight, bias, activation, tile).reshape(shape)
+    return dequantize_and_multiply(rows, weight, bias, activation).reshape(shape)
+
+
+@linear.implementation("triton", refuses)
+def linear_triton(
+    x: Tensor, data: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, spec: str, activation: str | None
+) -> Tensor:
+    return linear_cuda(x, data, scale, zero, bias, spec, activation)
+
+
+def dequantize_and_multiply(x: Tensor, weight: Weight, bias: Tensor | None, activation: str | None) -> Tensor:
+    """act(x @ W.T + bias) through a float copy of a slab of weight rows at a time, which stays in the L2 cache."""
+    out = x.new_empty(x.shape[0], weight.rows)
+    slab = max(1, _tuning.SLAB_ELEMENTS // weight.columns)
+    scratch = x.new_empty(min(slab, weight.rows), weight.columns)
+    for first in range(0, weight.rows, slab):
+        count = min(slab, weight.rows - first)
+        w, y = scratch[:count], out.narrow(1, first, count)
+        write_weight(w, weight.narrow(first, count))
+        if bias is None:
+            torch.mm(x, w.t(), out=y)
+        else:
+            torch.addmm(bias.narrow(0, first, count).to(x.dtype), x, w.t(), out=y)
+    if activation is None:
+        return out
+    return ACTIVATIONS[activation](wide(out)).to(x.dtype)

@@ -1,0 +1,124 @@
+"""Rows times a quantized weight on tensor cores.
+
+One program makes a BLOCK_M x BLOCK_N tile of the output. Each step takes CHUNKS 16-byte chunks of BLOCK_N weight rows,
+unpacks them in registers one unit of sixteen codes a chunk at a time, and multiplies them with the inputs of those
+units: the order of a sum is free, so codes are never reordered. With SPLITS > 1 the steps are dealt out to several
+programs a tile, and a second kernel adds their sums.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qcompile.kernels import _tuning
+from qcompile.kernels._tiles import (
+    activate,
+    cdiv,
+    dependent_launch,
+    gdc_launch_dependents,
+    gdc_wait,
+    launch,
+    tl,
+    triton,
+    unit_weights,
+)
+from qcompile.kernels._weight import Weight
+
+FINISH_BLOCK = 1024
+
+
+def gemm(x: Tensor, weight: Weight, bias: Tensor | None, activation: str | None, tile: _tuning.GemmTile) -> Tensor:
+    """act(x @ W.T + bias) for contiguous x (M, K)."""
+    (m, k), n = x.shape, weight.rows
+    out = x.new_empty(m, n)
+    pdl = dependent_launch(x)
+    split = tile.splits > 1
+    parts = x.new_empty(tile.splits, m, n, dtype=torch.float32) if split else out
+    launch(
+        _gemm,
+        (cdiv(m, tile.rows) * cdiv(n, tile.outputs), tile.splits),
+        x,
+        x,
+        *weight.pointers,
+        None if split else bias,
+        parts,
+        m,
+        n,
+        k,
+        *weight.strides,
+        **weight.constants,
+        ACTIVATION=None if split else activation,
+        EVEN=k % (tile.chunks * weight.step) == 0,
+        SPLITS=tile.splits,
+        BLOCK_M=tile.rows,
+        BLOCK_N=tile.outputs,
+        CHUNKS=tile.chunks,
+        PDL=pdl,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    if split:
+        grid = (cdiv(m * n, FINISH_BLOCK),)
+        constants = {"SPLITS": tile.splits, "ACTIVATION": activation, "BLOCK": FINISH_BLOCK, "PDL": pdl}
+        launch(_finish, grid, x, parts, bias, out, m * n, n, **constants)
+    return out
+
+
+@triton.jit
+def _gemm(
+    x_ptr, data_ptr, scale_ptr, zero_ptr, bias_ptr, out_ptr, M, N, K, data_stride, scale_stride, zero_stride,
+    OFFSET: tl.constexpr, GROUP: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
+    FIELDS: tl.constexpr, ACTIVATION: tl.constexpr, EVEN: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    # Neighbouring programs share their weights.
+    blocks_m = tl.cdiv(M, BLOCK_M)
+    m = tl.program_id(0) % blocks_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.program_id(0) // blocks_m * BLOCK_N + tl.arange(0, BLOCK_N)
+    weight_row = tl.minimum(n, N - 1).to(tl.int64)[:, None]
+    data = data_ptr + weight_row * (data_stride * 4)
+    scale_row = scale_ptr + weight_row * scale_stride
+    zero_row = None if zero_ptr is None else zero_ptr + weight_row * zero_stride
+    x_row = x_ptr + tl.minimum(m, M - 1).to(tl.int64)[:, None] * K
+    inputs = tl.arange(0, CHUNKS * 16)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in tl.range(tl.program_id(1) * CHUNKS, tl.cdiv(K, FIELDS * 16), SPLITS * CHUNKS):
+        chunk = start + tl.arange(0, CHUNKS)
+        for field in tl.static_range(FIELDS):
+            k = ((start + inputs // 16) * (FIELDS * 16) + field * 16 + inputs % 16)[None, :]
+            x = tl.load(x_row + k, mask=None if EVEN else k < K, other=None if EVEN else 0.0)
+            w = unit_weights(
+                data, scale_row, zero_row, K, chunk, OFFSET, GROUP, DTYPE, field, FIELDS, P0, P1, P2, EVEN
+            )
+            acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
+    if GROUP == 0:
+        acc *= tl.load(scale_ptr + tl.minimum(n, N - 1).to(tl.int64) * scale_stride).to(tl.float32)[None, :]
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    at = (tl.program_id(1).to(tl.int64) * M + m.to(tl.int64))[:, None] * N + n[None, :]
+    y = activate(acc, ACTIVATION).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + at, y, mask=(m < M)[:, None] & (n < N)[None, :])
+
+
+@triton.jit
+def _finish(
+    parts_ptr, bias_ptr, out_ptr, SIZE, N,
+    SPLITS: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Adds the sums of SPLITS programs, always in the same order."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < SIZE
+    y = tl.zeros((BLOCK,), tl.float32)
+    for part in tl.static_range(SPLITS):
+        y += tl.load(parts_ptr + part * SIZE.to(tl.int64) + at, mask=inside, other=0.0)
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + at % N, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + at, activate(y, ACTIVATION).to(out_ptr.dtype.element_ty), mask=inside)

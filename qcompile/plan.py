@@ -1,0 +1,315 @@
+"""What will become of every parameter, decided on shapes alone.
+
+The model's forward is captured once on fake tensors; roles and sibling groups are read off the graph, not off names.
+Where a forward cannot be captured (no example inputs, say), the module tree decides and the plan says so.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+
+from qcompile.config import Config
+from qcompile.errors import CaptureError, ConfigError, SpecError, UnsupportedError
+from qcompile.graph.match import argument, aten, is_call, value
+from qcompile.graph.rewrite import apply
+from qcompile.passes.normalize import Normalize
+from qcompile.quant.granularity import PerGroup, PerRow
+from qcompile.quant.spec import QSpec
+from qcompile.step import capture_call
+
+# A linear smaller than this saves nothing worth a kernel.
+TINY = 1024
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One parameter: what it is, its spec or the reason why it stays dense, and its bytes before and after.
+
+    `group` numbers the siblings that are stored side by side; `aliases` are the other names of a tied parameter.
+    `decided` is False where a dense parameter is nobody's choice: not of the config, not of a role that is kept.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    role: str
+    spec: QSpec | None
+    reason: str
+    before: int
+    after: int
+    group: int | None = None
+    transposed: bool = False
+    aliases: tuple[str, ...] = ()
+    decided: bool = True
+
+    @property
+    def module(self) -> str:
+        return self.path.rpartition(".")[0]
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+        rows, columns = self.shape
+        return (columns, rows) if self.transposed else (rows, columns)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every parameter of a model, and how its roles were found."""
+
+    entries: tuple[Entry, ...]
+    source: str
+
+    @property
+    def before(self) -> int:
+        return sum(entry.before for entry in self.entries)
+
+    @property
+    def after(self) -> int:
+        return sum(entry.after for entry in self.entries)
+
+    @property
+    def unexpected(self) -> list[Entry]:
+        """Weights that stay dense although nobody decided so."""
+        return [entry for entry in self.entries if entry.spec is None and not entry.decided]
+
+    @property
+    def groups(self) -> list[tuple[Entry, ...]]:
+        """Quantized parameters as they are stored: siblings together, the others alone, in the model's order."""
+        together: dict[Any, list[Entry]] = defaultdict(list)
+        for entry in self.entries:
+            if entry.spec is not None:
+                together[entry.path if entry.group is None else entry.group].append(entry)
+        return [tuple(entries) for entries in together.values()]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        rows = [
+            {**asdict(entry), "dtype": str(entry.dtype).removeprefix("torch."), "spec": entry.spec and str(entry.spec)}
+            for entry in self.entries
+        ]
+        return {"source": self.source, "before": self.before, "after": self.after, "parameters": rows}
+
+
+def make_plan(model: nn.Module, config: Config, example: Mapping[str, Any] | None = None) -> Plan:
+    """The plan for a model. `example` are keyword arguments of its forward; Transformers models need none.
+
+    Nothing is computed: parameters may be on the meta device. Raises ConfigError for patterns that match no module.
+    """
+    names = _names(model)
+    modules = [name for name, _ in model.named_modules()]
+    if unmatched := config.unmatched(modules):
+        raise ConfigError(f"no module matches {', '.join(map(repr, unmatched))}")
+    roles, source = _roles(model, names, example)
+    return _plan(names, roles, config, source)
+
+
+def plan_graph(weights: Mapping[Node, Tensor], config: Config) -> Plan:
+    """The plan for a captured, normalized graph whose weight inputs are these nodes, named by meta["input_path"]."""
+    names = [(tensor, (node.meta["input_path"],)) for node, tensor in weights.items()]
+    roles = _roles_in_graph({node.meta["input_path"]: node for node in weights}, names)
+    return _plan(names, roles, config, "graph")
+
+
+@dataclass(frozen=True)
+class _Role:
+    name: str
+    transposed: bool = False
+    reads: Any = None  # what siblings must have in common, or None
+
+
+Names = Sequence[tuple[Tensor, tuple[str, ...]]]
+
+
+def _plan(names: Names, roles: Mapping[str, _Role], config: Config, source: str) -> Plan:
+    entries = [
+        _entry(path, tuple(aliases), tensor, roles.get(path, _Role("other")), config)
+        for tensor, (path, *aliases) in names
+    ]
+    return Plan(_group(entries, roles, config), source)
+
+
+def _names(model: nn.Module) -> Names:
+    """Parameters in the model's order, each with all its names."""
+    names: dict[int, tuple[Tensor, list[str]]] = {}
+    for path, tensor in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(tensor), (tensor, []))[1].append(path)
+    return [(tensor, tuple(paths)) for tensor, paths in names.values()]
+
+
+def _entry(path: str, aliases: tuple[str, ...], tensor: Tensor, role: _Role, config: Config) -> Entry:
+    size = tensor.numel() * tensor.element_size()
+    dense = Entry(path, tuple(tensor.shape), tensor.dtype, role.name, None, "", size, size, None, role.transposed, aliases)
+    chosen = config.spec_for(dense.module, role.name)
+    if isinstance(chosen, str):
+        return replace(dense, reason=chosen)
+    if role.name not in ("linear", "lm_head", "router", "tiny"):
+        return replace(dense, reason=f"a parameter of role {role.name} has no quantized form", decided=False)
+    if not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:
+        return replace(dense, reason=f"the weight is {str(tensor.dtype).removeprefix('torch.')}, not a float", decided=False)
+    try:
+        after = chosen.nbytes(*dense.matrix, min(tensor.element_size(), 4))
+    except SpecError as error:
+        return replace(dense, reason=f"{chosen}: {error}", decided=False)
+    return replace(dense, spec=chosen, after=after)
+
+
+def _roles(model: nn.Module, names: Names, example: Mapping[str, Any] | None) -> tuple[dict[str, _Role], str]:
+    example = example_inputs(model) if example is None else example
+    if example is None:
+        return _roles_by_type(model, names), "module types: pass example inputs to find sibling layers"
+    try:
+        captured, _, _ = capture_call(model, model.forward, example)
+    except (CaptureError, UnsupportedError) as error:
+        return _roles_by_type(model, names), f"module types: {error}"
+    apply(captured.gm, Normalize())
+    inputs = {n.meta["input_path"]: n for n in captured.gm.graph.find_nodes(op="placeholder") if "input_path" in n.meta}
+    return _roles_in_graph(inputs, names), "graph"
+
+
+def _roles_in_graph(inputs: Mapping[str, Node], names: Names) -> dict[str, _Role]:
+    tables = {value(n).shape[0] for n in inputs.values() if any(_use(n, user) == "embedding" for user in n.users)}
+    roles = {}
+    for tensor, paths in names:
+        node = next((inputs[path] for path in paths if path in inputs), None)
+        roles[paths[0]] = _Role("unused") if node is None else _role(node, tensor, tables)
+    return roles
+
+
+def _role(weight: Node, tensor: Tensor, tables: set[int]) -> _Role:
+    transposed, users = False, list(weight.users)
+    if len(users) == 1 and is_call(users[0], aten.t.default):
+        transposed, users, weight = True, list(users[0].users), users[0]
+    uses = {_use(weight, user) for user in users}
+    if "embedding" in uses:
+        return _Role("embedding")
+    if uses != {"linear"} or tensor.dim() != 2:
+        return _Role(_dense_role(uses, tensor))
+    (linear, *more) = users
+    rows = tensor.shape[1] if transposed else tensor.shape[0]
+    has_bias = argument(linear, 2, "bias") is not None
+    reads = (linear.args[0], has_bias, tensor.device) if not more else None
+    if rows in tables and _reaches_output(linear):
+        return _Role("lm_head", transposed)
+    if _is_router(linear):
+        return _Role("router", transposed)
+    return _Role("tiny" if tensor.numel() < TINY else "linear", transposed, reads)
+
+
+def _use(weight: Node, user: Node) -> str:
+    """How `user` uses a weight."""
+    if is_call(user, aten.linear.default):
+        return "linear" if user.args[1] is weight else "bias"
+    if is_call(user, aten.embedding.default):
+        return "embedding"
+    if "conv" in str(user.target):
+        return "conv"
+    return "other"
+
+
+def _dense_role(uses: set[str], tensor: Tensor) -> str:
+    if tensor.dim() >= 3:
+        return "conv" if uses == {"conv"} else "experts"
+    if tensor.dim() <= 1:
+        return "bias" if uses <= {"bias", "conv"} else "norm"
+    return uses.pop() if len(uses) == 1 else "other"
+
+
+_POINTWISE = {aten.mul.Tensor, aten.div.Tensor, aten.tanh.default, aten.reshape.default, aten.to.dtype, aten.narrow.default}
+
+
+def _reaches_output(node: Node) -> bool:
+    """Whether a node's value is an output of the graph, apart from scaling, capping and reshaping."""
+    return any(user.op == "output" or (user.target in _POINTWISE and _reaches_output(user)) for user in node.users)
+
+
+def _is_router(linear: Node) -> bool:
+    """Whether the values decide which experts run: they reach a top-k through pointwise steps."""
+    frontier, seen = [linear], set()
+    while frontier:
+        node = frontier.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        for user in node.users:
+            if is_call(user, aten.topk.default, aten.argsort.default, aten.one_hot.default):
+                return True
+            if user.target in _POINTWISE or is_call(user, aten.softmax.int, aten.sigmoid.default, aten.add.Tensor):
+                frontier.append(user)
+    return False
+
+
+def _roles_by_type(model: nn.Module, names: Names) -> dict[str, _Role]:
+    """Roles where there is no graph: by the class of the owning module."""
+    roles = {}
+    for tensor, paths in names:
+        owners = [model.get_submodule(path.rpartition(".")[0]) for path in paths]
+        if any(isinstance(owner, nn.Embedding) for owner in owners):
+            name = "embedding"
+        elif isinstance(owners[0], nn.Linear) and tensor.dim() == 2:
+            name = "tiny" if tensor.numel() < TINY else "linear"
+        else:
+            name = _dense_role({"conv"} if "Conv" in type(owners[0]).__name__ else {"other"}, tensor)
+        roles[paths[0]] = _Role(name)
+    if (head := _output_embedding(model)) in roles:
+        roles[head] = _Role("lm_head" if roles[head].name == "linear" else roles[head].name)
+    return roles
+
+
+def _output_embedding(model: nn.Module) -> str:
+    find = getattr(model, "get_output_embeddings", None)
+    head = find() if callable(find) else None
+    return next((f"{name}.weight" for name, module in model.named_modules() if module is head), "")
+
+
+def _group(entries: list[Entry], roles: Mapping[str, _Role], config: Config) -> tuple[Entry, ...]:
+    """Number the siblings: linears that read one value and agree in spec, width, dtype and device."""
+    candidates: dict[Any, list[int]] = defaultdict(list)
+    for index, entry in enumerate(entries):
+        role = roles.get(entry.path)
+        if role is None or role.reads is None or entry.transposed or not _stacks(entry):
+            continue
+        candidates[role.reads, entry.spec, entry.shape[1], entry.dtype].append(index)
+    numbered = list(entries)
+    groups = [indices for indices in candidates.values() if len(indices) > 1]
+    for number, indices in enumerate(groups):
+        if config.may_store_together([entries[index].module for index in indices]):
+            for index in indices:
+                numbered[index] = replace(entries[index], group=number)
+    return tuple(numbered)
+
+
+def _stacks(entry: Entry) -> bool:
+    """Whether rows of this weight carry their own scales, so that weights can lie side by side."""
+    spec = entry.spec
+    if spec is None or spec.scale_spec or spec.zero_spec or entry.aliases:
+        return False
+    rows, columns = entry.matrix
+    flat = isinstance(spec.granularity, PerGroup) and columns % spec.granularity.size
+    return isinstance(spec.granularity, (PerRow, PerGroup)) and not flat
+
+
+def example_inputs(model: nn.Module) -> dict[str, Any] | None:
+    """Small inputs for a Transformers model's forward, or None if there is no telling."""
+    config, name = getattr(model, "config", None), getattr(model, "main_input_name", None)
+    first = next(model.parameters(), None)
+    if config is None or first is None:
+        return None
+    device = first.device
+    if name == "input_ids":
+        tokens = torch.ones((2, 8), dtype=torch.long, device=device)
+        if getattr(config, "is_encoder_decoder", False):
+            return {"input_ids": tokens, "decoder_input_ids": tokens, "use_cache": False}
+        return {"input_ids": tokens, **({"use_cache": False} if hasattr(config, "use_cache") else {})}
+    if name == "pixel_values" and hasattr(config, "image_size"):
+        size = config.image_size if isinstance(config.image_size, (list, tuple)) else (config.image_size,) * 2
+        channels = getattr(config, "num_channels", 3)
+        return {"pixel_values": torch.zeros((2, channels, *size), dtype=first.dtype, device=device)}
+    return None

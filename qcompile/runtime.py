@@ -1,0 +1,205 @@
+"""The forward of an optimized model: every call finds its compiled program, or one is made."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from qcompile import _torch, calls
+from qcompile.caches import Heads, allocate, heads_of
+from qcompile.config import Config
+from qcompile.errors import CaptureError, StrictError, UnsupportedError
+from qcompile.ops.registry import MEANING
+from qcompile.pipeline import Outcome, Pipeline
+from qcompile.plan import Plan, example_inputs
+from qcompile.program import Program, compile_call, preview_call
+
+# Dynamo's limit is 8 for one function. A program is made per kind of call and per set of fixed sizes (batch 1 or more,
+# one token or more), so a healthy model has two to four; this many means that something varies that should not.
+PROGRAM_LIMIT = 32
+
+# torch's compiler is not safe to enter from two threads; compiled programs are.
+_COMPILING = threading.RLock()
+
+
+class Runner:
+    """Replaces `model.forward` on the instance. `model.forward.original` is the forward it stands for.
+
+    Calls in training, under autograd, autocast or another tracer, and calls whose arguments have no stable form run the
+    original forward on unpacked weights; `eager` counts them by reason.
+    """
+
+    def __init__(self, model: nn.Module, config: Config, plan: Plan, example: Mapping[str, Any] | None = None):
+        self.model = model
+        self.config = config
+        self.plan = plan
+        self.example = example
+        self.original = model.forward
+        self.__signature__ = inspect.signature(self.original)
+        self._reset()
+
+    def _reset(self) -> None:
+        self.programs: dict[Any, list[Program]] = {}
+        self.eager: Counter[str] = Counter()
+        self._structure: list[tuple[dict[str, Any], str, Any]] | None = None
+        self._parameters = list(self.__signature__.parameters.values())
+        self._names = [p.name for p in self._parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+        self._defaults = {p.name: p.default for p in self._parameters if p.default is None}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        kwargs = self._by_name(args, kwargs)
+        if (reason := self._why_eager(kwargs)) is None:
+            try:
+                flat, _ = calls.flatten(kwargs)
+                if self._allocate(flat):
+                    flat, _ = calls.flatten(kwargs)
+                program = self._find(flat, kwargs)
+                return program(flat.tensors, flat.caches)
+            except (CaptureError, UnsupportedError) as error:
+                reason = str(error)
+        if self.config.strict and reason not in _ORDINARY:
+            raise StrictError(f"this call would run uncompiled: {reason}")
+        if reason not in self.eager and reason not in _ORDINARY:
+            warnings.warn(f"qcompile: this call runs uncompiled: {reason}", stacklevel=3)
+        self.eager[reason] += 1
+        return self.original(**kwargs)
+
+    def _by_name(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments by name without those left at None, so that every way of saying one call is one call."""
+        named = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        return {name: value for name, value in named.items() if value is not None or name not in self._defaults}
+
+    def _why_eager(self, kwargs: Mapping[str, Any]) -> str | None:
+        if self.model.training:
+            return TRAINING
+        if _torch.is_tracing():
+            return TRACED
+        if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+            return "autocast is on"
+        if torch.is_grad_enabled() and any(p.requires_grad for p in self.model.parameters()):
+            return AUTOGRAD
+        return None
+
+    def _find(self, flat: calls.Flat, kwargs: Mapping[str, Any]) -> Program:
+        self._check_structure()
+        key = tuple(flat.key)
+        for program in self.programs.get(key, ()):
+            if program.accepts(flat.tensors):
+                return program
+        with _COMPILING:
+            known = self.programs.setdefault(key, [])
+            for program in known:  # another thread may have made it meanwhile
+                if program.accepts(flat.tensors):
+                    return program
+            if sum(map(len, self.programs.values())) >= PROGRAM_LIMIT:
+                raise UnsupportedError(f"{PROGRAM_LIMIT} programs are compiled already, and no one fits this call")
+            program = compile_call(self.model, self.original, kwargs, self.pipeline())
+            if self.config.strict:
+                _insist(program.outcome)
+            known.append(program)
+            return program
+
+    def outcomes(self) -> tuple[Outcome, ...]:
+        """What the passes did to each program; before the first call, to the example's."""
+        made = tuple(program.outcome for programs in self.programs.values() for program in programs)
+        return made or self._preview
+
+    @functools.cached_property
+    def _preview(self) -> tuple[Outcome, ...]:
+        example = self.example or example_inputs(self.model)
+        if example is None:
+            return ()
+        try:
+            return (preview_call(self.model, self.original, example, self.pipeline()),)
+        except (CaptureError, UnsupportedError):
+            return ()
+
+    @functools.cached_property
+    def heads(self) -> list[Heads] | None:
+        """What each layer's cache keeps of a token; None for a model without a plain key/value cache."""
+        return heads_of(self.model, self.original)
+
+    def _allocate(self, flat: calls.Flat) -> bool:
+        """Give static caches that are still empty their memory; whether there were any."""
+        fresh = [cache for cache in flat.caches if calls.is_unallocated(cache)]
+        if fresh and self.heads is None:
+            raise UnsupportedError("a static cache for a model whose cache layout is unknown")
+        for cache in fresh:
+            assert self.heads is not None
+            parameter = next(p for p in self.model.parameters() if p.is_floating_point())
+            allocate(cache, self.heads, flat.tensors[0].shape[0], parameter.dtype, flat.tensors[0].device)
+        return bool(fresh)
+
+    def pipeline(self) -> Pipeline:
+        return Pipeline.of(self.config)
+
+    def _check_structure(self) -> None:
+        """Forget all programs if a submodule was exchanged or hooked since they were made (PEFT does)."""
+        if self._structure is not None and all(
+            modules.get(name) is child and not child._forward_pre_hooks and not child._forward_hooks
+            for modules, name, child in self._structure
+        ):
+            return
+        self.programs.clear()
+        self._structure = [
+            (module._modules, name, child)
+            for module in self.model.modules()
+            for name, child in module._modules.items()
+            if child is not None and not child._forward_pre_hooks and not child._forward_hooks
+        ]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Runner:
+        twin = self._bare()
+        memo[id(self)] = twin
+        twin.model = memo[id(self.model)]
+        twin.original = type(twin.model).forward.__get__(twin.model)
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"model": self.model, "config": self.config, "plan": self.plan, "example": self.example}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.original = type(self.model).forward.__get__(self.model)
+        self.__signature__ = inspect.signature(self.original)
+        self._reset()
+
+    def _bare(self) -> Runner:
+        twin = Runner.__new__(Runner)
+        twin.config, twin.plan, twin.example, twin.__signature__ = self.config, self.plan, self.example, self.__signature__
+        twin._reset()
+        return twin
+
+
+TRAINING = "the model is in training mode"
+AUTOGRAD = "autograd is on and parameters require gradients"
+TRACED = "torch is tracing the model"
+# Eager by the caller's wish: counted, not warned about.
+_ORDINARY = {TRAINING, AUTOGRAD, TRACED}
+
+
+def _insist(outcome: Outcome) -> None:
+    """Raise StrictError if a fusion site was missed or a quantized op has no kernel here."""
+    left = [f"{result.name}: {reason} ({site.module})" for result in outcome.passes for reason, site in result.misses]
+    left += [
+        f"{low.op} {low.detail} has no kernel here ({low.site.module})"
+        for low in outcome.lowered
+        if low.implementation == MEANING and low.detail
+    ]
+    if left:
+        lines = "\n".join(f"  {line}" for line in left)
+        raise StrictError(f"{len(left)} sites are left in {outcome.inputs}:\n{lines}")
+
+
+def runner_of(model: nn.Module) -> Runner | None:
+    """The Runner of an optimized model, None for any other."""
+    forward = model.__dict__.get("forward")
+    return forward if isinstance(forward, Runner) else None

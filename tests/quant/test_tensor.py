@@ -1,0 +1,119 @@
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from qcompile.errors import FormatError
+from qcompile.quant.element import ELEMENTS
+from qcompile.quant.spec import QSpec
+from qcompile.quant.tensor import QTensor
+
+NESTED = "u4/g64/asym/scale(u8/o4/asym)/zero(u8/tensor/asym)"
+
+
+def make(text: str, shape: tuple[int, ...] = (8, 128), dtype: torch.dtype = torch.float32) -> QTensor:
+    """Random codes, scales and zero points."""
+    spec = QSpec.parse(text)
+    codes = torch.randint(0, spec.element.levels, shape, dtype=torch.uint8)
+    groups = spec.scale_shape(codes[..., 0].numel(), shape[-1])
+
+    def side(nested: QSpec | None) -> Tensor | QTensor:
+        return make(str(nested), groups, dtype) if nested else torch.rand(groups).to(dtype) + 1
+
+    zeros = {
+        "sym": lambda: None,
+        "asym": lambda: side(spec.zero_spec),
+        "asym_int": lambda: torch.randint(0, spec.element.levels, groups, dtype=torch.uint8),
+    }
+    return QTensor.from_codes(spec, codes, side(spec.scale_spec), zeros[spec.zero.value]())
+
+
+def elements(side: Tensor | QTensor, spec: QSpec, rows: int, columns: int) -> Tensor:
+    """Scales or zero points, one for each element, in float64, by the definition of the granularity."""
+    side = side.dequantize() if isinstance(side, QTensor) else side
+    flat, tag = side.double().flatten(), str(spec.granularity)
+    n = torch.arange(rows * columns)
+    size = int(tag[1:]) if tag[0] in "go" else 1
+    group = {"t": n * 0, "r": n // columns, "g": n // size, "o": n % (n.numel() // size)}[tag[0]]
+    return flat[group].reshape(rows, columns)
+
+
+@pytest.mark.parametrize("element", ELEMENTS)
+@pytest.mark.parametrize("granularity", ["tensor", "row", "g16", "g192", "o4"])
+def test_dequantize_is_code_minus_zero_times_scale(element: str, granularity: str) -> None:
+    for zero in {"u": ["asym", "asym_int"], "i": ["sym"], "t": ["sym", "asym", "asym_int"]}[element[0]]:
+        q = make(f"{element}/{granularity}/{zero}", (12, 80))
+        shift = q.spec.offset if q.zero is None else elements(q.zero, q.spec, 12, 80)
+        want = (q.codes().double() - shift) * elements(q.scale, q.spec, 12, 80)
+        torch.testing.assert_close(q.dequantize(torch.float64), want, rtol=0, atol=0)
+        torch.testing.assert_close(q.dequantize().double(), want, rtol=1e-6, atol=1e-5)
+
+
+def test_nested_scales_and_zeros() -> None:
+    q = make(NESTED)
+    want = (q.codes().double() - elements(q.zero, q.spec, 8, 128)) * elements(q.scale, q.spec, 8, 128)
+    torch.testing.assert_close(q.dequantize().double(), want, rtol=1e-6, atol=1e-5)
+    assert q.scale.shape == q.zero.shape == (8, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounded_once(dtype: torch.dtype) -> None:
+    q = make("u4/g64/asym", dtype=dtype)
+    assert torch.equal(q.dequantize(dtype), q.dequantize(torch.float32).to(dtype))
+
+
+@pytest.mark.parametrize("shape", [(5,), (1, 5), (3, 4, 5), (2, 3, 4, 64)])
+def test_leading_dimensions_are_rows(shape: tuple[int, ...]) -> None:
+    q = make("u3/row/asym", shape)
+    assert (q.rows, q.columns) == (q.data.shape[0], shape[-1])
+    assert q.codes().shape == q.dequantize().shape == shape
+    assert torch.equal(QTensor.from_codes(q.spec, q.codes(), q.scale, q.zero).data, q.data)
+
+
+@pytest.mark.parametrize("text", ["u3/g64/asym", "u4/g64/asym_int", "i5/row/sym", "ternary/o4/asym", NESTED])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nbytes_is_what_the_spec_foretells(text: str, dtype: torch.dtype) -> None:
+    q = make(text, (8, 192), dtype)
+    assert q.nbytes == q.spec.nbytes(8, 192, dtype.itemsize)
+
+
+def test_parts_and_to() -> None:
+    assert list(make("i4/g64/sym").parts()) == ["data", "scale"]
+    q = make(NESTED)
+    assert list(q.parts()) == ["data", "scale", "zero"]
+    moved = q.to("meta")
+    assert moved.data.device.type == moved.scale.data.device.type == moved.zero.scale.device.type == "meta"
+    assert (moved.spec, moved.shape) == (q.spec, q.shape)
+
+
+ASYM, INT, SYM = "u4/g64/asym", "u4/g64/asym_int", "i4/g64/sym"
+
+
+@pytest.mark.parametrize(
+    ("text", "change", "message"),
+    [
+        (ASYM, {"shape": (8, 64)}, "u4/g64/asym of shape (8, 64) needs data (8, 32), got (8, 64)"),
+        (ASYM, {"shape": (4, 128)}, "u4/g64/asym of shape (4, 128) needs data (4, 64), got (8, 64)"),
+        (ASYM, {"shape": ()}, "u4/g64/asym of shape (): a quantized weight has at least one dimension"),
+        (ASYM, {"data": torch.zeros(8, 64)}, "data is torch.float32, packed codes are torch.uint8"),
+        (ASYM, {"scale": torch.zeros(8, 1)}, "u4/g64/asym of shape (8, 128) needs scale (8, 2), got (8, 1)"),
+        (ASYM, {"scale": torch.zeros(16)}, "needs scale (8, 2), got (16,)"),
+        (ASYM, {"scale": torch.zeros(8, 2, dtype=torch.int32)}, "scale is torch.int32, not a floating dtype"),
+        (ASYM, {"zero": torch.zeros(2, 8)}, "needs zero (8, 2), got (2, 8)"),
+        (ASYM, {"zero": torch.zeros(8, 2, dtype=torch.uint8)}, "zero is torch.uint8, not a floating dtype"),
+        (ASYM, {"zero": None}, "zero is missing"),
+        (INT, {"zero": torch.zeros(8, 2)}, "zero is torch.float32, integer zero points are torch.uint8"),
+        (INT, {"zero": make("u8/tensor/asym", (8, 2))}, "zero is quantized, integer zero points are torch.uint8"),
+        (SYM, {"zero": torch.zeros(8, 2)}, "i4/g64/sym of shape (8, 128): zero is not expected"),
+        (ASYM, {"scale": make("u8/row/asym", (8, 2))}, "scale is quantized as u8/row/asym, not as None"),
+        (ASYM, {"zero": make("u8/row/asym", (8, 2))}, "zero is quantized as u8/row/asym, not as None"),
+        (NESTED, {"scale": make("u8/row/asym", (8, 2))}, "scale is quantized as u8/row/asym, not as u8/o4/asym"),
+        (NESTED, {"zero": torch.zeros(8, 2)}, "zero is torch.float32, not quantized as u8/tensor/asym"),
+    ],
+)
+def test_disagreement_names_both_sides(text: str, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(FormatError, match=re.escape(message)):
+        replace(make(text), **change)
