@@ -44,12 +44,12 @@ def dependent_launch(x: Tensor) -> bool:
     return not INTERPRET and torch.cuda.get_device_capability(x.device) >= (9, 0)
 
 
-def launch(kernel, grid: Sequence[int], x: Tensor, *args, **constants) -> None:
-    """Run `kernel` on the device of `x`. PDL, where the kernel has it, also sets the launch attribute."""
+def launch(kernel, grid: Sequence[int], *args, **constants) -> None:
+    """Run `kernel` where its first argument is. PDL, in kernels that have it, also sets the launch attribute."""
     if INTERPRET:
         kernel[tuple(grid)](*args, **constants)
         return
-    with torch.cuda.device(x.device):
+    with torch.cuda.device(args[0].device):
         kernel[tuple(grid)](*args, **constants, launch_pdl=constants.get("PDL", False))
 
 
@@ -172,8 +172,9 @@ def unit_weights(
     parts = ()
     for byte in tl.static_range(4):
         code = scaled_for_byte(byte_as_float(codes, byte, BITS), byte, BITS)
-        parts += (tl.fma(*tl.broadcast(code, scale * 2.0**74), -zero * scale + tl.zeros_like(code)).to(DTYPE),)
-    return tl.reshape(stack(parts, 4), (codes.shape[0], codes.shape[1] * 16))
+        parts += (tl.fma(*tl.broadcast(code, scale * 2.0**74), -zero * scale + tl.zeros_like(code)),)
+    # Rounded last: Triton 3.6 fails to compile a reshape right before tl.dot for sm_90 and sm_100.
+    return tl.reshape(stack(parts, 4), (codes.shape[0], codes.shape[1] * 16)).to(DTYPE)
 
 
 @triton.jit

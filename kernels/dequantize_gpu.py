@@ -34,9 +34,7 @@ def refuses(
     return refuses_device(data, dtype) or refuses_weight(scale, zero, spec, shape[-1])
 
 
-def _fake(
-    data: Tensor, scale: Tensor, zero: Tensor | None, spec: str, shape: list[int], dtype: torch.dtype
-) -> Tensor:
+def _fake(data: Tensor, scale: Tensor, zero: Tensor | None, spec: str, shape: list[int], dtype: torch.dtype) -> Tensor:
     return data.new_empty(shape, dtype=dtype)
 
 
@@ -65,7 +63,6 @@ def write_weight(out: Tensor, weight: Weight, tile: _tuning.DequantizeTile | Non
     launch(
         _dequantize,
         (cdiv(k, span), cdiv(n, tile.outputs)),
-        out,
         *weight.pointers,
         out,
         n,

@@ -22,7 +22,7 @@ from qcompile.quant.granularity import PerGroup, PerOutputGroup, PerTensor
 from qcompile.quant.spec import QSpec
 
 # The order matters: they are put together into one text.
-SOURCES = ("codes.h", "dequantize.h", "few_rows_dot.h", "few_rows.h", "many_rows_dot.h")
+SOURCES = ("codes.h", "dequantize.h", "few_rows_dot.h", "few_rows.h", "many_rows.h")
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
 

@@ -2,7 +2,7 @@
 
 One program makes a BLOCK_M x BLOCK_N tile of the output. Each step takes CHUNKS 16-byte chunks of BLOCK_N weight rows,
 unpacks them in registers one unit of sixteen codes a chunk at a time, and multiplies them with the inputs of those
-units: the order of a sum is free, so codes are never reordered. With SPLITS > 1 the steps are dealt out to several
+units: the order of a sum is free, so codes are never reordered. With splits > 1 the steps are dealt out to several
 programs a tile, and a second kernel adds their sums.
 """
 
@@ -39,7 +39,6 @@ def gemm(x: Tensor, weight: Weight, bias: Tensor | None, activation: str | None,
         _gemm,
         (cdiv(m, tile.rows) * cdiv(n, tile.outputs), tile.splits),
         x,
-        x,
         *weight.pointers,
         None if split else bias,
         parts,
@@ -50,7 +49,6 @@ def gemm(x: Tensor, weight: Weight, bias: Tensor | None, activation: str | None,
         **weight.constants,
         ACTIVATION=None if split else activation,
         EVEN=k % (tile.chunks * weight.step) == 0,
-        SPLITS=tile.splits,
         BLOCK_M=tile.rows,
         BLOCK_N=tile.outputs,
         CHUNKS=tile.chunks,
@@ -61,7 +59,7 @@ def gemm(x: Tensor, weight: Weight, bias: Tensor | None, activation: str | None,
     if split:
         grid = (cdiv(m * n, FINISH_BLOCK),)
         constants = {"SPLITS": tile.splits, "ACTIVATION": activation, "BLOCK": FINISH_BLOCK, "PDL": pdl}
-        launch(_finish, grid, x, parts, bias, out, m * n, n, **constants)
+        launch(_finish, grid, parts, bias, out, m * n, n, **constants)
     return out
 
 
@@ -69,7 +67,7 @@ def gemm(x: Tensor, weight: Weight, bias: Tensor | None, activation: str | None,
 def _gemm(
     x_ptr, data_ptr, scale_ptr, zero_ptr, bias_ptr, out_ptr, M, N, K, data_stride, scale_stride, zero_stride,
     OFFSET: tl.constexpr, GROUP: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
-    FIELDS: tl.constexpr, ACTIVATION: tl.constexpr, EVEN: tl.constexpr, SPLITS: tl.constexpr,
+    FIELDS: tl.constexpr, ACTIVATION: tl.constexpr, EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
@@ -87,14 +85,12 @@ def _gemm(
     x_row = x_ptr + tl.minimum(m, M - 1).to(tl.int64)[:, None] * K
     inputs = tl.arange(0, CHUNKS * 16)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in tl.range(tl.program_id(1) * CHUNKS, tl.cdiv(K, FIELDS * 16), SPLITS * CHUNKS):
+    for start in tl.range(tl.program_id(1) * CHUNKS, tl.cdiv(K, FIELDS * 16), tl.num_programs(1) * CHUNKS):
         chunk = start + tl.arange(0, CHUNKS)
         for field in tl.static_range(FIELDS):
             k = ((start + inputs // 16) * (FIELDS * 16) + field * 16 + inputs % 16)[None, :]
             x = tl.load(x_row + k, mask=None if EVEN else k < K, other=None if EVEN else 0.0)
-            w = unit_weights(
-                data, scale_row, zero_row, K, chunk, OFFSET, GROUP, DTYPE, field, FIELDS, P0, P1, P2, EVEN
-            )
+            w = unit_weights(data, scale_row, zero_row, K, chunk, OFFSET, GROUP, DTYPE, field, FIELDS, P0, P1, P2, EVEN)
             acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
     if GROUP == 0:
         acc *= tl.load(scale_ptr + tl.minimum(n, N - 1).to(tl.int64) * scale_stride).to(tl.float32)[None, :]

@@ -69,23 +69,22 @@ def _gemv(
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
+    DTYPE: tl.constexpr = out_ptr.dtype.element_ty
     first = tl.program_id(0) * OUTPUTS
-    zero = tl.zeros((CHUNKS,), tl.float32)
-    sums = (zero,) * (OUTPUTS * ROWS)
+    sums = (tl.zeros((CHUNKS,), tl.float32),) * (OUTPUTS * ROWS)
     for start in tl.range(0, tl.cdiv(K, FIELDS * 16), CHUNKS):
         chunk = start + tl.arange(0, CHUNKS)
+        xs, x_sums = _inputs(x_ptr, M, K, chunk, DTYPE, GROUP, P0 + P1 + P2, FIELDS, EVEN, ROWS)
         new = ()
-        # What does not depend on both loops is written inside them, and merged by the compiler.
-        for i in tl.static_range(OUTPUTS * ROWS):
-            n = tl.minimum(first + i // ROWS, N - 1).to(tl.int64)
+        for output in tl.static_range(OUTPUTS):
+            n = tl.minimum(first + output, N - 1).to(tl.int64)
             zero_row = None if zero_ptr is None else zero_ptr + n * zero_stride
-            new += (
-                sums[i]
-                + _dot(
-                    x_ptr, tl.minimum(i % ROWS, M - 1), data_ptr + n * (data_stride * 4), scale_ptr + n * scale_stride,
-                    zero_row, chunk, K, out_ptr.dtype.element_ty, OFFSET, GROUP, P0, P1, P2, FIELDS, EVEN,
-                ),
+            dots = _dots(
+                data_ptr + n * (data_stride * 4), scale_ptr + n * scale_stride, zero_row, xs, x_sums, chunk, K,
+                OFFSET, GROUP, P0, P1, P2, FIELDS, EVEN, ROWS,
             )  # fmt: skip
+            for m in tl.static_range(ROWS):
+                new += (sums[output * ROWS + m] + dots[m],)
         sums = new
     y = tl.sum(tl.reshape(stack(sums, OUTPUTS * ROWS), (CHUNKS, OUTPUTS * ROWS)), 0)
     i = tl.arange(0, OUTPUTS * ROWS)
@@ -99,36 +98,63 @@ def _gemv(
 
 
 @triton.jit
-def _dot(
-    x_ptr, m, data, scale_ptr, zero_ptr, chunk, K, DTYPE: tl.constexpr, OFFSET: tl.constexpr, GROUP: tl.constexpr,
-    P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, FIELDS: tl.constexpr, EVEN: tl.constexpr,
+def _inputs(
+    x_ptr, M, K, chunk, DTYPE: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, FIELDS: tl.constexpr,
+    EVEN: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """For each chunk: Σ (code - zero) * scale * x over its codes; without the scale where a row has but one."""
-    BITS: tl.constexpr = P0 + P1 + P2
-    # Units that surely share a scale: all, or those of the largest power of two that divides the group.
+    """x as `scaled_for_byte`, at (field * ROWS + row) * 4 + byte, and its sums over units that share a scale."""
     SHARING: tl.constexpr = FIELDS if GROUP == 0 else min(FIELDS, (GROUP // 16) & -(GROUP // 16))
     word = tl.arange(0, 4)[None, :]
-    total = tl.zeros(chunk.shape, tl.float32)
-    for first in tl.static_range(0, FIELDS, SHARING):
-        part = tl.zeros((chunk.shape[0], 4), tl.float32)
-        x_sum = tl.zeros((chunk.shape[0], 4), tl.float32)
-        for field in tl.static_range(first, first + SHARING):
-            k = (chunk * (FIELDS * 16) + field * 16)[:, None]
-            codes = unit_codes(data, K, chunk[:, None], word, None if EVEN else k < K, field, FIELDS, P0, P1, P2)
+    xs, sums = (), ()
+    for field in tl.static_range(FIELDS):
+        k = (chunk * (FIELDS * 16) + field * 16)[:, None]
+        for m in tl.static_range(ROWS):
+            total = tl.zeros((chunk.shape[0], 4), tl.float32)
             for byte in tl.static_range(4):
-                x = _x_of_byte(x_ptr, m, k, word, K, DTYPE, byte, EVEN)
-                x_sum += x
-                part = tl.fma(byte_as_float(codes, byte, BITS), scaled_for_byte(x, byte, BITS), part)
-        dot = tl.sum(part, 1) * (2.0**74)
+                x = _x_of_byte(x_ptr, tl.minimum(m, M - 1), k, word, K, DTYPE, byte, EVEN)
+                xs += (scaled_for_byte(x, byte, BITS),)
+                total += x
+            sums += (tl.sum(total, 1),)
+    shared = ()
+    for first in tl.static_range(0, FIELDS, SHARING):
+        for m in tl.static_range(ROWS):
+            total = sums[first * ROWS + m]
+            for field in tl.static_range(first + 1, first + SHARING):
+                total += sums[field * ROWS + m]
+            shared += (total,)
+    return xs, shared
+
+
+@triton.jit
+def _dots(
+    data, scale_ptr, zero_ptr, xs, x_sums, chunk, K, OFFSET: tl.constexpr, GROUP: tl.constexpr,
+    P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, FIELDS: tl.constexpr, EVEN: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    """For each row of x and each chunk: Σ (code - zero) * scale * x; without the scale where a row has but one."""
+    SHARING: tl.constexpr = FIELDS if GROUP == 0 else min(FIELDS, (GROUP // 16) & -(GROUP // 16))
+    word = tl.arange(0, 4)[None, :]
+    totals = (tl.zeros(chunk.shape, tl.float32),) * ROWS
+    for first in tl.static_range(0, FIELDS, SHARING):
+        parts = (tl.zeros((chunk.shape[0], 4), tl.float32),) * ROWS
+        for field in tl.static_range(first, first + SHARING):
+            mask = None if EVEN else ((chunk * FIELDS + field) * 16 < K)[:, None]
+            codes = unit_codes(data, K, chunk[:, None], word, mask, field, FIELDS, P0, P1, P2)
+            for byte in tl.static_range(4):
+                code = byte_as_float(codes, byte, P0 + P1 + P2)
+                new = ()
+                for m in tl.static_range(ROWS):
+                    new += (tl.fma(code, xs[(field * ROWS + m) * 4 + byte], parts[m]),)
+                parts = new
         group = 0 if GROUP == 0 else tl.minimum((chunk * FIELDS + first) * 16, K - 1) // GROUP
-        if zero_ptr is not None:
-            dot -= tl.load(zero_ptr + group).to(tl.float32) * tl.sum(x_sum, 1)
-        elif OFFSET > 0:
-            dot -= OFFSET * tl.sum(x_sum, 1)
-        if GROUP > 0:
-            dot *= tl.load(scale_ptr + group).to(tl.float32)
-        total += dot
-    return total
+        scale = 1.0 if GROUP == 0 else tl.load(scale_ptr + group).to(tl.float32)
+        zero = OFFSET if zero_ptr is None else tl.load(zero_ptr + group).to(tl.float32)
+        new = ()
+        for m in tl.static_range(ROWS):
+            dot = tl.sum(parts[m], 1) * 2.0**74 - zero * x_sums[first // SHARING * ROWS + m]
+            new += (totals[m] + scale * dot,)
+        totals = new
+    return totals
 
 
 @triton.jit
@@ -141,7 +167,7 @@ def _x_of_byte(x_ptr, m, k, word, K, DTYPE: tl.constexpr, BYTE: tl.constexpr, EV
         inside = None if EVEN else k + 4 * word < K
         four = tl.load(x_ptr + m * (K // 4) + k // 4 + word, mask=inside, other=None if EVEN else 0)
         two = (four >> (BYTE // 2 * 32)).to(tl.int32)
-        if DTYPE == tl.bfloat16:
+        if DTYPE == tl.bfloat16:  # noqa: SIM300
             return (two << 16 if BYTE % 2 == 0 else two & -65536).to(tl.float32, bitcast=True)
         else:
             return (two >> (BYTE % 2 * 16)).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)

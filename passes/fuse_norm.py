@@ -15,8 +15,9 @@ from typing import Any
 
 from torch.fx import Node
 
-from qcompile.graph.alias import is_written
-from qcompile.graph.match import Miss, aten, is_call, is_tensor, module_path, same_type
+from qcompile.graph.alias import is_written, is_written_between
+from qcompile.graph.dump import type_text
+from qcompile.graph.match import Miss, aten, is_call, is_tensor, module_path, same_type, value
 from qcompile.graph.rewrite import Rewriter
 from qcompile.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 
@@ -25,13 +26,14 @@ _WITH_SUM = {rms_norm.overload: add_rms_norm.overload, layer_norm.overload: add_
 
 @dataclass(frozen=True)
 class SummedNorm:
-    """`norm` of `total` = a + b; `rest` are the norm's other arguments."""
+    """`norm` of `total` = a + b; `rest` are the norm's other arguments. All of it can be computed before `place`."""
 
     norm: Node
     total: Node
     a: Node
     b: Node
     rest: tuple[Any, ...]
+    place: Node
 
 
 class FuseNorm:
@@ -43,21 +45,22 @@ class FuseNorm:
         a, b = total.args
         if not is_tensor(b):
             return None
-        for term in (a, b):
-            if not same_type(term, total):
-                return Miss(f"{term.name} is not like the sum: broadcast, or of another dtype", total)
         if total.kwargs:
             return Miss("the sum is weighted", total)
-        # The new node stands where the sum stood: users of the sum may come before the norm.
-        late = [arg for arg in node.args[1:] if isinstance(arg, Node) and total < arg]
-        if late:
-            return Miss(f"{late[0].name} is computed after the sum", node)
-        if is_written(total):
-            return Miss("the sum is written to in place", total)
-        return SummedNorm(node, total, a, b, node.args[1:])
+        for term in (a, b):
+            if not same_type(term, total):
+                return Miss(f"{term.name} is {type_text(value(term))}, the sum is {type_text(value(total))}", total)
+        # Other users of the sum may come before the norm, and the weight may be computed after the sum.
+        place = min(total.users)
+        for argument in node.args[1:]:
+            if isinstance(argument, Node) and not argument < place:
+                return Miss(f"{argument.name} is computed after the sum is read", node)
+        if is_written(total) or any(is_written_between(term, place) for term in (a, b)):
+            return Miss("the sum or a term of it is written to in place", total)
+        return SummedNorm(node, total, a, b, node.args[1:], place)
 
     def rewrite(self, g: Rewriter, m: SummedNorm) -> None:
-        with g.before(m.total):
+        with g.before(m.place):
             both = g.call(_WITH_SUM[m.norm.target], m.a, m.b, *m.rest)
             y, total = (g.call(operator.getitem, both, index) for index in (0, 1))
         for new in (both, y, total):

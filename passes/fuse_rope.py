@@ -58,6 +58,8 @@ class FuseRope:
         if not is_call(node, aten.cat.default, aten.stack.default) or len(node.args[0]) != 2:
             return None
         parts = [skip_casts(part) for part in node.args[0]]
+        if is_call(parts[0], aten.sub.Tensor) and is_call(parts[1], aten.add.Tensor):
+            return _half_by_half(node, parts)
         turned = [is_call(part, aten.neg.default) for part in parts]
         if turned not in ([True, False], [False, True]):
             return None
@@ -79,6 +81,18 @@ class FuseRope:
     def rewrite(self, g: Rewriter, m: Rotation) -> None:
         with g.before(m.root):
             g.replace(m.root, g.call(rope.overload, m.x, m.cos, m.sin))
+
+
+def _half_by_half(node: Node, parts: list[Node]) -> Miss | None:
+    """cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin])"""
+    products = [skip_casts(arg) for part in parts for arg in part.args]
+    if not all(is_call(product, aten.mul.Tensor) for product in products):
+        return None
+    pieces = [{_columns(arg) for arg in product.args} for product in products]
+    shared = [a & b for a, b in ((pieces[0], pieces[3]), (pieces[1], pieces[2]))]
+    if not all(shared):
+        return None
+    return Miss("the halves are turned one by one", node)
 
 
 def _rotation(turned: Node, whole: Columns) -> Rotation | Miss:

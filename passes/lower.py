@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import GraphModule, Node
 
-from qcompile.graph.capture import inline
+from qcompile.graph.capture import Inliner
 from qcompile.graph.match import module_path, value
 from qcompile.graph.rewrite import Site
 from qcompile.ops.registry import OPS, Op
@@ -32,14 +32,14 @@ class Lowered:
 def lower(gm: GraphModule) -> tuple[Lowered, ...]:
     """Replace every qcompile op in place; returns one record a call, in graph order."""
     by_overload: dict[object, Op] = {op.overload: op for op in OPS.values()}
-    records = []
+    inliner, records = Inliner(gm), []
     for node in list(gm.graph.nodes):
         op = by_overload.get(node.target)
         if op is None:
             continue
         choice = op.choose(*torch.fx.node.map_arg(node.args, value))
         records.append(Lowered(op.name, choice.name, _spec(node), Site(node.name, module_path(node)), choice.refusals))
-        for new in inline(gm, node, choice.function):
+        for new in inliner.inline(node, choice.function):
             new.meta["origin"] = choice.name
     gm.graph.eliminate_dead_code()
     gm.graph.lint()

@@ -3,7 +3,6 @@
     detach(x), dropout(x, p, False), x.to(x.dtype), x * 1, x + 0     ->    x
     x.to(device, dtype), type_as(x, y), _to_copy(x, dtype=d)         ->    to(x, d)
     x * x, square(x)                                                 ->    pow(x, 2)
-    relu_(linear(…))                                                 ->    relu(linear(…))
     _assert_tensor_metadata(x, …)                                    ->
 
 Why: captured spellings change with each release of torch and transformers; later passes know one of each.
@@ -17,8 +16,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from qcompile.graph.alias import is_returned, is_written, shared_operand
-from qcompile.graph.match import aten, is_call, is_tensor, named_argument, only_user, same_type, value
+from qcompile.graph.alias import is_returned, is_written
+from qcompile.graph.match import aten, is_call, is_tensor, named_argument, same_type, value
 from qcompile.graph.rewrite import Rewriter
 from qcompile.graph.spelling import Build, Spelling, spell
 
@@ -33,8 +32,8 @@ class Normalize:
             return None
         if is_call(node, operator.getitem) and is_call(node.args[0], aten.native_dropout.default):
             instead = _dropout(node)
-        elif is_tensor(node.args[0]):
-            instead = _SPELLINGS.get(node.target, _in_place)(node)
+        elif node.target in _SPELLINGS and is_tensor(node.args[0]):
+            instead = _SPELLINGS[node.target](node)
         else:
             return None
         return None if instead is None else Spelling(node, instead)
@@ -45,7 +44,8 @@ class Normalize:
 
 def _same(node: Node) -> Node | None:
     """Ops that give their operand, or a view of all of it."""
-    return node.args[0] if same_type(node, node.args[0]) else None
+    x: Any = node.args[0]
+    return x if same_type(node, x) else None
 
 
 def _copy(node: Node, x: Any = None) -> Node | None:
@@ -113,28 +113,7 @@ def _same_strides(a: torch.Tensor, b: torch.Tensor) -> bool:
     return strides[0] == strides[1]
 
 
-def _in_place(node: Node) -> Build | None:
-    """An in-place op on a value that nothing else sees is the op itself."""
-    schema, x = getattr(node.target, "_schema", None), node.args[0]
-    if schema is None or not schema.is_mutable or not schema.name.endswith("_") or schema.name.endswith("__"):
-        return None
-    if x.op != "call_function" or shared_operand(x) is not None or only_user(x) is not node:
-        return None
-    packet = getattr(aten, schema.name.removeprefix("aten::")[:-1], None)
-    target = getattr(packet, schema.overload_name or "default", None)
-    if target is None or torch.Tag.nondeterministic_seeded in target.tags:
-        return None
-    if [a.name for a in target._schema.arguments] != [a.name for a in schema.arguments]:
-        return None
-
-    def build(g: Rewriter) -> Node:
-        new = g.call(target, *node.args, **node.kwargs)
-        return new if same_type(new, node) else g.call(aten.to.dtype, new, value(node).dtype)
-
-    return build
-
-
-_SPELLINGS = {
+_SPELLINGS: dict[Any, Any] = {
     target: function
     for function, targets in (
         (_same, (aten.detach.default, aten.detach_.default, aten.alias.default, aten.lift_fresh.default)),

@@ -22,9 +22,9 @@ from qcompile.config import Config
 from qcompile.errors import ConfigError
 from qcompile.graph.capture import retrace
 from qcompile.graph.dump import type_text
-from qcompile.graph.rewrite import Rewriter, apply
+from qcompile.graph.rewrite import Rewriter
+from qcompile.normal import normalize
 from qcompile.ops.linear import dequantize
-from qcompile.passes.normalize import Normalize
 from qcompile.pipeline import Outcome, Pipeline
 from qcompile.plan import Entry, Plan, plan_graph
 from qcompile.storage import PackedWeight
@@ -48,7 +48,7 @@ def qcompile_backend(
         )
         return _torch.inductor_training(gm, example_inputs, patches)
     normal = retrace(gm)
-    apply(normal, Normalize())
+    normalize(normal)
     weights = {index: x for index, x in enumerate(example_inputs) if isinstance(x, nn.Parameter)}
     placeholders = normal.graph.find_nodes(op="placeholder")
     for index in weights:
@@ -127,7 +127,7 @@ def _exchange(
         for name, buffer in store.named_buffers():
             with gm.graph.inserting_before(placeholders[places[0]]):
                 node = gm.graph.placeholder(f"{placeholders[places[0]].name}_{name.replace('.', '_')}")
-            node.meta.update(val=mode.from_tensor(buffer), input_path=f"{entries[0].path}.{name}", module_path="")
+            node.meta.update(val=mode.from_tensor(buffer, static_shapes=True), input_path=f"{entries[0].path}.{name}", module_path="")
             inputs[node] = buffer
             nodes[name] = node
         start = 0
@@ -160,7 +160,7 @@ def _unpack(g: Rewriter, store: PackedWeight, nodes: Mapping[str, Node], start: 
 
     sides = [part(name) for name in ("data", "scale", "zero")]
     weight = g.call(dequantize.overload, *sides, store.spec, list(entry.matrix), entry.dtype)
-    return g.call(torch.ops.aten.t.default, weight) if entry.transposed else weight
+    return g.call(torch.ops.aten.transpose.int, weight, 0, 1) if entry.transposed else weight
 
 
 def _path(gm: GraphModule, index: int) -> str:

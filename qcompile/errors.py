@@ -21,6 +21,10 @@ class WeightError(QCompileError, ValueError):
     """A weight that cannot be quantized: NaN, inf, on the meta device, of a dtype without a meaning."""
 
 
+class LoadError(QCompileError, OSError):
+    """A model or a tokenizer that was not found, or cannot be read."""
+
+
 class CaptureError(QCompileError, RuntimeError):
     """A model whose forward could not be turned into a graph."""
 

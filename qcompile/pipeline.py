@@ -14,18 +14,19 @@ from qcompile.config import Config
 from qcompile.graph.dump import dump, write_dump
 from qcompile.graph.match import Miss, module_path
 from qcompile.graph.rewrite import PassResult, Rewriter, Rule, apply
+from qcompile.normal import normalizing_passes
 from qcompile.passes.fuse_attention import FuseAttention
 from qcompile.passes.fuse_mlp import FuseMlp
 from qcompile.passes.fuse_norm import FuseNorm
 from qcompile.passes.fuse_rope import FuseRope
 from qcompile.passes.fuse_siblings import FuseSiblings
 from qcompile.passes.lower import Lowered, lower
-from qcompile.passes.normalize import Normalize
 from qcompile.passes.quantize_linear import QuantizeLinear
 from qcompile.passes.recognize_activation import RecognizeActivation
+from qcompile.passes.recognize_norm import RecognizeNorm
 
 # Importing a kernel signs it up. Earlier ones are asked first.
-KERNELS = ("linear_cpu", "dequantize_cpu", "linear_cuda", "dequantize_gpu", "norm", "gated_act", "rope")
+KERNELS = ("linear_cpu", "linear_cuda", "dequantize_gpu", "norm", "gated_act", "rope")
 for kernel in KERNELS:
     importlib.import_module(f"qcompile.kernels.{kernel}")
 
@@ -46,7 +47,7 @@ class Outcome:
 def default_passes(config: Config) -> list[Rule[Any]]:
     """The passes, in order."""
     # One spelling first, because captured spellings change with each release of torch and transformers.
-    passes: list[Rule[Any]] = [Normalize(), RecognizeActivation(), QuantizeLinear()]
+    passes = [*normalizing_passes(), RecognizeActivation(), RecognizeNorm(), QuantizeLinear()]
     if not config.do_fuse:
         return passes
     named = config.modules_to_fuse

@@ -18,8 +18,7 @@ from torch.fx import Node
 from qcompile.config import Config
 from qcompile.errors import CaptureError, ConfigError, SpecError, UnsupportedError
 from qcompile.graph.match import argument, aten, is_call, value
-from qcompile.graph.rewrite import apply
-from qcompile.passes.normalize import Normalize
+from qcompile.normal import normalize
 from qcompile.quant.granularity import PerGroup, PerRow
 from qcompile.quant.spec import QSpec
 from qcompile.step import capture_call
@@ -169,7 +168,7 @@ def _roles(model: nn.Module, names: Names, example: Mapping[str, Any] | None) ->
         captured, _, _ = capture_call(model, model.forward, example)
     except (CaptureError, UnsupportedError) as error:
         return _roles_by_type(model, names), f"module types: {error}"
-    apply(captured.gm, Normalize())
+    normalize(captured.gm)
     inputs = {n.meta["input_path"]: n for n in captured.gm.graph.find_nodes(op="placeholder") if "input_path" in n.meta}
     return _roles_in_graph(inputs, names), "graph"
 
@@ -185,7 +184,7 @@ def _roles_in_graph(inputs: Mapping[str, Node], names: Names) -> dict[str, _Role
 
 def _role(weight: Node, tensor: Tensor, tables: set[int]) -> _Role:
     transposed, users = False, list(weight.users)
-    if len(users) == 1 and is_call(users[0], aten.t.default):
+    if len(users) == 1 and is_call(users[0], aten.transpose.int):
         transposed, users, weight = True, list(users[0].users), users[0]
     uses = {_use(weight, user) for user in users}
     if "embedding" in uses:
@@ -196,11 +195,13 @@ def _role(weight: Node, tensor: Tensor, tables: set[int]) -> _Role:
     rows = tensor.shape[1] if transposed else tensor.shape[0]
     has_bias = argument(linear, 2, "bias") is not None
     reads = (linear.args[0], has_bias, tensor.device) if not more else None
-    if rows in tables and _reaches_output(linear):
-        return _Role("lm_head", transposed)
     if _is_router(linear):
         return _Role("router", transposed)
-    return _Role("tiny" if tensor.numel() < TINY else "linear", transposed, reads)
+    if tensor.numel() < TINY:
+        return _Role("tiny", transposed)
+    if rows in tables and _reaches_output(linear):
+        return _Role("lm_head", transposed)
+    return _Role("linear", transposed, reads)
 
 
 def _use(weight: Node, user: Node) -> str:
@@ -209,14 +210,17 @@ def _use(weight: Node, user: Node) -> str:
         return "linear" if user.args[1] is weight else "bias"
     if is_call(user, aten.embedding.default):
         return "embedding"
-    if "conv" in str(user.target):
+    name = str(user.target)
+    if "conv" in name:
         return "conv"
-    return "other"
+    # A stack of matrices: multiplied as a batch, or one of them picked and multiplied.
+    picked = is_call(user, aten.select.int, aten.index.Tensor, aten.transpose.int)
+    return "experts" if picked or any(word in name for word in ("bmm", "matmul", "grouped_mm")) else "other"
 
 
 def _dense_role(uses: set[str], tensor: Tensor) -> str:
-    if tensor.dim() >= 3:
-        return "conv" if uses == {"conv"} else "experts"
+    if tensor.dim() >= 3 and uses <= {"conv", "experts"}:
+        return uses.pop()
     if tensor.dim() <= 1:
         return "bias" if uses <= {"bias", "conv"} else "norm"
     return uses.pop() if len(uses) == 1 else "other"
@@ -256,7 +260,8 @@ def _roles_by_type(model: nn.Module, names: Names) -> dict[str, _Role]:
         elif isinstance(owners[0], nn.Linear) and tensor.dim() == 2:
             name = "tiny" if tensor.numel() < TINY else "linear"
         else:
-            name = _dense_role({"conv"} if "Conv" in type(owners[0]).__name__ else {"other"}, tensor)
+            use = "conv" if "Conv" in type(owners[0]).__name__ else "experts" if tensor.dim() >= 3 else "other"
+            name = _dense_role({use}, tensor)
         roles[paths[0]] = _Role(name)
     if (head := _output_embedding(model)) in roles:
         roles[head] = _Role("lm_head" if roles[head].name == "linear" else roles[head].name)

@@ -27,7 +27,11 @@ LAYERS = [
     {"backend", "generate"},
     {"api"},
     {"__init__"},
-    {"cli", "__main__"},
+    # the command line
+    {"models", "evaluate", "chat"},
+    {"demo", "doctor"},
+    {"cli"},
+    {"__main__"},
 ]
 HEIGHT = {part: height for height, row in enumerate(LAYERS) for part in row}
 

@@ -2,25 +2,18 @@
 
 namespace {
 
-#ifdef HAS_AVX512
-// Up to four bits have sixteen values a group at most: those are computed, and each code looks its own up.
-constexpr bool TABLE = BITS <= 4;
-#else
-constexpr bool TABLE = false;
-#endif
-
 template <int KIND> struct Values {
     f32x16 scale, zero;
 #ifdef HAS_AVX512
     __m512i table;
 #endif
 
+    Values() = default;
     INLINE Values(float s, float z) : scale(splat(s)), zero(splat(z)) {
 #ifdef HAS_AVX512
         if (TABLE && KIND != F32) {
-            const f32x16 codes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
             char words[64];
-            store16(words, 0, KIND, (codes - zero) * scale);
+            store16(words, 0, KIND, (FIRST_CODES - zero) * scale);
             table = _mm512_broadcast_i64x4(load<__m256i>(words));
         }
 #endif
@@ -36,14 +29,15 @@ template <int KIND> struct Values {
 #endif
         store16(out, index, KIND, (to_floats(codes) - zero) * scale);
     }
+
 };
 
 template <int KIND>
 INLINE void dequantize_row(const Weight& w, int64_t n, void* out, const float* scale, const float* zero) {
     const Row row = w.row(n);
-    const int64_t whole = w.columns / LANES, per_group = std::max<int64_t>(w.group / LANES, 1);
-    for (int64_t g = 0, first = 0; first < whole; g++, first += per_group) {
-        const int64_t last = std::min(first + per_group, whole);
+    const int64_t blocks = w.columns / LANES, per_group = std::max<int64_t>(w.group / LANES, 1);
+    for (int64_t g = 0, first = 0; first < blocks; g++, first += per_group) {
+        const int64_t last = std::min(first + per_group, blocks);
         const Values<KIND> values(scale[g], zero[g]);
         int64_t b = first;
         if (first % PERIOD == 0)
@@ -56,15 +50,15 @@ INLINE void dequantize_row(const Weight& w, int64_t n, void* out, const float* s
     if (const int64_t rest = w.columns % LANES) {
         char raw[64];
         const int64_t last = w.groups() - 1;
-        Values<KIND>(scale[last], zero[last]).write(raw, 0, row.block(whole, whole % PERIOD));
-        std::memcpy((char*)out + whole * LANES * size_of(KIND), raw, rest * size_of(KIND));
+        Values<KIND>(scale[last], zero[last]).write(raw, 0, row.block(blocks, blocks % PERIOD));
+        std::memcpy((char*)out + blocks * LANES * size_of(KIND), raw, rest * size_of(KIND));
     }
 }
 
 template <int KIND> void dequantize_rows(const Weight& w, int64_t first, int64_t last, void* out, int64_t stride) {
     static thread_local Scratch scratch;
-    float* scale = scratch.get<float>(2 * w.groups());
-    float* zero = scale + w.groups();
+    float* scale = scratch.get<float>(2 * whole(w.groups()));
+    float* zero = scale + whole(w.groups());
     for (int64_t n = first; n < last; n++) {
         if (n == first || w.scale_stride) w.scales(scale, n);
         if (n == first || w.zero_stride) w.zeros(zero, n);

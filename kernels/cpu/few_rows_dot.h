@@ -7,46 +7,21 @@
 #ifdef HAS_BF16_DOT
 namespace {
 
-#ifndef SCHED
-#define SCHED schedule(dynamic)
-#endif
-#ifndef PF
-#define PF 8192
-#endif
-constexpr int64_t UNIT = 64;  // codes in one vector of bytes
 constexpr float MAGIC = BITS == 8 ? 2048 + 128 : 128;
-
-// Codes 64 * unit … 64 * unit + 63, one a byte; of the last unit of a row only what is there is read.
-template <bool LAST> INLINE __m512i codes64(const Row& row, int64_t unit, int64_t columns) {
-    __m512i codes = _mm512_setzero_si512();
-    for (int p = 0; p < PLANES; p++) {
-        const int width = width_of(p), low = low_of(p);
-        const uint8_t* at = row.plane[p] + unit * 8 * width / 16 * 16;
-        const int64_t left = row.plane[p] + plane_bytes(p, columns) - at;
-        __m512i v;
-        if (width == 8) return LAST ? _mm512_maskz_loadu_epi8(_bzhi_u64(~0ull, left), at) : _mm512_loadu_si512(at);
-        if (width == 4) {
-            __m256i half = LAST ? _mm256_maskz_loadu_epi8(_bzhi_u32(~0u, left), at) : load<__m256i>(at);
-            v = _mm512_castsi256_si512(half);
-            v = _mm512_shuffle_i64x2(v, v, 0x50);
-        } else {
-            v = _mm512_broadcast_i32x4(load<__m128i>(at));
-        }
-        // Lane i holds block i of the unit: its bits are turned to where they belong in the code.
-        const int phase = width == 1 ? 4 * (unit & 1) : 0, fields = 8 / width;
-        auto turn = [&](int lane) { return ((phase + lane) % fields * width - low) & 31; };
-        const __m512i turns = _mm512_inserti32x4(
-            _mm512_inserti32x4(_mm512_inserti32x4(_mm512_set1_epi32(turn(0)), _mm_set1_epi32(turn(1)), 1),
-                               _mm_set1_epi32(turn(2)), 2), _mm_set1_epi32(turn(3)), 3);
-        const __m512i mask = _mm512_set1_epi8(((1 << width) - 1) << low);
-        v = _mm512_and_si512(_mm512_rorv_epi32(v, turns), mask);
-        codes = p ? _mm512_or_si512(codes, v) : v;
-    }
-    return codes;
-}
 
 INLINE __m512 dot(__m512 sum, __m512i a, __m512i b) {
     return _mm512_dpbf16_ps(sum, bits_of<__m512bh>(a), bits_of<__m512bh>(b));
+}
+
+// Four vectors to their four sums.
+INLINE __m128 sums4(__m512 a, __m512 b, __m512 c, __m512 d) {
+    __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    __m512d low = _mm512_unpacklo_pd(bits_of<__m512d>(ab), bits_of<__m512d>(cd));
+    __m512d high = _mm512_unpackhi_pd(bits_of<__m512d>(ab), bits_of<__m512d>(cd));
+    __m512 all = _mm512_add_ps(bits_of<__m512>(low), bits_of<__m512>(high));
+    __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(all), 1)));
+    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
 
 // x in the order that the interleave gives, padded with zeros to whole units, and its sums over each group.
@@ -67,7 +42,7 @@ INLINE void add_unit(__m512 (&sums)[R][M], const Row* row, int64_t unit, int64_t
     for (int m = 0; m < M; m++) x0[m] = x.at(m0 + m, unit, 0), x1[m] = x.at(m0 + m, unit, 1);
     for (int r = 0; r < R; r++) {
         __m512i codes = codes64<LAST>(row[r], unit, columns);
-        __builtin_prefetch(row[r].plane[0] + unit * 8 * BITS + PF, 0, 3);
+        row[r].prefetch(unit * 4);
         if (BITS == 8) {
             const __m512i nibble = _mm512_set1_epi8(15);
             __m512i high = _mm512_and_si512(_mm512_srli_epi16(codes, 4), nibble);
@@ -94,15 +69,15 @@ INLINE void few_rows_dot(const Weight& w, int64_t n, const Dotted& x, int64_t m0
             for (int m = 0; m < M; m++)
                 total[r][m] = _mm512_fnmadd_ps(_mm512_load_ps(shift + r * stride + g),
                                                _mm512_load_ps(x.sums + (m0 + m) * x.groups + g), total[r][m]);
-    const int64_t units = (w.columns + UNIT - 1) / UNIT, whole = w.columns / UNIT;
+    const int64_t units = whole(w.columns, UNIT) / UNIT, full = w.columns / UNIT;
     const int64_t per_group = LANEWISE ? 1 : w.group >= w.columns ? units : w.group / UNIT;
     for (int64_t g = 0, first = 0; first < units; g++, first += per_group) {
         __m512 sums[R][M];
         for (int r = 0; r < R; r++)
             for (int m = 0; m < M; m++) sums[r][m] = _mm512_setzero_ps();
-        const int64_t last = std::min(first + per_group, whole);
+        const int64_t last = std::min(first + per_group, full);
         for (int64_t u = first; u < last; u++) add_unit<R, M, false>(sums, row, u, w.columns, x, m0);
-        if (last < first + per_group) add_unit<R, M, true>(sums, row, whole, w.columns, x, m0);
+        if (last < first + per_group) add_unit<R, M, true>(sums, row, full, w.columns, x, m0);
         for (int r = 0; r < R; r++) {
             __m512 s;
             if (LANEWISE) {
@@ -115,8 +90,11 @@ INLINE void few_rows_dot(const Weight& w, int64_t n, const Dotted& x, int64_t m0
             for (int m = 0; m < M; m++) total[r][m] = _mm512_fmadd_ps(sums[r][m], s, total[r][m]);
         }
     }
-    for (int r = 0; r < R; r++)
-        for (int m = 0; m < M; m++) out.write(m0 + m, n + r, _mm512_reduce_add_ps(total[r][m]));
+    for (int m = 0; m < M; m++) {
+        __m512 each[4];
+        for (int r = 0; r < 4; r++) each[r] = r < R ? total[r < R ? r : 0][m] : _mm512_setzero_ps();
+        out.write(m0 + m, n, R, bits_of<f32x16>(_mm512_zextps128_ps512(sums4(each[0], each[1], each[2], each[3]))));
+    }
 }
 
 template <int R, bool LANEWISE>
@@ -127,18 +105,20 @@ INLINE void few_rows_dot(const Weight& w, int64_t n, const Dotted& x, int64_t ro
         few_rows_dot<R / 2, 4, LANEWISE>(w, n, x, m, scale, shift, stride, out);
         few_rows_dot<R / 2, 4, LANEWISE>(w, n + R / 2, x, m, scale + R / 2 * stride, shift + R / 2 * stride, stride, out);
     }
-    if (rows - m >= 2) few_rows_dot<R, 2, LANEWISE>(w, n, x, m, scale, shift, stride, out), m += 2;
+    if (rows - m == 3) {
+        few_rows_dot<R / 2, 3, LANEWISE>(w, n, x, m, scale, shift, stride, out);
+        few_rows_dot<R / 2, 3, LANEWISE>(w, n + R / 2, x, m, scale + R / 2 * stride, shift + R / 2 * stride, stride, out);
+        return;
+    }
+    if (rows - m == 2) return few_rows_dot<R, 2, LANEWISE>(w, n, x, m, scale, shift, stride, out);
     if (rows - m) few_rows_dot<R, 1, LANEWISE>(w, n, x, m, scale, shift, stride, out);
 }
 
 template <bool LANEWISE>
 void few_rows_dot(const Weight& w, const Dotted& x, int64_t rows, const Output& out, int threads) {
-#ifndef RR
-#define RR 4
-#endif
-    constexpr int R = RR;
-    const int64_t groups = w.groups(), units = (w.columns + UNIT - 1) / UNIT;
-    const int64_t stride = (std::max(groups, LANEWISE ? units * 4 : 0) + LANES - 1) / LANES * LANES;
+    constexpr int R = 4;
+    const int64_t groups = w.groups(), units = whole(w.columns, UNIT) / UNIT;
+    const int64_t stride = whole(std::max(groups, LANEWISE ? units * 4 : 0));
     const int64_t step = std::max<int64_t>(1, std::min<int64_t>(16, w.rows / (4 * R * threads))) * R;
 #pragma omp parallel num_threads(threads)
     {
@@ -160,7 +140,7 @@ void few_rows_dot(const Weight& w, const Dotted& x, int64_t rows, const Output& 
         const bool varies = w.scale_stride || w.zero_stride;
         if (!varies)
             for (int r = 0; r < R; r++) prepare(0, r);
-#pragma omp for SCHED
+#pragma omp for schedule(dynamic)
         for (int64_t first = 0; first < w.rows; first += step) {
             const int64_t last = std::min(first + step, w.rows);
             int64_t n = first;
@@ -179,17 +159,17 @@ void few_rows_dot(const Weight& w, const Dotted& x, int64_t rows, const Output& 
 
 void few_rows_dot(const Weight& w, const void* x, int64_t rows, int64_t x_stride, const Output& out, int threads) {
     static thread_local Scratch x_scratch, sum_scratch;
-    const int64_t units = (w.columns + UNIT - 1) / UNIT, stride = units * UNIT;
-    const int64_t groups = (w.groups() + LANES - 1) / LANES * LANES;
+    const int64_t units = whole(w.columns, UNIT) / UNIT, stride = units * UNIT;
+    const int64_t groups = whole(w.groups());
     uint16_t* to = x_scratch.get<uint16_t>(rows * stride);
     float* sums = sum_scratch.get<float>(rows * groups);
     std::fill(sums, sums + rows * groups, 0.0f);
     for (int64_t m = 0; m < rows; m++) {
         const uint16_t* from = (const uint16_t*)x + m * x_stride;
         for (int64_t u = 0; u < units; u++) {
-            alignas(64) uint16_t part[UNIT] = {};
-            std::memcpy(part, from + u * UNIT, std::min(UNIT, w.columns - u * UNIT) * 2);
-            __m512i a = _mm512_load_si512(part), b = _mm512_load_si512(part + 32);
+            const uint64_t mask = _bzhi_u64(~0ull, std::min(UNIT, w.columns - u * UNIT));
+            __m512i a = _mm512_maskz_loadu_epi16(mask, from + u * UNIT);
+            __m512i b = _mm512_maskz_loadu_epi16(mask >> 32, from + u * UNIT + 32);
             const __m512i low = _mm512_set_epi64(13, 12, 9, 8, 5, 4, 1, 0);
             const __m512i high = _mm512_set_epi64(15, 14, 11, 10, 7, 6, 3, 2);
             _mm512_store_si512(to + m * stride + u * UNIT, _mm512_permutex2var_epi64(a, low, b));
@@ -197,11 +177,10 @@ void few_rows_dot(const Weight& w, const void* x, int64_t rows, int64_t x_stride
         }
         for (int64_t g = 0; g < w.groups(); g++) {
             f32x16 total{};
-            float last[16] = {};
             int64_t k = g * w.group, end = k + w.group;
             for (; k + LANES <= end; k += LANES) total += load16(from, k, BF16);
-            if (k < end) to_floats(last, from + k, end - k, BF16);
-            sums[m * groups + g] = sum(total + load<f32x16>(last));
+            if (k < end) total += load_some(from, k, end - k, BF16);
+            sums[m * groups + g] = sum(total);
         }
     }
     const Dotted dotted = {to, sums, stride, groups};

@@ -22,8 +22,3 @@ def quantize(weight: Tensor, spec: QSpec, algorithm: str | None = None) -> QTens
     Raises WeightError for NaN, inf or no values, SpecError where the spec does not fit the weight or the algorithm.
     """
     return ALGORITHMS[algorithm or choose(spec)](weight, spec)
-
-
-def quantize(weight: Tensor, spec: QSpec, algorithm: str | None = None) -> QTensor:
-    """Quantize with the named algorithm; None takes HQQ for the specs that it can make, else round to nearest."""
-    return ALGORITHMS[algorithm or ("rtn" if hqq.refuses(spec) else "hqq")](weight, spec)

@@ -56,11 +56,22 @@ def aliases(node: Node) -> Iterator[Node]:
         stack += [user for user in one.users if shared_operand(user) is one]
 
 
+def writers(node: Node) -> Iterator[Node]:
+    """Everything in the graph that writes to the memory of `node`."""
+    for one in aliases(node):
+        for user in one.users:
+            if any(arg is one and info.is_write for arg, info in _declared(user)):
+                yield user
+
+
 def is_written(node: Node) -> bool:
     """Whether anything in the graph writes to the memory of `node`."""
-    return any(
-        arg is one and info.is_write for one in aliases(node) for user in one.users for arg, info in _declared(user)
-    )
+    return any(True for _ in writers(node))
+
+
+def is_written_between(node: Node, end: Node) -> bool:
+    """Whether anything after `node` and before `end` writes to the memory of `node`."""
+    return any(node < writer < end for writer in writers(node))
 
 
 def is_returned(node: Node) -> bool:

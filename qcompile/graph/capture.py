@@ -59,7 +59,10 @@ def export(module: nn.Module, tensors: Sequence[Tensor], prefix: str = "") -> Ca
         raise CaptureError(f"{type(module).__name__}.forward could not be captured: {reason}") from error
     gm = program.graph_module
     kinds = torch.export.graph_signature.InputKind
-    real = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers(remove_duplicate=False))}
+    real = {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }
     inputs: list[Input] = []
     seen: dict[int, Node] = {}
     users = 0
@@ -72,7 +75,9 @@ def export(module: nn.Module, tensors: Sequence[Tensor], prefix: str = "") -> Ca
                 gm.graph.erase_node(node)
                 continue
             constant = program.constants.get(spec.target) if tensor is None else None
-            inputs.append(Input(path=spec.target.removeprefix(prefix)) if constant is None else Input(constant=constant))
+            inputs.append(
+                Input(path=spec.target.removeprefix(prefix)) if constant is None else Input(constant=constant)
+            )
         elif spec.kind == kinds.CONSTANT_TENSOR:
             inputs.append(Input(constant=program.constants[spec.target]))
         elif spec.kind == kinds.USER_INPUT:
@@ -93,49 +98,70 @@ def retrace(gm: GraphModule) -> GraphModule:
     return traced
 
 
-def inline(gm: GraphModule, node: Node, function: Callable[..., Any]) -> list[Node]:
-    """Replace a call by the graph of `function` on the same arguments; returns the new nodes.
+class Inliner:
+    """Replaces calls by the graphs of functions. A function is traced once for all calls whose arguments agree in
+    everything but their values: the layers of a model repeat."""
 
-    Arguments that are not nodes are constants of the traced function.
-    """
-    flat, spec = torch.utils._pytree.tree_flatten((node.args, node.kwargs))
-    places = [index for index, arg in enumerate(flat) if isinstance(arg, Node)]
+    def __init__(self, gm: GraphModule):
+        self.gm = gm
+        self._traces: dict[Any, GraphModule] = {}
 
-    def on_values(*values: Any) -> Any:
-        full = list(flat)
-        for index, given in zip(places, values, strict=True):
-            full[index] = given
-        args, kwargs = torch.utils._pytree.tree_unflatten(full, spec)
-        return function(*args, **kwargs)
+    def inline(self, node: Node, function: Callable[..., Any]) -> list[Node]:
+        """Replace `node` by the graph of `function` on the same arguments; returns the new nodes.
 
-    traced = _torch.trace(on_values, [flat[index].meta["val"] for index in places])
-    env: dict[Node, Any] = {}
-    given = iter([flat[index] for index in places])
-    made: list[Node] = []
-    with gm.graph.inserting_before(node):
-        for inner in traced.graph.nodes:
-            if inner.op == "placeholder":
-                env[inner] = next(given)
-            elif inner.op == "output":
-                result = torch.fx.node.map_arg(inner.args[0], lambda n: env[n])
-            elif inner.op == "get_attr":
-                name = f"_const_{node.name}_{inner.target}"
-                setattr(gm, name, getattr(traced, inner.target))
-                env[inner] = gm.graph.get_attr(name)
-                env[inner].meta["val"] = inner.meta.get("val", getattr(traced, inner.target))
-            else:
-                env[inner] = gm.graph.node_copy(inner, lambda n: env[n])
-                made.append(env[inner])
-    for new in made:
-        new.meta["module_path"] = node.meta.get("module_path", "")
-    if isinstance(result, (list, tuple)):
-        for user in list(node.users):
-            user.replace_all_uses_with(result[user.args[1]])
-            gm.graph.erase_node(user)
-    else:
-        node.replace_all_uses_with(result)
-    gm.graph.erase_node(node)
-    return made
+        Arguments that are not nodes are constants of the traced function.
+        """
+        flat, spec = torch.utils._pytree.tree_flatten((node.args, node.kwargs))
+        places = [index for index, arg in enumerate(flat) if isinstance(arg, Node)]
+        key = (function, spec, *(_kind(arg) for arg in flat))
+        if key not in self._traces:
+
+            def on_values(*values: Any) -> Any:
+                full = list(flat)
+                for index, given in zip(places, values, strict=True):
+                    full[index] = given
+                args, kwargs = torch.utils._pytree.tree_unflatten(full, spec)
+                return function(*args, **kwargs)
+
+            self._traces[key] = _torch.trace(on_values, [flat[index].meta["val"] for index in places])
+        return self._splice(node, self._traces[key], [flat[index] for index in places])
+
+    def _splice(self, node: Node, traced: GraphModule, arguments: Sequence[Node]) -> list[Node]:
+        graph, given, made = self.gm.graph, iter(arguments), []
+        env: dict[Node, Any] = {}
+        with graph.inserting_before(node):
+            for inner in traced.graph.nodes:
+                if inner.op == "placeholder":
+                    env[inner] = next(given)
+                elif inner.op == "output":
+                    result = torch.fx.node.map_arg(inner.args[0], lambda n: env[n])
+                elif inner.op == "get_attr":
+                    name = f"_const_{node.name}_{inner.target}"
+                    setattr(self.gm, name, getattr(traced, inner.target))
+                    env[inner] = graph.get_attr(name)
+                    env[inner].meta["val"] = inner.meta.get("val", getattr(traced, inner.target))
+                else:
+                    env[inner] = graph.node_copy(inner, lambda n: env[n])
+                    env[inner].meta["module_path"] = node.meta.get("module_path", "")
+                    made.append(env[inner])
+        if isinstance(result, (list, tuple)):
+            for user in list(node.users):
+                user.replace_all_uses_with(result[user.args[1]])
+                graph.erase_node(user)
+        else:
+            node.replace_all_uses_with(result)
+        graph.erase_node(node)
+        return made
+
+
+def _kind(arg: Any) -> Any:
+    """What a trace depends on of an argument."""
+    if not isinstance(arg, Node):
+        return type(arg), arg
+    val = arg.meta["val"]
+    if not isinstance(val, Tensor):
+        return str(val)
+    return val.dtype, val.device, str(tuple(val.shape)), str(val.stride())
 
 
 # Dynamo's `L['self'].`, torch.export's own wrapper, and slices of a ModuleList, which torch writes into the path.

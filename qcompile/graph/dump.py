@@ -1,6 +1,6 @@
 """A graph as text: one line a node, the same bytes every run.
 
-    %linear_3 : bf16[1,s0,64] = qcompile.linear(%reshape_2, …)      # model.layers.0.self_attn.o_proj  <- quantize_linear
+    %linear_3 : bf16[1,s0,64] = qcompile.linear(%reshape_2, …)     # model.layers.0.self_attn.o_proj  <- quantize_linear
 """
 
 from __future__ import annotations
@@ -87,7 +87,10 @@ def _argument(arg: Any) -> str:
 
 
 def _rename(size: str, symbols: dict[str, str] | None) -> str:
-    """Symbols by order of appearance: torch numbers them by hashes that change between releases."""
+    """Symbols by order of appearance: torch numbers them by hashes that change between releases, and sorts by them."""
     if symbols is None:
         return size
-    return re.sub(r"\b[su]\d+\b", lambda m: symbols.setdefault(m.group(), f"s{len(symbols)}"), size)
+    size = re.sub(r"\b[su]\d+\b", lambda m: symbols.setdefault(m.group(), f"s{len(symbols)}"), size)
+    if re.fullmatch(r"\w+(( \+ |\*)\w+)*", size):
+        size = " + ".join(sorted("*".join(sorted(term.split("*"))) for term in size.split(" + ")))
+    return size

@@ -144,8 +144,8 @@ class Pattern:
         Pattern(lambda x, w, eps: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * w, "x w", eps=1e-5)
 
     Tensor parameters are named in one string; keyword parameters are scalars that bind to whatever number stands there.
-    Conversions between floating dtypes are looked through on both sides: one pattern serves every dtype. The function is
-    written as Normalize spells graphs: `x.pow(2)`, not `x * x`.
+    Conversions between floating dtypes are looked through on both sides: one pattern serves every dtype. The function
+    is written as Normalize spells graphs: `x.pow(2)`, not `x * x`.
     """
 
     def __init__(self, function: Callable[..., Any], tensors: str, **scalars: float):

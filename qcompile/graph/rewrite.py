@@ -9,6 +9,8 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
+from torch.utils._pytree import tree_leaves
 
 from qcompile.graph.match import Miss, module_path, value
 
@@ -70,8 +72,10 @@ class Rewriter:
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
         """A call node whose value is `target` run on the operands' fake values."""
-        new = self.graph.call_function(target, args, kwargs)
-        values = torch.fx.node.map_arg((args, kwargs), value)
+        schema = getattr(target, "_schema", None)
+        name = schema.name.rpartition("::")[2] if schema else None
+        new = self.graph.create_node("call_function", target, args, kwargs, name=name)
+        values: Any = map_arg((args, kwargs), value)
         mode = next((v.fake_mode for v in _leaves(values) if hasattr(v, "fake_mode")), None)
         if mode is None:
             new.meta["val"] = target(*values[0], **values[1])
@@ -97,6 +101,11 @@ class Rewriter:
                 raise RuntimeError(f"{self.origin}: {new.name} is {_type(b)}, {old.name} is {_type(a)}")
         old.replace_all_uses_with(new)
         self._replaced.append(old)
+
+    def erase(self, node: Node) -> None:
+        """Remove a node without users, even one that writes to an operand."""
+        self._replaced += node.all_input_nodes
+        self.graph.erase_node(node)
 
     def sweep(self) -> None:
         """Remove what was replaced and everything that only it used, so that counting users stays meaningful."""
@@ -154,4 +163,4 @@ def _type(tensor: Any) -> str:
 
 
 def _leaves(values: Any) -> list[Any]:
-    return torch.utils._pytree.tree_leaves(values)
+    return tree_leaves(values)

@@ -21,11 +21,11 @@ class Spelling:
     instead: Node | Build | None
 
     def write(self, g: Rewriter) -> None:
-        if self.instead is None:
-            g.graph.erase_node(self.node)
-            return
         with g.before(self.node):
-            g.replace(self.node, self.instead if isinstance(self.instead, Node) else self.instead(g))
+            if self.instead is not None:
+                g.replace(self.node, self.instead if isinstance(self.instead, Node) else self.instead(g))
+        # By hand, because an in-place op is never swept away.
+        g.erase(self.node)
 
 
 def spell(node: Node, target: Any, *args: Any) -> Build | None:

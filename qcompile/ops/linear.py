@@ -7,12 +7,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qcompile.ops.activation import ACTIVATIONS
-from qcompile.ops.registry import op
+from qcompile.ops.registry import op, op_with_fake
 from qcompile.quant import tensor
 from qcompile.quant.spec import QSpec
 
 
-@op
+def _empty_weight(
+    data: Tensor, scale: Tensor, zero: Tensor | None, spec: str, shape: list[int], dtype: torch.dtype
+) -> Tensor:
+    return data.new_empty(shape, dtype=dtype)
+
+
+@op_with_fake(_empty_weight)
 def dequantize(
     data: Tensor, scale: Tensor, zero: Tensor | None, spec: str, shape: list[int], dtype: torch.dtype
 ) -> Tensor:
@@ -20,7 +26,13 @@ def dequantize(
     return tensor.dequantize(data, scale, zero, QSpec.parse(spec), tuple(shape), dtype)
 
 
-@op
+def _empty_linear(
+    x: Tensor, data: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, spec: str, activation: str | None
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], data.shape[0]))
+
+
+@op_with_fake(_empty_linear)
 def linear(
     x: Tensor, data: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, spec: str, activation: str | None
 ) -> Tensor:

@@ -7,10 +7,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qcompile.ops.precision import wide
-from qcompile.ops.registry import op
+from qcompile.ops.registry import op_with_fake
 
 
-@op
+def _like(x: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _dense(x: Tensor, *_: object) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@op_with_fake(_like)
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, weight_offset: float) -> Tensor:
     """x / sqrt(mean(x²) + eps) * (weight + weight_offset), x (…, n), weight (n,) or None for one.
 
@@ -23,7 +31,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, weight_offset: float)
     return y.to(x.dtype)
 
 
-@op
+@op_with_fake(lambda x, residual, *_: (_like(total := x + residual), total))
 def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, weight_offset: float
 ) -> tuple[Tensor, Tensor]:
@@ -32,7 +40,7 @@ def add_rms_norm(
     return rms_norm.meaning(total, weight, eps, weight_offset), total
 
 
-@op
+@op_with_fake(_dense)
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """(x - mean) / sqrt(var + eps) * weight + bias over the last dimension, x (…, n). (Ba et al. 2016.)"""
     y = wide(x)
@@ -41,7 +49,7 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     return F.layer_norm(y, x.shape[-1:], weight, bias, eps).to(x.dtype)
 
 
-@op
+@op_with_fake(lambda x, residual, *_: (_dense(total := x + residual), total))
 def add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:

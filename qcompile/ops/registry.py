@@ -85,12 +85,20 @@ class Op:
 OPS: dict[str, Op] = {}
 
 
-def op(meaning: Function) -> Op:
-    """Register `meaning`, a function of tensors and plain values in plain torch, as `torch.ops.qcompile.<its name>`."""
+def op(meaning: Function, fake: Function | None = None) -> Op:
+    """Register `meaning`, a function of tensors and plain values in plain torch, as `torch.ops.qcompile.<its name>`.
+
+    `fake`, where the meaning is slow on fake tensors, gives an empty result of the same type and strides.
+    """
     name = meaning.__name__
-    OPS[name] = Op(name, meaning, _define(_OPS, meaning, fake=meaning))
+    OPS[name] = Op(name, meaning, _define(_OPS, meaning, fake=fake or meaning))
     OPS[name].__doc__ = meaning.__doc__
     return OPS[name]
+
+
+def op_with_fake(fake: Function) -> Callable[[Function], Op]:
+    """`op` with a fake of its own."""
+    return lambda meaning: op(meaning, fake)
 
 
 def opaque(fake: Function) -> Callable[[Function], torch._ops.OpOverload]:

@@ -103,7 +103,7 @@ def parse_granularity(tag: str) -> Granularity:
     if tag == "row":
         return PerRow()
     kinds = {"g": PerGroup, "o": PerOutputGroup}
-    if tag[:1] in kinds and tag[1:].isdecimal() and int(tag[1:]) > 0 and tag[1] != "0":
+    if tag[:1] in kinds and len(tag) < 12 and tag[1:].isdecimal() and int(tag[1:]) > 0 and tag[1] != "0":
         return kinds[tag[0]](int(tag[1:]))
     raise SpecError(f"unknown granularity {tag!r}; known: tensor, row, g<inputs> such as g64, o<outputs> such as o64")
 

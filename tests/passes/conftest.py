@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -11,35 +12,82 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from qcompile.graph import capture
+from qcompile.graph.dump import dump
+from qcompile.graph.rewrite import PassResult, Rule, apply
 from qcompile.quant.packing import pack
 from qcompile.quant.spec import QSpec, Zero
 from qcompile.quant.tensor import QTensor
+from qcompile.storage import PackedWeight, Slot, install
+
+
+class Flat(nn.Module):
+    """A module or function that takes its inputs as *tensors, which is what `capture.export` captures."""
+
+    def __init__(self, module: Callable[..., Any]):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *tensors: Tensor) -> Any:
+        return self.module(*tensors)
 
 
 class Graph:
     """A captured module with the inputs it was captured on."""
 
-    def __init__(self, module: nn.Module, inputs: Sequence[Tensor]):
-        captured = capture.export(module.eval(), inputs)
+    def __init__(self, module: Callable[..., Any], inputs: Sequence[Tensor]):
+        flat = Flat(module).eval()
+        captured = capture.export(flat, inputs, prefix="module.")
+        named = {**dict(flat.named_parameters(remove_duplicate=False)), **dict(flat.named_buffers(remove_duplicate=False))}
         self.gm: GraphModule = captured.gm
-        named = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers(remove_duplicate=False))}
         self.inputs = [
-            named[i.path] if i.path is not None else i.constant if i.user is None else inputs[i.user]
+            named[f"module.{i.path}"] if i.path is not None else i.constant if i.user is None else inputs[i.user]
             for i in captured.inputs
         ]
 
     def run(self) -> list[Tensor]:
-        """The graph's results; inputs are copied first, so a graph that writes to them can be run again."""
+        """The graph's results, then its inputs, which it may have written to; it runs on copies of them."""
         with torch.no_grad():
-            return list(self.gm(*copy.deepcopy(self.inputs)))
+            inputs = copy.deepcopy(self.inputs)
+            return [*self.gm(*inputs), *inputs]
 
-    def count(self, target: object) -> int:
-        return sum(node.target is target for node in self.gm.graph.nodes)
+    def apply(self, rule: Rule[Any], rtol: float | None = None, atol: float | None = None) -> PassResult:
+        """Run a pass and check what holds for every pass: the numbers stay, its nodes say what they are and where they
+        come from, and a second run changes nothing."""
+        before = self.run()
+        result = apply(self.gm, rule)
+        torch.testing.assert_close(self.run(), before, rtol=rtol, atol=atol)
+        for node in self.gm.graph.nodes:
+            if node.meta.get("origin") == rule.name:
+                assert "val" in node.meta and "module_path" in node.meta, node
+        text = self.text()
+        again = apply(self.gm, rule)
+        assert not again.rewrites and self.text() == text, "applied twice, it changed something again"
+        return result
+
+    def prepare(self, *rules: Rule[Any]) -> Graph:
+        """Run passes that come before the one under test."""
+        for rule in rules:
+            apply(self.gm, rule)
+        return self
+
+    def text(self) -> str:
+        return dump(self.gm.graph)
+
+    def ops(self) -> list[str]:
+        """The names of the ops called, in order, without namespace and overload."""
+        return [_name(node.target) for node in self.gm.graph.nodes if node.op == "call_function"]
+
+    def count(self, *targets: object) -> int:
+        return sum(node.target in targets for node in self.gm.graph.nodes)
+
+
+def _name(target: Any) -> str:
+    return target._schema.name.partition("::")[2] if hasattr(target, "_schema") else target.__name__
 
 
 @pytest.fixture
 def graph() -> Callable[..., Graph]:
-    """`graph(module, *inputs)`: the module's forward, captured."""
+    """`graph(module, *inputs)`: the forward of a module, or a function, captured."""
     return lambda module, *inputs: Graph(module, inputs)
 
 
@@ -59,3 +107,25 @@ def quantized() -> Callable[..., QTensor]:
         return QTensor(q, (rows, columns), pack(codes, q.element.bits), scale, zero)
 
     return make
+
+
+@pytest.fixture
+def side_by_side(quantized: Callable[..., QTensor]) -> Callable[..., None]:
+    """`side_by_side(q, k, v, spec="u4/g64/asym")`: quantized weights for these modules, in one store, in this order.
+
+    Biases go into the store, too, unless `biases=False`.
+    """
+
+    def store(*modules: nn.Linear, spec: str = "u4/g64/asym", biases: bool = True) -> None:
+        parts = [quantized(m.out_features, m.in_features, spec) for m in modules]
+        biases = biases and all(m.bias is not None for m in modules)
+        packed, start = PackedWeight(parts, [m.bias.detach() for m in modules] if biases else ()), 0
+        for m in modules:
+            like, rows = torch.empty(0, dtype=m.weight.dtype), m.out_features
+            slots = {"weight": Slot("packed", start, rows, (rows, m.in_features), False, like)}
+            if biases:
+                slots["bias"] = Slot("packed", start, rows, (rows,), False, like, bias=True)
+            install(m, slots, {"packed": packed})
+            start += rows
+
+    return store

@@ -1,0 +1,231 @@
+// Many rows of x: tiles of the weight are dequantized into the cache, transposed for outer products, and multiplied by
+// all rows of x. The sums of TILE outputs times MR rows of x stay in registers.
+//
+// A step is one float32 input, or a pair of bfloat16 inputs where the processor multiplies pairs.
+
+#ifdef HAS_AVX512
+namespace {
+
+constexpr int MR = 8, VR = 3;
+constexpr int64_t TILE = VR * LANES, DEPTH = 512;  // DEPTH steps are worked on at a time
+
+INLINE void transpose16(__m512i (&v)[16]) {
+    __m512i t[16];
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int j = 0; j < 2; j++) {
+            v[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + j + 2]);
+            v[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + j + 2]);
+        }
+    for (int j = 0; j < 4; j++) {
+        t[j] = _mm512_shuffle_i32x4(v[j], v[j + 4], 0x88);
+        t[j + 4] = _mm512_shuffle_i32x4(v[j + 8], v[j + 12], 0x88);
+        t[j + 8] = _mm512_shuffle_i32x4(v[j], v[j + 4], 0xdd);
+        t[j + 12] = _mm512_shuffle_i32x4(v[j + 8], v[j + 12], 0xdd);
+    }
+    for (int j = 0; j < 4; j++) {
+        v[j] = _mm512_shuffle_i32x4(t[j], t[j + 4], 0x88);
+        v[j + 8] = _mm512_shuffle_i32x4(t[j], t[j + 4], 0xdd);
+        v[j + 4] = _mm512_shuffle_i32x4(t[j + 8], t[j + 12], 0x88);
+        v[j + 12] = _mm512_shuffle_i32x4(t[j + 8], t[j + 12], 0xdd);
+    }
+}
+
+// The values of one group of one row, as the multiplication wants them: rounded to bfloat16 where it takes pairs.
+template <bool PAIRS> struct GroupValues {
+    f32x16 scale, shift;
+    __m512i table;
+
+    INLINE void set(float s, float z) {
+        scale = splat(s), shift = splat(-z * s);
+        if (TABLE && PAIRS) table = _mm512_broadcast_i64x4(bits_of<__m256i>(to_bf16(FIRST_CODES * scale + shift)));
+    }
+    // Sixteen codes to a vector of float32.
+    INLINE __m512i vector(u8x16 codes) const { return bits_of<__m512i>(to_floats(codes) * scale + shift); }
+    // Thirty-two codes to a vector of bfloat16.
+    INLINE __m512i vector(__m256i codes) const {
+        if (TABLE) return _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(codes), table);
+#ifdef HAS_BF16_DOT
+        const __m512 low = bits_of<__m512>(vector(bits_of<u8x16>(_mm256_castsi256_si128(codes))));
+        const __m512 high = bits_of<__m512>(vector(bits_of<u8x16>(_mm256_extracti128_si256(codes, 1))));
+        return bits_of<__m512i>(_mm512_cvtne2ps_pbh(high, low));
+#endif
+        return __m512i{};
+    }
+};
+
+// Blocks first … last - 1 of sixteen rows of the weight: steps of sixteen outputs, written `stride` apart.
+template <bool PAIRS>
+void fill_panel(const Weight& w, int64_t n, int64_t first, int64_t last, const float* scale, const float* zero,
+                uint32_t* to, int64_t stride) {
+    constexpr int AT_ONCE = PAIRS ? 2 : 1;
+    const int64_t groups = whole(w.groups()), blocks = w.blocks();
+    const int64_t per_group = w.group >= w.columns ? blocks : w.group / LANES;
+    Row row[16];
+    for (int r = 0; r < 16; r++) row[r] = w.row(std::min(n + r, w.rows - 1));
+    GroupValues<PAIRS> values[16];
+    int64_t next = first;  // the block at which the values change
+    auto change = [&](int64_t b) __attribute__((always_inline)) {
+        if (b != next) return;
+        const int64_t g = b / per_group;
+        for (int r = 0; r < 16; r++) values[r].set(scale[r * groups + g], zero[r * groups + g]);
+        next = (g + 1) * per_group;
+    };
+    alignas(64) uint8_t codes[16][UNIT];
+    for (int64_t b = first; b < last; b += AT_ONCE, to += 16 * stride) {
+        const int64_t unit = b * LANES / UNIT, at = b * LANES % UNIT;
+        if (at == 0)
+            for (int r = 0; r < 16; r++)
+                store(codes[r], (unit + 1) * UNIT <= w.columns ? codes64<false>(row[r], unit, w.columns)
+                                                               : codes64<true>(row[r], unit, w.columns));
+        __m512i v[16];
+        change(b);
+        if (!PAIRS) {
+            for (int r = 0; r < 16; r++) v[r] = values[r].vector(load<u8x16>(codes[r] + at));
+        } else if (b + 1 < next || b + 1 >= blocks) {
+            for (int r = 0; r < 16; r++) v[r] = values[r].vector(load<__m256i>(codes[r] + at));
+        } else {
+            // The second half belongs to the next group.
+            for (int r = 0; r < 16; r++) v[r] = values[r].vector(load<__m256i>(codes[r] + at));
+            change(b + 1);
+            for (int r = 0; r < 16; r++)
+                v[r] = _mm512_mask_mov_epi64(v[r], 0xf0, values[r].vector(load<__m256i>(codes[r] + at)));
+        }
+        transpose16(v);
+        for (int j = 0; j < 16; j++) _mm512_store_si512(to + j * stride, v[j]);
+    }
+}
+
+template <bool PAIRS> INLINE __m512 multiply_add(__m512 sum, __m512i a, __m512i b) {
+#ifdef HAS_BF16_DOT
+    if (PAIRS) return dot(sum, a, b);
+#endif
+    return _mm512_fmadd_ps(bits_of<__m512>(a), bits_of<__m512>(b), sum);
+}
+
+template <bool PAIRS, int V, int M>
+void multiply_block(const uint32_t* panel, const uint32_t* x, int64_t steps, float* sums) {
+    __m512 acc[M][V];
+    for (int m = 0; m < M; m++)
+        for (int v = 0; v < V; v++) acc[m][v] = _mm512_load_ps(sums + m * TILE + v * LANES);
+    for (int64_t s = 0; s < steps; s++, x += M, panel += TILE) {
+        __m512i w[V];
+        for (int v = 0; v < V; v++) w[v] = _mm512_load_si512(panel + v * LANES);
+        for (int m = 0; m < M; m++) {
+            const __m512i a = _mm512_set1_epi32(x[m]);
+            for (int v = 0; v < V; v++) acc[m][v] = multiply_add<PAIRS>(acc[m][v], w[v], a);
+        }
+    }
+    for (int m = 0; m < M; m++)
+        for (int v = 0; v < V; v++) _mm512_store_ps(sums + m * TILE + v * LANES, acc[m][v]);
+}
+
+template <bool PAIRS, int V>
+INLINE void multiply_block(int m, const uint32_t* panel, const uint32_t* x, int64_t steps, float* sums) {
+    switch (m) {
+        case 1: return multiply_block<PAIRS, V, 1>(panel, x, steps, sums);
+        case 2: return multiply_block<PAIRS, V, 2>(panel, x, steps, sums);
+        case 3: return multiply_block<PAIRS, V, 3>(panel, x, steps, sums);
+        case 4: return multiply_block<PAIRS, V, 4>(panel, x, steps, sums);
+        case 5: return multiply_block<PAIRS, V, 5>(panel, x, steps, sums);
+        case 6: return multiply_block<PAIRS, V, 6>(panel, x, steps, sums);
+        case 7: return multiply_block<PAIRS, V, 7>(panel, x, steps, sums);
+        default: return multiply_block<PAIRS, V, 8>(panel, x, steps, sums);
+    }
+}
+
+// MR rows of x (or the few that are left), step by step, so that the inner loop reads on and on.
+template <bool PAIRS>
+void pack_rows(const void* x, int64_t x_stride, int kind, int64_t rows, int64_t columns, int64_t steps, uint32_t* to) {
+    const int64_t at_once = PAIRS ? 2 * LANES : LANES;
+    for (int64_t s = 0; s < steps; s += LANES) {
+        const int64_t k = PAIRS ? 2 * s : s, count = std::max<int64_t>(0, std::min(at_once, columns - k));
+        __m512i v[16] = {};
+        for (int64_t m = 0; m < rows; m++) {
+            const char* from = (const char*)x + (m * x_stride + k) * size_of(kind);
+            if (count == at_once) {
+                v[m] = PAIRS ? _mm512_loadu_si512(from) : bits_of<__m512i>(load16(from, 0, kind));
+            } else {
+                v[m] = PAIRS ? _mm512_maskz_loadu_epi16((1ull << count) - 1, from)
+                             : bits_of<__m512i>(load_some(from, 0, count, kind));
+            }
+        }
+        transpose16(v);
+        for (int j = 0; j < 16; j++) _mm512_mask_storeu_epi32(to + (s + j) * rows, (1 << rows) - 1, v[j]);
+    }
+}
+
+template <bool PAIRS>
+void many_rows(const Weight& w, const void* x, int64_t x_rows, int64_t x_stride, const Output& out, int threads) {
+    constexpr int64_t PER_BLOCK = PAIRS ? LANES / 2 : LANES;  // steps in a block of sixteen inputs
+    const int64_t blocks = PAIRS ? (w.blocks() + 1) / 2 * 2 : w.blocks(), steps = blocks * PER_BLOCK;
+    const int64_t groups = whole(w.groups());
+    const int64_t tiles = whole(w.rows, TILE) / TILE;
+    // Rows of x are parted where there are more threads than tiles, and so that the sums stay in the cache.
+    const int64_t parts = std::max((x_rows + 511) / 512, std::min((2 * threads + tiles - 1) / tiles, x_rows / 64));
+    const int64_t part = ((x_rows + parts - 1) / std::max<int64_t>(parts, 1) + MR - 1) / MR * MR;
+    static thread_local Scratch x_scratch;
+    uint32_t* packed = x_scratch.get<uint32_t>(x_rows * steps);
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for
+        for (int64_t m = 0; m < x_rows; m += MR)
+            pack_rows<PAIRS>((const char*)x + m * x_stride * size_of(out.kind), x_stride, out.kind,
+                             std::min<int64_t>(MR, x_rows - m), w.columns, steps, packed + m * steps);
+        static thread_local Scratch scratch;
+        const int64_t panel_size = DEPTH * TILE;
+        float* scale = scratch.get<float>(2 * TILE * groups + panel_size + part * TILE + 3 * LANES);
+        float* zero = scale + TILE * groups;
+        uint32_t* panel = (uint32_t*)(((uintptr_t)(zero + TILE * groups) + 63) / 64 * 64);
+        float* sums = (float*)(panel + panel_size);
+#pragma omp for collapse(2) schedule(dynamic)
+        for (int64_t first = 0; first < w.rows; first += TILE)
+            for (int64_t m0 = 0; m0 < x_rows; m0 += part) {
+                const int64_t m1 = std::min(m0 + part, x_rows), count = std::min(TILE, w.rows - first);
+                const int vectors = (count + LANES - 1) / LANES;
+                for (int64_t n = 0; n < vectors * LANES; n++) {
+                    w.scales(scale + n * groups, std::min(first + n, w.rows - 1));
+                    w.zeros(zero + n * groups, std::min(first + n, w.rows - 1));
+                }
+                std::memset(sums, 0, (m1 - m0) * TILE * sizeof(float));
+                for (int64_t b = 0; b < blocks; b += DEPTH / PER_BLOCK) {
+                    const int64_t last = std::min(b + DEPTH / PER_BLOCK, blocks), depth = (last - b) * PER_BLOCK;
+                    for (int v = 0; v < vectors; v++)
+                        fill_panel<PAIRS>(w, first + v * LANES, b, last, scale + v * LANES * groups,
+                                          zero + v * LANES * groups, panel + v * LANES, TILE);
+                    for (int64_t m = m0; m < m1; m += MR) {
+                        const int rows = std::min<int64_t>(MR, x_rows - m);
+                        const uint32_t* from = packed + m * steps + b * PER_BLOCK * rows;
+                        float* to = sums + (m - m0) * TILE;
+                        if (vectors == 1) multiply_block<PAIRS, 1>(rows, panel, from, depth, to);
+                        else if (vectors == 2) multiply_block<PAIRS, 2>(rows, panel, from, depth, to);
+                        else multiply_block<PAIRS, 3>(rows, panel, from, depth, to);
+                    }
+                }
+                for (int64_t m = m0; m < m1; m++)
+                    for (int64_t n = 0; n < count; n += LANES)
+                        out.write(m, first + n, std::min(LANES, count - n), load<f32x16>(sums + (m - m0) * TILE + n));
+            }
+    }
+}
+
+}  // namespace
+#endif
+
+// Gives 0 where this processor has no such kernel.
+extern "C" int many_rows(WEIGHT_ARGUMENTS, const void* x, int64_t x_rows, int64_t x_stride, int kind, void* y,
+                         const void* bias, int bias_kind, int threads) {
+#ifdef HAS_AVX512
+    const Weight w = WEIGHT;
+    const Output out = {y, bias, rows, kind, bias_kind};
+#ifdef HAS_BF16_DOT
+    if (kind == BF16) return many_rows<true>(w, x, x_rows, x_stride, out, threads), 1;
+#endif
+    return many_rows<false>(w, x, x_rows, x_stride, out, threads), 1;
+#else
+    return 0;
+#endif
+}

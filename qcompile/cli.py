@@ -1,0 +1,339 @@
+"""The command line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from qcompile import api, demo, doctor, models
+from qcompile.algorithms import ALGORITHMS
+from qcompile.chat import Chat
+from qcompile.config import Config
+from qcompile.errors import QCompileError, StrictError
+from qcompile.evaluate import throughput
+from qcompile.explain import parameters_text, size
+
+OK, LEFT, FAILED = 0, 1, 2
+
+MODEL_HELP = f"a local directory, a .gguf file, or a hub id such as {models.DEMO_MODEL}"
+
+SPECS = """
+A spec says how a weight is stored: element/granularity/zero.
+  element      u1 … u8 (with a zero point), i2 … i8 (centred, without), ternary
+  granularity  g64: 64 neighbouring inputs share a scale; row: one output channel does; tensor; o64: HQQ's axis 0
+  zero         asym: float zero point; asym_int: integer zero point; sym: none
+  examples     u4/g64/asym   i8/row/sym   u2/g16/asym   ternary/g64/asym   u4/g64/asym/scale(u8/o128/asym)
+
+A PATTERN matches dotted module names by whole components: lm_head, layers.0, self_attn.q_proj, "mlp.*_proj".
+"""
+
+EXAMPLES = {
+    None: """
+examples:
+  qcompile demo                                        a small chat model before and after, in a minute or two
+  qcompile plan MODEL --weights u4/g64/asym            what would happen to each parameter; loads no weights
+  qcompile optimize MODEL --weights u3/g64/asym        quantize, compile, report, measure
+  qcompile generate MODEL "Why is the sky blue?"       stream an answer from the 4-bit model
+  qcompile doctor                                      which kernels run on this machine, and why others do not
+
+`qcompile COMMAND --help` explains each one. Exit status: 0 fine; 1 something was left behind (--strict), or a kernel
+or compiler is missing (doctor); 2 an error, told in one line on stderr.
+""",
+    "demo": """
+examples:
+  qcompile demo                      float against 4 bits, then one question to the 4-bit model
+  qcompile demo --bits 8 4 3 2       one row for each width
+  qcompile demo --interactive        ends in a chat
+  qcompile demo --full               all widths, torch.compile of the float model too; takes several minutes
+""",
+    "plan": """
+examples:
+  qcompile plan MODEL                                                    every linear to u4/g64/asym
+  qcompile plan MODEL --weights i8/row/sym --include lm_head             the output layer too
+  qcompile plan MODEL --spec mlp.down_proj=u8/g64/asym --exclude layers.0
+""",
+    "explain": """
+examples:
+  qcompile explain MODEL                           what each pass did, what it missed and why, which kernels run
+  qcompile explain MODEL --dump graphs/            and the graph after each pass, as text
+  qcompile explain MODEL --json > report.json
+""",
+    "optimize": """
+examples:
+  qcompile optimize MODEL --weights u4/g64/asym
+  qcompile optimize MODEL --weights none           fuse and compile only
+  qcompile optimize MODEL --strict                 exit 1 if anything is left behind
+""",
+    "generate": """
+examples:
+  qcompile generate MODEL "What is the capital of France?"
+  echo "Once upon a time" | qcompile generate MODEL - --raw --max-new-tokens 100
+  qcompile generate MODEL "Hello" --weights none   the float model, compiled
+""",
+    "doctor": """
+Kernels are asked in order, and the first one that does not refuse runs. MEANING is plain torch.
+""",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status. SystemExit comes from argparse only."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output has gone (`| head`); Python's own flush at exit must not complain either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
+    except Exception as error:  # this is the edge: whatever it is becomes one message and an exit status
+        if options.debug:
+            traceback.print_exc()
+        else:
+            print(f"error: {_message(error)}", file=sys.stderr)
+        return LEFT if isinstance(error, StrictError) else FAILED
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, QCompileError):
+        return str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"out of device memory; try --device cpu or fewer bits ({str(error).partition('.')[0]})"
+    first = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {first} (--debug shows where)"
+
+
+# Commands
+
+
+def _demo(options: argparse.Namespace) -> int:
+    source = models.find(options.model) if options.model else models.find_demo()
+    full = options.full
+    bits = options.bits or ([8, 4, 3, 2] if full else [4])
+    started = time.perf_counter()
+    _write(f"model   {models.DEMO_MODEL if not options.model else source}\n")
+    if not options.model and source.local:
+        _write(
+            f"from    the installed package {models.DEMO_PACKAGE} (4-bit GGUF, unpacked; the hub has the original)\n"
+        )
+    elif not source.local:
+        _write("from    the hub\n")
+    _write(f"on      {doctor.describe_device(options.device)}\n\n")
+    run = demo.Demo(source, bits, full, options.dtype, options.device, **({"new": 64, "rounds": 5} if full else {}))
+    rows, chat = run.run(_write)
+    _write(f"\n> {demo.QUESTION}\n")
+    chat.reply(demo.QUESTION)
+    _write(f"\n{demo.table(rows)}\n")
+    _write(f"\nprompt {run.prompt} tokens, {run.new} new, batch 1; {time.perf_counter() - started:.0f} s in all\n")
+    if options.interactive:
+        demo.converse(chat, _write, input)
+    return OK
+
+
+def _plan(options: argparse.Namespace) -> int:
+    source = models.find(options.model)
+    config = _config(options)
+    plan = api.plan(models.skeleton(source, options.dtype, options.device), config)
+    if options.json:
+        _write(json.dumps(plan.to_dict(), indent=1) + "\n")
+    else:
+        quantized = sum(entry.spec is not None for entry in plan.entries)
+        _write(
+            f"{parameters_text(plan)}\n\n"
+            f"{quantized} of {len(plan.entries)} parameters quantized; {size(plan.before)} -> {size(plan.after)}, "
+            f"{plan.before / max(plan.after, 1):.2f} times smaller; roles from {plan.source}\n"
+        )
+    if config.strict and plan.unexpected:
+        names = "".join(f"\n  {entry.path}: {entry.reason}" for entry in plan.unexpected)
+        raise StrictError(f"{len(plan.unexpected)} parameters would stay dense:{names}")
+    return OK
+
+
+def _explain(options: argparse.Namespace) -> int:
+    model = api.optimize(models.load(models.find(options.model), options.dtype, options.device), _config(options))
+    _report(model, options.json)
+    return OK
+
+
+def _optimize(options: argparse.Namespace) -> int:
+    source, config = models.find(options.model), _config(options)
+    timing: dict[str, Any] = {}
+    model = _timed(timing, "load_s", lambda: models.load(source, options.dtype, options.device))
+    model = _timed(timing, "quantize_s", lambda: api.optimize(model, config))
+    if getattr(model, "can_generate", bool)():
+        _timed(timing, "compile_s", lambda: throughput(model, options.prompt_tokens, options.new_tokens, rounds=1))
+        speed = throughput(model, options.prompt_tokens, options.new_tokens)
+        timing |= {"prefill_tokens_per_s": round(speed.prefill, 1), "decode_tokens_per_s": round(speed.decode, 1)}
+    elif (example := api.example_inputs(model)) is not None:
+        with torch.no_grad():
+            _timed(timing, "compile_s", lambda: model(**example))
+            _timed(timing, "forward_s", lambda: model(**example))
+    _report(model, options.json, timing)
+    return OK
+
+
+def _generate(options: argparse.Namespace) -> int:
+    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    source, config = models.find(options.model), _config(options)
+    tokenizer = models.load_tokenizer(source)
+    model = api.optimize(models.load(source, options.dtype, options.device), config)
+    chat = Chat(model, tokenizer, options.max_new_tokens, options.temperature, options.raw, _write)
+    reply = chat.reply(prompt)
+    _write("\n")
+    if options.verbose:
+        print(f"{reply.tokens} tokens in {reply.seconds:.1f} s, compilation included", file=sys.stderr)
+    return OK
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    findings = doctor.examine(options.specs or doctor.SPECS)
+    _write((json.dumps(findings.to_dict(), indent=1) if options.json else str(findings)) + "\n")
+    return OK if findings.ok else LEFT
+
+
+def _config(options: argparse.Namespace) -> Config:
+    pairs = [given.partition("=") for given in options.spec]
+    for pattern, equals, _ in pairs:
+        if not equals:
+            raise QCompileError(f"--spec {pattern}: a rule is PATTERN=SPEC, such as mlp.down_proj=u8/g64/asym")
+    return Config(
+        weights=_spec(options.weights),
+        algorithm=options.algorithm,
+        include=tuple(options.include),
+        exclude=tuple(options.exclude),
+        specs={pattern: _spec(spec) for pattern, _, spec in pairs},
+        strict=options.strict,
+        dump=options.dump,
+    )
+
+
+def _spec(text: str) -> str | None:
+    return None if text == "none" else text
+
+
+def _report(model: Any, as_json: bool, timing: dict[str, Any] | None = None) -> None:
+    report = api.explain(model)
+    if as_json:
+        _write(json.dumps({**report.to_dict(), **({"timing": timing} if timing else {})}, indent=1) + "\n")
+        return
+    _write(f"{report}\n")
+    if timing:
+        _write("\ntiming      " + ", ".join(f"{name} {value}" for name, value in timing.items()) + "\n")
+
+
+def _timed(timing: dict[str, Any], name: str, work: Callable[[], Any]) -> Any:
+    start = time.perf_counter()
+    result = work()
+    timing[name] = round(time.perf_counter() - start, 2)
+    return result
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+# Arguments
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _new(
+        argparse.ArgumentParser, None, prog="qcompile", description="A quantization compiler for PyTorch models."
+    )
+    parser.add_argument("--version", action="version", version=f"qcompile {doctor.versions()['qcompile']}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], summary: str) -> argparse.ArgumentParser:
+        made = _new(
+            commands.add_parser, name, name=name, help=summary, description=f"{summary[0].upper()}{summary[1:]}."
+        )
+        made.add_argument("--debug", action="store_true", help="show tracebacks")
+        made.set_defaults(run=run)
+        return made
+
+    show = command("demo", _demo, "show what quantizing and compiling does to a small chat model")
+    show.add_argument("model", nargs="?", metavar="MODEL", help=f"{MODEL_HELP}, which is the default")
+    show.add_argument(
+        "--bits", nargs="+", type=int, choices=range(1, 9), metavar="N", help="widths to show (default: 4)"
+    )
+    show.add_argument("--full", action="store_true", help="the long version: more widths, more rounds, torch.compile")
+    show.add_argument("--interactive", action="store_true", help="chat with the quantized model at the end")
+    _add_device(show)
+
+    for name, run, summary in (
+        ("plan", _plan, "say what would happen to each parameter, without loading weights"),
+        ("explain", _explain, "quantize and print the report: parameters, passes, misses, kernels"),
+        ("optimize", _optimize, "quantize, compile, print the report and measure the speed"),
+    ):
+        made = command(name, run, summary)
+        made.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+        _add_config(made)
+        _add_device(made)
+        made.add_argument("--json", action="store_true", help="print JSON")
+        if name == "optimize":
+            made.add_argument("--prompt-tokens", type=_count, default=128, metavar="N", help="measured prompt (128)")
+            made.add_argument("--new-tokens", type=_count, default=32, metavar="N", help="measured new tokens (32)")
+
+    made = command("generate", _generate, "answer a prompt with the quantized model, token by token")
+    made.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    made.add_argument("prompt", metavar="PROMPT", help="the prompt; - reads it from standard input")
+    made.add_argument("--max-new-tokens", type=_count, default=256, metavar="N", help="default: 256")
+    made.add_argument("--temperature", type=float, default=0.0, metavar="T", help="above 0: sample (default: greedy)")
+    made.add_argument("--raw", action="store_true", help="continue the prompt as it is, without the chat template")
+    made.add_argument("--verbose", action="store_true", help="tell the time on stderr")
+    _add_config(made)
+    _add_device(made)
+
+    made = command("doctor", _doctor, "show versions, devices, the compiler, and which kernel runs which spec")
+    made.add_argument("specs", nargs="*", metavar="SPEC", help="specs to ask about (default: a selection)")
+    made.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def _new(make: Callable[..., argparse.ArgumentParser], command: str | None, **options: Any) -> argparse.ArgumentParser:
+    specs = "" if command in ("demo", "doctor") else SPECS
+    return make(
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"{EXAMPLES[command].strip()}\n{specs}",
+        allow_abbrev=False,
+        **options,
+    )
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what to quantize")
+    group.add_argument(
+        "--weights", default="u4/g64/asym", metavar="SPEC", help="default: u4/g64/asym; none: quantize nothing"
+    )
+    group.add_argument("--algorithm", choices=sorted(ALGORITHMS), help="default: hqq where it knows the spec, else rtn")
+    group.add_argument(
+        "--include", action="append", default=[], metavar="PATTERN", help="quantize what is usually kept"
+    )
+    group.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help="keep these modules dense")
+    group.add_argument("--spec", action="append", default=[], metavar="PATTERN=SPEC", help="a rule for some modules")
+    group.add_argument("--strict", action="store_true", help="fail if a weight or a fusion site is left behind")
+    group.add_argument("--dump", metavar="DIR", help="write the graph after each pass to this folder")
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dtype", choices=("auto", *models.DTYPES), default="auto", help="of activations and dense weights"
+    )
+    parser.add_argument(
+        "--device", default=models.best_device(), metavar="NAME", help="cpu, cuda, … (default: %(default)s)"
+    )
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return int(text)

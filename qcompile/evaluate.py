@@ -1,0 +1,129 @@
+"""How good and how fast a language model is: perplexity, and tokens a second. For float and optimized models alike."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def document_tokens(text: str, tokenizer: Any, begin: int | None = None) -> Tensor:
+    """The token ids of a text as one row. Documents are separated by blank lines; each starts with the token `begin`,
+    by default the tokenizer's bos token if it has one."""
+    first = tokenizer.bos_token_id if begin is None else begin
+    ids: list[int] = []
+    for document in filter(str.strip, text.split("\n\n")):
+        ids += [] if first is None else [first]
+        ids += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+    return torch.tensor(ids)
+
+
+@torch.no_grad()
+def perplexity(
+    model: nn.Module, token_ids: Tensor | Sequence[int], window: int = 512, windows: int | None = None
+) -> float:
+    """exp of the mean negative log-likelihood of a token, in float32.
+
+    The row of tokens is read in consecutive windows, the first `windows` of them or all. Of each window's tokens, every
+    one predicts its successor, which for the last one is the first token of the next window. So `windows` windows need
+    windows * window + 1 tokens, and every token counts once.
+    """
+    ids = torch.as_tensor(token_ids).flatten()
+    count = (len(ids) - 1) // window
+    if count < (windows or 1):
+        raise ValueError(
+            f"{windows or 1} windows of {window} need {(windows or 1) * window + 1} tokens, got {len(ids)}"
+        )
+    device = next(iter([*model.parameters(), *model.buffers()])).device
+    total = 0.0
+    for start in range(0, (windows or count) * window, window):
+        x = ids[start : start + window + 1].to(device)
+        logits = model(input_ids=x[None, :-1], use_cache=False).logits[0].float()
+        total += float(nn.functional.cross_entropy(logits, x[1:], reduction="sum"))
+    return math.exp(total / ((windows or count) * window))
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Tokens a second at batch 1: `prefill` of `prompt` tokens at once, then `decode` of `new` tokens, one by one."""
+
+    prefill: float
+    decode: float
+    prompt: int
+    new: int
+
+
+def throughput(model: nn.Module, prompt: int = 128, new: int = 32, rounds: int = 3, **options: Any) -> Speed:
+    """The speed of model.generate(), greedy. The first calls, which may compile, do not count."""
+    return throughputs({"": model}, prompt, new, rounds, **options)[""]
+
+
+def throughputs(
+    models: Mapping[str, nn.Module],
+    prompt: int = 128,
+    new: int = 32,
+    rounds: int = 3,
+    tell: Callable[[str], None] = lambda name: None,
+    **options: Any,
+) -> dict[str, Speed]:
+    """The speed of several models side by side: they take turns, so that a machine's bad moments hit all of them.
+
+    Reported are medians of `rounds` rounds. `options` go to generate(); `tell` hears whose turn it is.
+    """
+    runs = {name: _Run(model, prompt, options) for name, model in models.items()}
+    for name, run in runs.items():
+        tell(name)
+        run(1)
+        run(new + 1)
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            tell(name)
+            times[name].append((run(1), run(new + 1)))
+    return {
+        name: Speed(
+            prompt / statistics.median(first for first, _ in pairs),
+            new / statistics.median(max(whole - first, 1e-9) for first, whole in pairs),
+            prompt,
+            new,
+        )
+        for name, pairs in times.items()
+    }
+
+
+class _Run:
+    """Seconds that generating a number of tokens takes."""
+
+    def __init__(self, model: nn.Module, prompt: int, options: Mapping[str, Any]):
+        first = next(iter([*model.parameters(), *model.buffers()]))
+        config: Any = model.config
+        vocabulary = getattr(config, "vocab_size", None) or config.get_text_config().vocab_size
+        # Which tokens they are makes no difference; that they differ keeps caches honest.
+        tokens = torch.arange(prompt, device=first.device).mul(7919).remainder(vocabulary)[None]
+        self.model: Any = model
+        self.device = first.device
+        self.arguments: dict[str, Any] = {
+            "input_ids": tokens,
+            "attention_mask": torch.ones_like(tokens),
+            "do_sample": False,
+            "pad_token_id": 0,
+            **options,
+        }
+
+    @torch.no_grad()
+    def __call__(self, new: int) -> float:
+        self._wait()
+        start = time.perf_counter()
+        self.model.generate(**self.arguments, max_new_tokens=new, min_new_tokens=new)
+        self._wait()
+        return time.perf_counter() - start
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)

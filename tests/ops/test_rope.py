@@ -1,0 +1,68 @@
+"""rope: what it means, on every kind of input."""
+
+import pytest
+import torch
+
+from qcompile.ops.rope import rope
+
+INPUTS = {
+    "heads": lambda: torch.randn(2, 4, 7, 16),
+    "heads, transposed": lambda: torch.randn(2, 7, 4, 16).transpose(1, 2),
+    "bf16": lambda: torch.randn(2, 4, 7, 16).transpose(1, 2).contiguous().transpose(1, 2).bfloat16(),
+    "f16": lambda: torch.randn(1, 2, 3, 8).half(),
+    "f64": lambda: torch.randn(1, 2, 3, 8, dtype=torch.float64),
+    "one position": lambda: torch.randn(2, 4, 1, 16),
+    "no positions": lambda: torch.randn(2, 4, 0, 16),
+    "part of a head": lambda: torch.randn(2, 4, 7, 40)[..., :16],
+    "two columns": lambda: torch.randn(2, 4, 7, 2),
+    "one head": lambda: torch.randn(7, 16),
+}
+
+
+def angles(x, dtype):
+    """cos and sin with another angle in each column, so that a mix-up of halves shows."""
+    angle = torch.rand(*x.shape[-2:], dtype=torch.float64) * 6
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def exact(x, cos, sin):
+    """Column by column: column i of the first half turns with column i of the second."""
+    x, cos, sin = (t.double().expand(x.shape) for t in (x, cos, sin))
+    y, half = torch.empty_like(x), x.shape[-1] // 2
+    for i in range(half):
+        j = i + half
+        y[..., i] = x[..., i] * cos[..., i] - x[..., j] * sin[..., i]
+        y[..., j] = x[..., j] * cos[..., j] + x[..., i] * sin[..., j]
+    return y
+
+
+@pytest.mark.parametrize("make", INPUTS.values(), ids=INPUTS)
+def test_rope(agrees, make):
+    x = make()
+    cos, sin = angles(x, x.dtype)
+    agrees(rope, x, cos, sin, exact=exact(x, cos, sin))
+
+
+def test_wider_angles(agrees):
+    x = torch.randn(2, 4, 7, 16).bfloat16()
+    cos, sin = angles(x, torch.float32)
+    agrees(rope, x, cos, sin, exact=exact(x, cos, sin))
+
+
+def test_other_angles_for_each_sequence(agrees):
+    x = torch.randn(3, 4, 7, 16)
+    cos, sin = torch.rand(2, 3, 1, 7, 16)
+    agrees(rope, x, cos, sin, exact=exact(x, cos, sin))
+
+
+def test_pairs_turn_without_changing_their_length():
+    x = torch.randn(2, 4, 7, 16, dtype=torch.float64)
+    angle = torch.rand(7, 8, dtype=torch.float64).repeat(1, 2)
+    y = rope(x, angle.cos(), angle.sin())
+    lengths = [t.unflatten(-1, (2, 8)).norm(dim=-2) for t in (x, y)]
+    torch.testing.assert_close(*lengths)
+
+
+def test_symbolic_sizes(symbolic):
+    cos, sin = torch.rand(2, 5, 8)
+    symbolic(lambda x: rope(x, cos, sin), (torch.randn(3, 2, 5, 8),), (torch.randn(6, 2, 5, 8),))
