@@ -119,7 +119,8 @@ def linear_cases(smoke: bool) -> Iterator[dict[str, Any]]:
         offset = draw.randrange(3)
         for n, k in shapes[offset :: 12 if smoke else 3]:
             groups = [g for g in (16, 32, 48, 64, 128, 256) if k % g == 0]
-            granularity = draw.choice([f"g{draw.choice(groups)}"] * 3 * bool(groups) + ["row", "tensor"])
+            grouped = [f"g{draw.choice(groups)}"] * 3 if groups else []
+            granularity = draw.choice([*grouped, "row", "tensor"])
             zero = draw.choice(["sym", "asym", "asym_int"])
             prefix = "u" if zero != "sym" else "i"
             if element == "ternary" or (element == "1" and zero == "sym"):
@@ -377,7 +378,7 @@ def part_linear(report: Report, deadline: float) -> None:
                 report.fail("linear", f"{spec} {name} {rows}: {failure}"[:400])
                 continue
             gbps = weight_bytes(spec, n, k) / us / 1e3
-            way = _tuning.way(rows, n, k, QSpec.parse(spec).element.bits)
+            way = _tuning.way(rows, n, k, QSpec.parse(spec).element.bits, _tuning.Device.of(x.device))
             report.add(
                 "linear", spec=spec, shape=name, rows=rows, way=way, us=us, gbps=gbps, vs_bf16=dense[name, rows] / us
             )

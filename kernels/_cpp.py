@@ -9,24 +9,26 @@ import platform
 import torch
 
 
-@functools.lru_cache(maxsize=64)
 def load_cpp(source: str) -> ctypes.CDLL:
-    """`source` compiled for this machine. Raises RuntimeError, in a line, where that does not work."""
+    """`source` compiled for this machine. Raises RuntimeError, with the reason in a line, where that does not work."""
     from torch._inductor.codecache import CppCodeCache
 
-    # The flags say march=native: a cache that several machines share must tell them apart.
+    # The flags say march=native, and Inductor's key does not say which machine: one cache may serve several.
     source = f"// {platform.machine()}: {_processor()}\n{source}"
     try:
         return CppCodeCache.load(source)
     except Exception as error:
-        raise RuntimeError(str(error).strip().partition("\n")[0]) from error
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = next((line for line in lines if "error:" in line), lines[0] if lines else type(error).__name__)
+        raise RuntimeError(reason) from error
 
 
 @functools.cache
 def _processor() -> str:
+    """What this processor can do, as the kernel tells it."""
     try:
-        with open("/proc/cpuinfo") as lines:
-            flags = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            found = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
     except OSError:
-        flags = ""
-    return " ".join(sorted(set(flags.split()))) or torch.backends.cpu.get_cpu_capability()
+        found = ""
+    return " ".join(sorted(found.split())) or torch.backends.cpu.get_cpu_capability()

@@ -6,6 +6,7 @@ plane that a step takes from each weight row; `step` is how many codes one of th
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -44,35 +45,70 @@ class DequantizeTile:
     warps: int
 
 
-def way(rows: int, outputs: int, inputs: int, bits: int) -> str:
+@dataclass(frozen=True)
+class Device:
+    """What the choices depend on: the compute capability's first number, and the shared memory of a program."""
+
+    major: int = 9
+    shared_bytes: int = 227 << 10
+
+    @property
+    def tensor_cores(self) -> bool:
+        """Does Triton use them?"""
+        return self.major >= 8
+
+    @property
+    def warp_groups(self) -> bool:
+        """Do tensor cores read the weight's tile from shared memory? Else every warp unpacks its own copy of it."""
+        return self.major in (9, 10)
+
+    @staticmethod
+    @functools.cache
+    def of(device: torch.device) -> Device:
+        if device.type != "cuda":
+            return Device()
+        properties = torch.cuda.get_device_properties(device)
+        return Device(properties.major, properties.shared_memory_per_block_optin)
+
+
+def way(rows: int, outputs: int, inputs: int, bits: int, device: Device) -> str:
     """The fastest way for this shape: `gemv`, `gemm` or `dequantize`."""
     if rows <= 8:
         return "gemv"
-    return "gemm" if rows < 256 else "dequantize"
+    return "gemm" if rows < 256 and device.tensor_cores else "dequantize"
 
 
 def gemv_tile(rows: int, outputs: int, inputs: int, step: int) -> GemvTile:
     # One chunk a thread and a step; a row that is short leaves no thread idle.
     chunks = max(32, min(128, power_of_two(cdiv(inputs, step))))
-    return GemvTile(outputs=2 if rows > 4 else 4, chunks=chunks, warps=chunks // 32)
+    # x is held in registers: for more inputs a chunk, or more rows of x, fewer weight rows fit beside it.
+    return GemvTile(outputs=1 if rows > 4 else 2 if rows > 2 or step > 64 else 4, chunks=chunks, warps=chunks // 32)
 
 
-def gemm_tile(rows: int, outputs: int, inputs: int, step: int, dtype: torch.dtype) -> GemmTile:
-    if dtype == torch.float32:
-        return GemmTile(rows=32, outputs=32, chunks=2, splits=1, warps=4, stages=2)
+def gemm_tile(rows: int, outputs: int, inputs: int, step: int, dtype: torch.dtype, device: Device) -> GemmTile:
+    if dtype == torch.float32:  # no tensor cores
+        return GemmTile(rows=16, outputs=32, chunks=2 if step <= 64 else 1, splits=1, warps=4, stages=2)
     chunks = 4 if step <= 64 else 2
     if rows <= 16:
         tile_rows, tile_outputs = 16, 64
     elif rows <= 32:
         tile_rows, tile_outputs = 32, 64
-    elif rows <= 64:
+    elif rows <= 64 or not device.warp_groups:
         tile_rows, tile_outputs = 64, 64
     else:
         tile_rows, tile_outputs = 128, 128
     tiles = cdiv(rows, tile_rows) * cdiv(outputs, tile_outputs)
     steps = cdiv(inputs, step * chunks)
     splits = max(1, min(8, 256 // tiles, steps // 4))
-    return GemmTile(tile_rows, tile_outputs, chunks, splits, warps=4 if tile_rows < 128 else 8, stages=3)
+    stages = 3
+    while stages > 1 and _shared_bytes(tile_rows, tile_outputs, chunks, step, stages) > device.shared_bytes:
+        stages -= 1
+    return GemmTile(tile_rows, tile_outputs, chunks, splits, 4 if tile_rows < 128 else 8, stages)
+
+
+def _shared_bytes(rows: int, outputs: int, chunks: int, step: int, stages: int) -> int:
+    """Not less than what a program of linear_gemm takes with 16-bit inputs: x and codes a stage, and the float tile."""
+    return stages * chunks * (rows * step * 2 + outputs * 16 * 2) + outputs * chunks * 16 * 2
 
 
 def dequantize_tile(bits: int) -> DequantizeTile:

@@ -47,12 +47,13 @@ def linear_cuda(
     rows = x.reshape(-1, columns).contiguous()
     weight = Weight.of(data, scale, zero, spec, columns)
     bias = None if bias is None else bias.contiguous()
-    way = _tuning.way(rows.shape[0], weight.rows, columns, weight.bits)
+    device = _tuning.Device.of(x.device)
+    way = _tuning.way(rows.shape[0], weight.rows, columns, weight.bits, device)
     if way == "gemv":
         tile = _tuning.gemv_tile(rows.shape[0], weight.rows, columns, weight.step)
         return gemv(rows, weight, bias, activation, tile).reshape(shape)
     if way == "gemm":
-        tile = _tuning.gemm_tile(rows.shape[0], weight.rows, columns, weight.step, rows.dtype)
+        tile = _tuning.gemm_tile(rows.shape[0], weight.rows, columns, weight.step, rows.dtype, device)
         return gemm(rows, weight, bias, activation, tile).reshape(shape)
     return dequantize_and_multiply(rows, weight, bias, activation).reshape(shape)
 

@@ -70,22 +70,25 @@ def _gemv(
         gdc_launch_dependents()
         gdc_wait()
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
+    # Units that surely share a scale, no more than their x fits into registers: a power of two that divides the group.
+    SHARING: tl.constexpr = min(FIELDS, 4 if GROUP == 0 else min(4, (GROUP // 16) & -(GROUP // 16)))
     first = tl.program_id(0) * OUTPUTS
     sums = (tl.zeros((CHUNKS,), tl.float32),) * (OUTPUTS * ROWS)
     for start in tl.range(0, tl.cdiv(K, FIELDS * 16), CHUNKS):
         chunk = start + tl.arange(0, CHUNKS)
-        xs, x_sums = _inputs(x_ptr, M, K, chunk, DTYPE, GROUP, P0 + P1 + P2, FIELDS, EVEN, ROWS)
-        new = ()
-        for output in tl.static_range(OUTPUTS):
-            n = tl.minimum(first + output, N - 1).to(tl.int64)
-            zero_row = None if zero_ptr is None else zero_ptr + n * zero_stride
-            dots = _dots(
-                data_ptr + n * (data_stride * 4), scale_ptr + n * scale_stride, zero_row, xs, x_sums, chunk, K,
-                OFFSET, GROUP, P0, P1, P2, FIELDS, EVEN, ROWS,
-            )  # fmt: skip
-            for m in tl.static_range(ROWS):
-                new += (sums[output * ROWS + m] + dots[m],)
-        sums = new
+        for field in tl.static_range(0, FIELDS, SHARING):
+            xs, x_sums = _inputs(x_ptr, M, K, chunk, DTYPE, P0 + P1 + P2, field, SHARING, FIELDS, EVEN, ROWS)
+            new = ()
+            for output in tl.static_range(OUTPUTS):
+                n = tl.minimum(first + output, N - 1).to(tl.int64)
+                zero_row = None if zero_ptr is None else zero_ptr + n * zero_stride
+                dots = _dots(
+                    data_ptr + n * (data_stride * 4), scale_ptr + n * scale_stride, zero_row, xs, x_sums, chunk, K,
+                    OFFSET, GROUP, P0, P1, P2, field, SHARING, FIELDS, EVEN, ROWS,
+                )  # fmt: skip
+                for m in tl.static_range(ROWS):
+                    new += (sums[output * ROWS + m] + dots[m],)
+            sums = new
     y = tl.sum(tl.reshape(stack(sums, OUTPUTS * ROWS), (CHUNKS, OUTPUTS * ROWS)), 0)
     i = tl.arange(0, OUTPUTS * ROWS)
     n, m = first + i // ROWS, i % ROWS
@@ -99,62 +102,58 @@ def _gemv(
 
 @triton.jit
 def _inputs(
-    x_ptr, M, K, chunk, DTYPE: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, FIELDS: tl.constexpr,
-    EVEN: tl.constexpr, ROWS: tl.constexpr,
+    x_ptr, M, K, chunk, DTYPE: tl.constexpr, BITS: tl.constexpr, FIRST: tl.constexpr, SHARING: tl.constexpr,
+    FIELDS: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """x as `scaled_for_byte`, at (field * ROWS + row) * 4 + byte, and its sums over units that share a scale."""
-    SHARING: tl.constexpr = FIELDS if GROUP == 0 else min(FIELDS, (GROUP // 16) & -(GROUP // 16))
+    """x at the units from FIRST on, as `scaled_for_byte`, at (unit * ROWS + row) * 4 + byte; and its sums by row."""
     word = tl.arange(0, 4)[None, :]
-    xs, sums = (), ()
-    for field in tl.static_range(FIELDS):
-        k = (chunk * (FIELDS * 16) + field * 16)[:, None]
+    xs = ()
+    totals = (tl.zeros((chunk.shape[0], 4), tl.float32),) * ROWS
+    for unit in tl.static_range(SHARING):
+        k = (chunk * (FIELDS * 16) + (FIRST + unit) * 16)[:, None]
+        new = ()
         for m in tl.static_range(ROWS):
-            total = tl.zeros((chunk.shape[0], 4), tl.float32)
+            total = totals[m]
             for byte in tl.static_range(4):
                 x = _x_of_byte(x_ptr, tl.minimum(m, M - 1), k, word, K, DTYPE, byte, EVEN)
                 xs += (scaled_for_byte(x, byte, BITS),)
                 total += x
-            sums += (tl.sum(total, 1),)
-    shared = ()
-    for first in tl.static_range(0, FIELDS, SHARING):
-        for m in tl.static_range(ROWS):
-            total = sums[first * ROWS + m]
-            for field in tl.static_range(first + 1, first + SHARING):
-                total += sums[field * ROWS + m]
-            shared += (total,)
-    return xs, shared
+            new += (total,)
+        totals = new
+    sums = ()
+    for m in tl.static_range(ROWS):
+        sums += (tl.sum(totals[m], 1),)
+    return xs, sums
 
 
 @triton.jit
 def _dots(
     data, scale_ptr, zero_ptr, xs, x_sums, chunk, K, OFFSET: tl.constexpr, GROUP: tl.constexpr,
-    P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, FIELDS: tl.constexpr, EVEN: tl.constexpr,
-    ROWS: tl.constexpr,
+    P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, FIRST: tl.constexpr, SHARING: tl.constexpr,
+    FIELDS: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """For each row of x and each chunk: Σ (code - zero) * scale * x; without the scale where a row has but one."""
-    SHARING: tl.constexpr = FIELDS if GROUP == 0 else min(FIELDS, (GROUP // 16) & -(GROUP // 16))
+    """For each row of x and each chunk: Σ (code - zero) * scale * x over the units from FIRST on, which share a scale.
+
+    Without the scale where a row of the weight has but one.
+    """
     word = tl.arange(0, 4)[None, :]
-    totals = (tl.zeros(chunk.shape, tl.float32),) * ROWS
-    for first in tl.static_range(0, FIELDS, SHARING):
-        parts = (tl.zeros((chunk.shape[0], 4), tl.float32),) * ROWS
-        for field in tl.static_range(first, first + SHARING):
-            mask = None if EVEN else ((chunk * FIELDS + field) * 16 < K)[:, None]
-            codes = unit_codes(data, K, chunk[:, None], word, mask, field, FIELDS, P0, P1, P2)
-            for byte in tl.static_range(4):
-                code = byte_as_float(codes, byte, P0 + P1 + P2)
-                new = ()
-                for m in tl.static_range(ROWS):
-                    new += (tl.fma(code, xs[(field * ROWS + m) * 4 + byte], parts[m]),)
-                parts = new
-        group = 0 if GROUP == 0 else tl.minimum((chunk * FIELDS + first) * 16, K - 1) // GROUP
-        scale = 1.0 if GROUP == 0 else tl.load(scale_ptr + group).to(tl.float32)
-        zero = OFFSET if zero_ptr is None else tl.load(zero_ptr + group).to(tl.float32)
-        new = ()
-        for m in tl.static_range(ROWS):
-            dot = tl.sum(parts[m], 1) * 2.0**74 - zero * x_sums[first // SHARING * ROWS + m]
-            new += (totals[m] + scale * dot,)
-        totals = new
-    return totals
+    parts = (tl.zeros((chunk.shape[0], 4), tl.float32),) * ROWS
+    for unit in tl.static_range(SHARING):
+        mask = None if EVEN else ((chunk * FIELDS + FIRST + unit) * 16 < K)[:, None]
+        codes = unit_codes(data, K, chunk[:, None], word, mask, FIRST + unit, FIELDS, P0, P1, P2)
+        for byte in tl.static_range(4):
+            code = byte_as_float(codes, byte, P0 + P1 + P2)
+            new = ()
+            for m in tl.static_range(ROWS):
+                new += (tl.fma(code, xs[(unit * ROWS + m) * 4 + byte], parts[m]),)
+            parts = new
+    group = 0 if GROUP == 0 else tl.minimum((chunk * FIELDS + FIRST) * 16, K - 1) // GROUP
+    scale = 1.0 if GROUP == 0 else tl.load(scale_ptr + group).to(tl.float32)
+    zero = OFFSET if zero_ptr is None else tl.load(zero_ptr + group).to(tl.float32)
+    dots = ()
+    for m in tl.static_range(ROWS):
+        dots += (scale * (tl.sum(parts[m], 1) * 2.0**74 - zero * x_sums[m]),)
+    return dots
 
 
 @triton.jit

@@ -17,7 +17,7 @@ from typing import Any
 from torch.fx import Node
 
 from qcompile.graph.alias import is_written
-from qcompile.graph.match import Miss, aten, is_call, is_input, module_path, value
+from qcompile.graph.match import Miss, aten, is_call, is_input, known, module_path, value
 from qcompile.graph.rewrite import Rewriter
 from qcompile.ops.linear import linear
 from qcompile.quant.spec import QSpec
@@ -133,7 +133,8 @@ def _side_by_side(linears: list[Node]) -> Siblings | Miss:
         return Miss(_why_apart(linears), first)
     symmetric = first.args[3] is None
     zero = None if symmetric else Rows.union([sibling.args[3] for sibling in linears])
-    shared = QSpec.parse(first.args[5]).scale_shape(data.count, value(first.args[0]).shape[-1])[0]
+    columns = value(first.args[0]).shape[-1]
+    shared = QSpec.parse(first.args[5]).scale_shape(data.count, known(columns) or columns)[0]
     if scale is None or scale.count != shared or not (symmetric or (zero and zero.count == shared)):
         return Miss("siblings have scales of their own", first)
     biases = _biases([sibling.args[4] for sibling in linears])

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
 
 from qcompile.graph.capture import Inliner
 from qcompile.graph.match import module_path, value
@@ -37,7 +37,7 @@ def lower(gm: GraphModule) -> tuple[Lowered, ...]:
         op = by_overload.get(node.target)
         if op is None:
             continue
-        choice = op.choose(*torch.fx.node.map_arg(node.args, value))
+        choice = op.choose(*map_arg(node.args, value))
         records.append(Lowered(op.name, choice.name, _spec(node), Site(node.name, module_path(node)), choice.refusals))
         for new in inliner.inline(node, choice.function):
             new.meta["origin"] = choice.name

@@ -2,9 +2,8 @@
 
     addmm(b, x, w), mm(x, w), matmul(x, w)                              ->    linear(x, transpose(w, 0, 1), b)
     mm(x, transpose(w, 0, 1))                                           ->    linear(x, w)
-    y = linear(reshape(x, [-1, k]), w, b); reshape(y, [*x.shape[:-1], n])    ->    linear(x, w, b)
 
-Why: one op to quantize and fuse. GPT-2's Conv1D keeps its weight transposed and calls addmm between two views.
+Why: one op to quantize and fuse. GPT-2's Conv1D keeps its weight transposed and calls addmm.
 """
 
 from __future__ import annotations
@@ -18,9 +17,7 @@ from qcompile.graph.match import (
     aten,
     is_call,
     is_input,
-    is_tensor,
     named_argument,
-    only_user,
     same_shape,
     value,
 )
@@ -38,8 +35,6 @@ class NormalizeLinear:
             instead = _addmm(node)
         elif is_call(node, aten.mm.default, aten.matmul.default):
             instead = _linear(node, node.args[0], node.args[1], None)
-        elif is_call(node, aten.reshape.default):
-            instead = _unflattened(node)
         elif is_call(node, aten.linear.default) and argument(node, 2, "bias") is None:
             instead = spell(node, aten.linear.default, *node.args[:2])
         return None if instead is None else Spelling(node, instead)
@@ -81,16 +76,3 @@ def _is_weight(node: Any) -> bool:
     while is_call(node, *_STEPS):
         node = node.args[0]
     return is_input(node) or node.op == "get_attr" or is_call(node, dequantize.overload)
-
-
-def _unflattened(node: Node) -> Build | None:
-    """A reshape that undoes the reshape in front of a linear."""
-    y: Any = node.args[0]
-    if not is_call(y, aten.linear.default) or only_user(y) is not node or not is_call(y.args[0], aten.reshape.default):
-        return None
-    x = y.args[0].args[0]
-    if not is_tensor(x) or value(x).dim() < 2 or not same_shape(value(x).shape[-1:], value(y.args[0]).shape[-1:]):
-        return None
-    if not same_shape((*value(x).shape[:-1], value(y).shape[-1]), value(node).shape):
-        return None
-    return spell(node, aten.linear.default, x, *y.args[1:])

@@ -17,7 +17,7 @@ from typing import Any
 from torch.fx import Node
 
 from qcompile.graph.alias import is_written
-from qcompile.graph.match import argument, aten, is_call, is_tensor, named_argument, same_shape, value
+from qcompile.graph.match import argument, aten, is_call, is_tensor, known, named_argument, same_shape, value
 from qcompile.graph.rewrite import Rewriter
 from qcompile.graph.spelling import Build, Spelling, spell
 
@@ -66,8 +66,8 @@ def _sizes(g: Rewriter, node: Node) -> list[Any]:
 
 
 def _size(g: Rewriter, x: Any, dim: int) -> Any:
-    size = value(x).shape[dim]
-    return size if isinstance(size, int) else g.call(aten.sym_size.int, x, dim)
+    size = known(value(x).shape[dim])
+    return g.call(aten.sym_size.int, x, dim) if size is None else size
 
 
 def _permute(node: Node) -> Node | Build | None:
@@ -121,21 +121,21 @@ def _part(node: Node) -> Node | Build | None:
     if not is_call(whole, *_SPLITS):
         return None
     x, dim = whole.args[0], argument(whole, 2, "dim", 0)
-    before = [part.shape[dim] for part in value(whole)[:index]]
-    return _narrow(node, x, dim, sum(before)) if all(isinstance(size, int) for size in before) else None
+    before = [known(part.shape[dim]) for part in value(whole)[:index]]
+    return None if None in before else _narrow(node, x, dim, sum(before))  # type: ignore[arg-type]
 
 
 def _narrow(node: Node, x: Any, dim: Any, start: Any) -> Node | Build | None:
     """`node` as the part of `x` that begins at `start`, counted from the end if negative."""
     dim %= value(x).dim()
-    size, length = value(x).shape[dim], value(node).shape[dim]
+    size, length = known(value(x).shape[dim]), known(value(node).shape[dim])
     if same_shape(value(x).shape, value(node).shape):
         return x
-    if not isinstance(length, int) or not isinstance(start, int):
+    if length is None or not isinstance(start, int):
         return None
     if start < 0 or not length:
         # Only a known size says where that is, and whether an empty part begins inside.
-        if not isinstance(size, int):
+        if size is None:
             return None
         start = min(max(start + size if start < 0 else start, 0), size)
     if is_call(x, aten.narrow.default) and x.args[1] == dim:

@@ -31,7 +31,7 @@ class QuantizeLinear:
     def match(self, node: Node) -> UnpackedLinear | Miss | None:
         if not is_call(node, aten.linear.default):
             return None
-        x, weight, bias = node.args[0], node.args[1], argument(node, 2, "bias")
+        x, weight, bias = (argument(node, index, name) for index, name in enumerate(("input", "weight", "bias")))
         if not is_call(weight, dequantize.overload):
             return None
         if value(x).dtype != value(weight).dtype:

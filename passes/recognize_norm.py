@@ -67,7 +67,7 @@ class RecognizeNorm:
         if not isinstance(eps, (int, float)):
             return Miss("eps is not a constant", total)
         if not _is_over_last(spread):
-            return Miss("the mean is not over the last dimension", spread)
+            return Miss("the mean is not over the last dimension alone, and kept", spread)
         inverse = _reciprocal(node)
         for inner in (skip_casts(spread.args[0]), spread, total, node, inverse):
             if only_reader(inner) is None:

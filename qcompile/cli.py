@@ -159,7 +159,7 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _explain(options: argparse.Namespace) -> int:
-    model = api.optimize(models.load(models.find(options.model), options.dtype, options.device), _config(options))
+    model = _quantize(models.load(models.find(options.model), options.dtype, options.device), _config(options))
     _report(model, options.json)
     return OK
 
@@ -168,7 +168,7 @@ def _optimize(options: argparse.Namespace) -> int:
     source, config = models.find(options.model), _config(options)
     timing: dict[str, Any] = {}
     model = _timed(timing, "load_s", lambda: models.load(source, options.dtype, options.device))
-    model = _timed(timing, "quantize_s", lambda: api.optimize(model, config))
+    model = _timed(timing, "quantize_s", lambda: _quantize(model, config))
     if getattr(model, "can_generate", bool)():
         _timed(timing, "compile_s", lambda: throughput(model, options.prompt_tokens, options.new_tokens, rounds=1))
         speed = throughput(model, options.prompt_tokens, options.new_tokens)
@@ -185,7 +185,7 @@ def _generate(options: argparse.Namespace) -> int:
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
     source, config = models.find(options.model), _config(options)
     tokenizer = models.load_tokenizer(source)
-    model = api.optimize(models.load(source, options.dtype, options.device), config)
+    model = _quantize(models.load(source, options.dtype, options.device), config)
     chat = Chat(model, tokenizer, options.max_new_tokens, options.temperature, options.raw, _write)
     reply = chat.reply(prompt)
     _write("\n")
@@ -218,6 +218,10 @@ def _config(options: argparse.Namespace) -> Config:
 
 def _spec(text: str) -> str | None:
     return None if text == "none" else text
+
+
+def _quantize(model: Any, config: Config) -> Any:
+    return api.optimize(model, config, progress=sys.stderr.isatty())
 
 
 def _report(model: Any, as_json: bool, timing: dict[str, Any] | None = None) -> None:

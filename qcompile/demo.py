@@ -16,10 +16,11 @@ from tabulate import tabulate
 from torch import nn
 
 from qcompile import models
-from qcompile.api import explain, optimize
+from qcompile.api import optimize
 from qcompile.chat import Chat
 from qcompile.evaluate import Speed, document_tokens, perplexity, throughputs
 from qcompile.explain import size
+from qcompile.runtime import runner_of
 
 QUESTION = "What is the capital of France?"
 TEXT = Path(__file__).with_name("demo.txt")
@@ -69,8 +70,7 @@ class Demo:
         name = str(model.dtype).removeprefix("torch.")
         with _step(write, f"{name}, eager: perplexity of {window * windows} tokens"):
             base = perplexity(model, tokens, window, windows)
-        dense = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-        rows = [Row(f"{name}, eager", dense, base)]
+        rows = [Row(f"{name}, eager", _bytes(model), base)]
         contenders: dict[str, nn.Module] = {rows[0].name: model}
         if self.compiled:
             rows.append(replace(rows[0], name=f"{name}, torch.compile"))
@@ -87,7 +87,7 @@ class Demo:
                 self._warm_up(quantized)
             with _step(write, f"qcompile {spec}: perplexity"):
                 found = perplexity(quantized, tokens, window, windows)
-            rows.append(Row(f"qcompile {spec}", explain(quantized).plan.after, found, quantizing() + compiling()))
+            rows.append(Row(f"qcompile {spec}", _bytes(quantized), found, quantizing() + compiling()))
             contenders[rows[-1].name] = quantized
         gc.collect()
         with _step(write, f"speed, side by side, {self.rounds} rounds"):
@@ -137,6 +137,13 @@ def converse(chat: Chat, write: Write, read: Callable[[str], str]) -> None:
             return
         chat.reply(prompt)
         write("\n")
+
+
+def _bytes(model: nn.Module) -> int:
+    """Bytes of all parameters, packed or not."""
+    if (runner := runner_of(model)) is not None:
+        return runner.plan.after
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
 def _compiled(model: nn.Module) -> nn.Module:

@@ -49,7 +49,7 @@ def find(name: str) -> Source:
         if path.suffix != ".gguf":
             raise LoadError(f"{name} is a file; a model is a directory with a config.json, a .gguf file or a hub id")
         return Source(str(path.parent), path.name)
-    if path.is_dir():
+    if name and path.is_dir():
         if (path / "config.json").is_file():
             return Source(str(path))
         files = sorted(file.name for file in path.glob("*.gguf"))

@@ -30,7 +30,7 @@ def test_a_directory_a_gguf_file_and_a_hub_id(tiny_chat: Path, tmp_path: Path) -
 )
 def test_what_is_no_model_is_refused_at_once(name: str, message: str) -> None:
     with pytest.raises(LoadError, match=message):
-        models.find(name) if name else models.find("")
+        models.find(name)
 
 
 def test_folders_without_a_model_say_what_they_hold(tmp_path: Path) -> None:
@@ -58,7 +58,13 @@ def test_skeleton_has_every_shape_and_no_weights(tiny_chat: Path) -> None:
 def test_other_architectures_load_as_what_they_are(tmp_path: Path) -> None:
     from transformers import BertConfig, BertForSequenceClassification
 
-    sizes = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    sizes = {
+        "vocab_size": 32,
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
     BertForSequenceClassification(BertConfig(**sizes)).save_pretrained(tmp_path)
     assert isinstance(models.load(models.find(str(tmp_path))), BertForSequenceClassification)
     assert isinstance(models.skeleton(models.find(str(tmp_path))), BertForSequenceClassification)

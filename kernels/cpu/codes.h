@@ -59,14 +59,18 @@ INLINE float sum(f32x16 v) {
 
 // ---- number formats ----
 
-INLINE f32x16 to_floats(u8x16 v) {
+// Sixteen bytes to vectors that are wider, in steps: gcc converts straight from bytes one number at a time.
+template <typename V> INLINE V widen(u8x16 v);
+template <> INLINE u8x16 widen(u8x16 v) { return v; }
+template <> INLINE i32x16 widen(u8x16 v) {
 #ifdef HAS_AVX512
-    return bits_of<f32x16>(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bits_of<__m128i>(v))));
+    return bits_of<i32x16>(_mm512_cvtepu8_epi32(bits_of<__m128i>(v)));
 #else
-    // In steps: gcc converts straight from bytes one number at a time.
-    return __builtin_convertvector(__builtin_convertvector(__builtin_convertvector(v, u16x16), i32x16), f32x16);
+    return __builtin_convertvector(__builtin_convertvector(v, u16x16), i32x16);
 #endif
 }
+INLINE f32x16 to_floats(i32x16 v) { return __builtin_convertvector(v, f32x16); }
+INLINE f32x16 to_floats(u8x16 v) { return to_floats(widen<i32x16>(v)); }
 
 enum Kind : int { F32 = 0, BF16 = 1, F16 = 2, U8 = 3 };
 
@@ -186,14 +190,15 @@ struct Row {
     // The hardware reads ahead too timidly: 0.83 ms against 1.6 for one row of x, u4/g64 16384 × 2048, Zen 4.
     INLINE void prefetch(int64_t block) const { __builtin_prefetch(plane[0] + block * 2 * BITS + 8192, 0, 3); }
 
-    // Codes 16 * block … 16 * block + 15, where `phase` = block % PERIOD.
-    INLINE u8x16 block(int64_t block, int phase) const {
-        u8x16 codes{};
+    // Codes 16 * block … 16 * block + 15, as bytes or as 32-bit integers, where `phase` = block % PERIOD.
+    template <typename V> INLINE V block(int64_t block, int phase) const {
+        using Item = std::remove_cvref_t<decltype(V{}[0])>;
+        V codes{};
         for (int p = 0; p < PLANES; p++) {
             const int width = width_of(p), fields = 8 / width;
-            u8x16 v = load<u8x16>(plane[p] + block / fields * 16);
-            if (width < 8) v = (v >> (uint8_t)(phase % fields * width)) & (uint8_t)((1 << width) - 1);
-            codes |= v << (uint8_t)low_of(p);
+            V v = widen<V>(load<u8x16>(plane[p] + block / fields * 16));
+            if (width < 8) v = (v >> Item(phase % fields * width)) & Item((1 << width) - 1);
+            codes |= v << Item(low_of(p));
         }
         return codes;
     }

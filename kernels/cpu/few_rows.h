@@ -6,61 +6,40 @@ namespace {
 
 template <int M>
 INLINE void few_rows_f32(const Weight& w, int64_t n, const float* x, int64_t x_stride, int64_t m0, const float* scale,
-                         const float* zero, const Output& out) {
+                         const float* shift, const Output& out) {
     const Row row = w.row(n);
     const int64_t blocks = w.blocks(), per_group = w.group >= w.columns ? blocks : w.group / LANES;
     constexpr int CHAINS = M <= 2 ? 2 : 1;  // sums of their own for odd and even blocks: adding takes four cycles
     f32x16 total[M][CHAINS] = {};
     for (int64_t g = 0, first = 0; first < blocks; g++, first += per_group) {
-        const f32x16 s = splat(scale[g]), shift = splat(-zero[g] * scale[g]);
+        const f32x16 s = splat(scale[g]), z = splat(shift[g]);
         const int64_t last = first + per_group;
-        auto add = [&](u8x16 codes, int64_t b, int i) __attribute__((always_inline)) {
-#ifdef HAS_AVX512
-            const __m512i places = _mm512_cvtepu8_epi32(bits_of<__m128i>(codes)), table = bits_of<__m512i>(FIRST_CODES * s + shift);
-            const f32x16 value = TABLE ? bits_of<f32x16>(_mm512_permutexvar_epi32(places, table))
-                                       : bits_of<f32x16>(_mm512_cvtepi32_ps(places)) * s + shift;
-#else
-            const f32x16 value = to_floats(codes) * s + shift;
-#endif
+        auto add = [&](int64_t b, int phase, int i) __attribute__((always_inline)) {
+            const f32x16 value = to_floats(row.block<i32x16>(b, phase)) * s + z;
             for (int m = 0; m < M; m++) total[m][i % CHAINS] += value * load<f32x16>(x + m * x_stride + b * LANES);
         };
+        // Known phases make the shifts constants. Eight of them are taken in two steps, since groups of 64 begin at both.
+        constexpr int STEP = PERIOD == 2 ? 2 : 4;
         int64_t b = first;
-#ifdef HAS_AVX512
-        if (first % 4 == 0 && (per_group % 4 == 0 || last == blocks)) {
-            for (; b < last; b += 4) {
-                row.prefetch(b);
-                const __m512i codes = b + 4 <= w.columns / LANES ? codes64<false>(row, b / 4, w.columns)
-                                                                 : codes64<true>(row, b / 4, w.columns);
-                add(bits_of<u8x16>(_mm512_castsi512_si128(codes)), b, 0);
-                add(bits_of<u8x16>(_mm512_extracti32x4_epi32(codes, 1)), b + 1, 1);
-                add(bits_of<u8x16>(_mm512_extracti32x4_epi32(codes, 2)), b + 2, 0);
-                add(bits_of<u8x16>(_mm512_extracti32x4_epi32(codes, 3)), b + 3, 1);
-            }
-            continue;
-        }
-#endif
-        constexpr int STEP = std::max(PERIOD, 2);
         if (first % STEP == 0)
             for (; b + STEP <= last; b += STEP) {
                 row.prefetch(b);
-#pragma GCC unroll 8
-                for (int i = 0; i < STEP; i++) add(row.block(b + i, i % PERIOD), b + i, i);
+                const int phase = b % PERIOD;
+#pragma GCC unroll 4
+                for (int i = 0; i < STEP; i++) add(b + i, PERIOD > STEP ? phase + i : i % PERIOD, i);
             }
-        for (; b < last; b++) add(row.block(b, b % PERIOD), b, 0);
+        for (; b < last; b++) add(b, b % PERIOD, 0);
     }
     for (int m = 0; m < M; m++) out.write(m0 + m, n, 1, splat(sum(total[m][0] + (CHAINS > 1 ? total[m][CHAINS - 1] : f32x16{}))));
 }
 
 // As many of the rows that are left as fit into registers; gives their number.
 INLINE int64_t few_rows_f32(const Weight& w, int64_t n, const float* x, int64_t stride, int64_t m, int64_t left,
-                            const float* scale, const float* zero, const Output& out) {
+                            const float* scale, const float* shift, const Output& out) {
     auto run = [&](auto rows) __attribute__((always_inline)) {
-        few_rows_f32<decltype(rows)::value>(w, n, x + m * stride, stride, m, scale, zero, out);
+        few_rows_f32<decltype(rows)::value>(w, n, x + m * stride, stride, m, scale, shift, out);
         return decltype(rows)::value;
     };
-#ifdef HAS_AVX512
-    if (left >= 8) return run(Count<8>());
-#endif
     return left >= 4 ? run(Count<4>()) : left == 3 ? run(Count<3>()) : left == 2 ? run(Count<2>()) : run(Count<1>());
 }
 
@@ -70,16 +49,19 @@ void few_rows_f32(const Weight& w, const float* x, int64_t rows, const Output& o
     {
         static thread_local Scratch scratch;
         float* scale = scratch.get<float>(2 * whole(w.groups()));
-        float* zero = scale + whole(w.groups());
+        float* shift = scale + whole(w.groups());
+        auto prepare = [&](int64_t n) {  // value = code * scale + shift
+            w.scales(scale, n);
+            w.zeros(shift, n);
+            for (int64_t g = 0; g < w.groups(); g += LANES) store(shift + g, load<f32x16>(shift + g) * -load<f32x16>(scale + g));
+        };
         const int64_t step = std::max<int64_t>(1, std::min<int64_t>(64, w.rows / (4 * threads)));
-        w.scales(scale, 0);
-        w.zeros(zero, 0);
+        prepare(0);
 #pragma omp for schedule(dynamic)
         for (int64_t first = 0; first < w.rows; first += step)
             for (int64_t n = first; n < std::min(first + step, w.rows); n++) {
-                if (w.scale_stride) w.scales(scale, n);
-                if (w.zero_stride) w.zeros(zero, n);
-                for (int64_t m = 0; m < rows;) m += few_rows_f32(w, n, x, stride, m, rows - m, scale, zero, out);
+                if (w.scale_stride || w.zero_stride) prepare(n);
+                for (int64_t m = 0; m < rows;) m += few_rows_f32(w, n, x, stride, m, rows - m, scale, shift, out);
             }
     }
 }

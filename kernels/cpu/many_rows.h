@@ -215,17 +215,22 @@ void many_rows(const Weight& w, const void* x, int64_t x_rows, int64_t x_stride,
 }  // namespace
 #endif
 
-// Gives 0 where this processor has no such kernel.
-extern "C" int many_rows(WEIGHT_ARGUMENTS, const void* x, int64_t x_rows, int64_t x_stride, int kind, void* y,
-                         const void* bias, int bias_kind, int threads) {
+extern "C" int has_many_rows() {
+#ifdef HAS_AVX512
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+extern "C" void many_rows(WEIGHT_ARGUMENTS, const void* x, int64_t x_rows, int64_t x_stride, int kind, void* y,
+                          const void* bias, int bias_kind, int threads) {
 #ifdef HAS_AVX512
     const Weight w = WEIGHT;
     const Output out = {y, bias, rows, kind, bias_kind};
 #ifdef HAS_BF16_DOT
-    if (kind == BF16) return many_rows<true>(w, x, x_rows, x_stride, out, threads), 1;
+    if (kind == BF16) return many_rows<true>(w, x, x_rows, x_stride, out, threads);
 #endif
-    return many_rows<false>(w, x, x_rows, x_stride, out, threads), 1;
-#else
-    return 0;
+    many_rows<false>(w, x, x_rows, x_stride, out, threads);
 #endif
 }

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from qcompile import _torch
 from qcompile.errors import CaptureError
@@ -67,19 +69,19 @@ def export(module: nn.Module, tensors: Sequence[Tensor], prefix: str = "") -> Ca
     seen: dict[int, Node] = {}
     users = 0
     for spec, node in zip(program.graph_signature.input_specs, gm.graph.find_nodes(op="placeholder"), strict=True):
+        target, constant = spec.target or "", None
         if spec.kind in (kinds.PARAMETER, kinds.BUFFER):
-            node.meta["input_path"] = spec.target.removeprefix(prefix)
-            tensor = real.get(spec.target)
+            node.meta["input_path"] = target.removeprefix(prefix)
+            tensor = real.get(target)
             if tensor is not None and (first := seen.setdefault(id(tensor), node)) is not node:
                 node.replace_all_uses_with(first)
                 gm.graph.erase_node(node)
                 continue
-            constant = program.constants.get(spec.target) if tensor is None else None
-            inputs.append(
-                Input(path=spec.target.removeprefix(prefix)) if constant is None else Input(constant=constant)
-            )
+            if tensor is None:
+                constant = program.constants.get(target)
+            inputs.append(Input(path=target.removeprefix(prefix)) if constant is None else _constant(constant))
         elif spec.kind == kinds.CONSTANT_TENSOR:
-            inputs.append(Input(constant=program.constants[spec.target]))
+            inputs.append(_constant(program.constants[target]))
         elif spec.kind == kinds.USER_INPUT:
             inputs.append(Input(user=users))
             users += 1
@@ -88,6 +90,10 @@ def export(module: nn.Module, tensors: Sequence[Tensor], prefix: str = "") -> Ca
     _name_modules(gm, prefix)
     gm.recompile()
     return Captured(gm, tuple(inputs))
+
+
+def _constant(value: Any) -> Input:
+    return Input(constant=value)
 
 
 def retrace(gm: GraphModule) -> GraphModule:
@@ -111,7 +117,7 @@ class Inliner:
 
         Arguments that are not nodes are constants of the traced function.
         """
-        flat, spec = torch.utils._pytree.tree_flatten((node.args, node.kwargs))
+        flat, spec = tree_flatten((node.args, node.kwargs))
         places = [index for index, arg in enumerate(flat) if isinstance(arg, Node)]
         key = (function, spec, *(_kind(arg) for arg in flat))
         if key not in self._traces:
@@ -120,7 +126,7 @@ class Inliner:
                 full = list(flat)
                 for index, given in zip(places, values, strict=True):
                     full[index] = given
-                args, kwargs = torch.utils._pytree.tree_unflatten(full, spec)
+                args, kwargs = tree_unflatten(full, spec)
                 return function(*args, **kwargs)
 
             self._traces[key] = _torch.trace(on_values, [flat[index].meta["val"] for index in places])
@@ -134,10 +140,10 @@ class Inliner:
                 if inner.op == "placeholder":
                     env[inner] = next(given)
                 elif inner.op == "output":
-                    result = torch.fx.node.map_arg(inner.args[0], lambda n: env[n])
+                    result: Any = map_arg(inner.args[0], lambda n: env[n])
                 elif inner.op == "get_attr":
                     name = f"_const_{node.name}_{inner.target}"
-                    setattr(self.gm, name, getattr(traced, inner.target))
+                    self.gm.register_buffer(name, getattr(traced, inner.target), persistent=False)
                     env[inner] = graph.get_attr(name)
                     env[inner].meta["val"] = inner.meta.get("val", getattr(traced, inner.target))
                 else:
@@ -146,7 +152,8 @@ class Inliner:
                     made.append(env[inner])
         if isinstance(result, (list, tuple)):
             for user in list(node.users):
-                user.replace_all_uses_with(result[user.args[1]])
+                index: Any = user.args[1]
+                user.replace_all_uses_with(result[index])
                 graph.erase_node(user)
         else:
             node.replace_all_uses_with(result)

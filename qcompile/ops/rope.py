@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from qcompile.ops.precision import wide
-from qcompile.ops.registry import op
+from qcompile.ops.registry import op_with_fake
 
 
-@op
+@op_with_fake(lambda x, cos, sin: torch.empty_like(x))
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x * cos + rotate_half(x) * sin: x (…, n), cos and sin broadcast against it.
 

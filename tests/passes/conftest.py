@@ -37,10 +37,11 @@ class Graph:
     def __init__(self, module: Callable[..., Any], inputs: Sequence[Tensor]):
         flat = Flat(module).eval()
         captured = capture.export(flat, inputs, prefix="module.")
-        named = {**dict(flat.named_parameters(remove_duplicate=False)), **dict(flat.named_buffers(remove_duplicate=False))}
+        named: dict[str, Tensor] = dict(flat.named_parameters(remove_duplicate=False))
+        named.update(flat.named_buffers(remove_duplicate=False))
         self.gm: GraphModule = captured.gm
-        self.inputs = [
-            named[f"module.{i.path}"] if i.path is not None else i.constant if i.user is None else inputs[i.user]
+        self.inputs: list[Any] = [
+            named[f"module.{i.path}"] if i.path is not None else inputs[i.user] if i.user is not None else i.constant
             for i in captured.inputs
         ]
 
@@ -55,7 +56,7 @@ class Graph:
         come from, and a second run changes nothing."""
         before = self.run()
         result = apply(self.gm, rule)
-        torch.testing.assert_close(self.run(), before, rtol=rtol, atol=atol)
+        torch.testing.assert_close(self.run(), before, rtol=rtol, atol=atol, equal_nan=True)
         for node in self.gm.graph.nodes:
             if node.meta.get("origin") == rule.name:
                 assert "val" in node.meta and "module_path" in node.meta, node

@@ -236,6 +236,7 @@ def test_miss_computed_behind(fused, side_by_side):
     module = Qkv(widths=(8, 4), bias=True)
     side_by_side(*module.parts, biases=False)
     q, k = module.parts
+    assert isinstance(k, nn.Linear)
 
     def function(x, b):
         first = q(x)

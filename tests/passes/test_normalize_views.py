@@ -10,7 +10,7 @@ from qcompile.passes.normalize_views import NormalizeViews
 
 class Heads(nn.Module):
     def forward(self, x):
-        q, k = x.view(x.shape[0], x.shape[1], 2, 6).swapaxes(1, 2).chunk(2, -1)
+        q, k = x.unflatten(2, (2, 6)).swapaxes(1, 2).chunk(2, -1)
         return q @ k.mT, x[..., 2:4], x.flatten(1)
 
 

@@ -1,0 +1,137 @@
+"""A packed weight as the arguments that our C++ takes (kernels/cpu), compiled once for each width of code."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qcompile.errors import FormatError
+from qcompile.kernels._cpp import load_cpp
+from qcompile.kernels._weight import refuses_weight
+from qcompile.quant.granularity import PerTensor
+from qcompile.quant.packing import row_bytes
+from qcompile.quant.spec import QSpec
+
+# Put together into one text, in this order.
+SOURCES = ("codes.h", "dequantize.h", "few_rows_dot.h", "few_rows.h", "many_rows.h")
+
+# enum Kind in codes.h
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+# Fewer codes times rows than this are not worth waking a thread for.
+WORK_OF_A_THREAD = 1 << 16
+
+
+def refuses(x: Tensor, dtype: torch.dtype, scale: Tensor, zero: Tensor | None, spec: str, columns: int) -> str | None:
+    """Why our C++ cannot read this weight, or compute where `x` is in `dtype`, or None."""
+    if x.device.type != "cpu":
+        return f"needs cpu, got {x.device.type}"
+    if dtype not in FLOATS:
+        return f"handles float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+    if columns == 0:
+        return "no inputs"
+    return refuses_weight(scale, zero, spec, columns) or missing(QSpec.parse(spec).element.bits)
+
+
+@functools.cache
+def missing(bits: int) -> str | None:
+    """Why the library for this width cannot be had, or None. Compiles it where that was never done (seconds)."""
+    try:
+        library(bits)
+    except RuntimeError as error:
+        return f"C++ does not compile here: {error}"
+    return None
+
+
+@functools.cache
+def library(bits: int) -> ctypes.CDLL:
+    """The compiled functions for codes of `bits` bits."""
+    folder = Path(__file__).parent / "cpu"
+    texts = [(folder / name).read_text(encoding="utf-8") for name in SOURCES]
+    found = load_cpp(f"#define BITS {bits}\n" + "".join(texts))
+    pointer, number, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+    weight = [*[pointer] * 3, *[size] * 6, number, number, ctypes.c_float]
+    x_and_y = [pointer, size, size, number, pointer, pointer, number, number]
+    found.dequantize.argtypes, found.dequantize.restype = [*weight, pointer, number, number], None
+    found.few_rows.argtypes, found.few_rows.restype = [*weight, *x_and_y], None
+    found.many_rows.argtypes, found.many_rows.restype = [*weight, *x_and_y], None
+    found.has_many_rows.argtypes, found.has_many_rows.restype = [], number
+    return found
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How to read weights of one spec with `columns` inputs, worked out once.
+
+    group       inputs that share a scale
+    by_row      does each row have its own scales?
+    offset      the zero point of a symmetric spec
+    """
+
+    dequantize: Callable[..., None]
+    few_rows: Callable[..., None]
+    many_rows: Callable[..., None] | None
+    columns: int
+    group: int
+    groups: int
+    by_row: bool
+    bytes: int
+    offset: float
+
+    @staticmethod
+    @functools.lru_cache(maxsize=4096)
+    def of(spec: str, columns: int) -> Reader:
+        parsed = QSpec.parse(spec)
+        groups = parsed.scale_shape(1, columns)[1]
+        found = library(parsed.element.bits)
+        return Reader(
+            dequantize=found.dequantize,
+            few_rows=found.few_rows,
+            many_rows=found.many_rows if found.has_many_rows() else None,
+            columns=columns,
+            group=columns // groups,
+            groups=groups,
+            by_row=not isinstance(parsed.granularity, PerTensor),
+            bytes=row_bytes(columns, parsed.element.bits),
+            offset=float(parsed.offset),
+        )
+
+    def arguments(self, data: Tensor, scale: Tensor, zero: Tensor | None) -> tuple[Any, ...]:
+        """WEIGHT_ARGUMENTS in codes.h. Raises FormatError where a shape would make them read elsewhere."""
+        rows, length = data.shape
+        scales = (rows if self.by_row else 1, self.groups)
+        if length != self.bytes or scale.shape != scales or (zero is not None and zero.shape != scales):
+            sides = [tuple(side.shape) for side in (data, scale, zero) if side is not None]
+            raise FormatError(f"data, scale and zero of ({rows}, {self.columns}) cannot be {sides}")
+        return (
+            data.data_ptr(),
+            scale.data_ptr(),
+            None if zero is None else zero.data_ptr(),
+            rows,
+            self.columns,
+            self.group,
+            data.stride(0),
+            scale.stride(0) if self.by_row else 0,
+            zero.stride(0) if zero is not None and self.by_row else 0,
+            KINDS[scale.dtype],
+            0 if zero is None else KINDS[zero.dtype],
+            self.offset,
+        )
+
+
+def with_dense_rows(side: Tensor) -> Tensor:
+    """`side`, copied if the numbers in a row are not neighbours. Rows may lie apart."""
+    return side if side.stride(1) == 1 or side.shape[1] == 1 else side.contiguous()
+
+
+def threads(work: int) -> int:
+    """How many threads `work` codes times rows deserve, at most torch's own number."""
+    return min(torch.get_num_threads(), 1 + work // WORK_OF_A_THREAD)

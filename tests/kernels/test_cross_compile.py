@@ -1,0 +1,115 @@
+"""Every Triton kernel, with the tiles it would get, compiles for every GPU generation without a GPU.
+
+Shared memory must fit, and no kernel may keep more than a few bytes of its registers in memory. One representative
+signature a kernel and GPU.
+"""
+
+import os
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qcompile.kernels import _tuning, dequantize_gpu, gated_act, linear_gemm, linear_gemv, norm, rope
+
+triton = pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter does not compile", allow_module_level=True)
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+# Compute capability → shared memory of a program, in KiB.
+GPUS = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+
+WIDELY = (80, 90)  # where every variant is tried; elsewhere one a kernel, to save time
+
+FOUR_BITS = {"OFFSET": 0, "GROUP": 64, "P0": 4, "P1": 0, "P2": 0, "FIELDS": 2, "EVEN": True}
+THREE_BITS = {"OFFSET": 4, "GROUP": 64, "P0": 2, "P1": 1, "P2": 0, "FIELDS": 8, "EVEN": False}
+STEP = {2: 32, 8: 128}
+
+
+def compiled(kernel: Any, gpu: int, absent: tuple[str, ...], warps: int, stages: int = 3, **constants: Any) -> Any:
+    """`kernel` for this GPU. Arguments named …_ptr point to 16-bit floats, but for data and packed x."""
+    if "PDL" in kernel.arg_names:
+        constants["PDL"] = gpu >= 90
+    short = "fp16" if gpu < 80 else "bf16"
+    constants.update(dict.fromkeys(absent))
+    signature, attributes = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name == "data_ptr":
+            signature[name] = "*i32"
+        elif name == "x_ptr" and kernel is linear_gemv._gemv:
+            signature[name] = "*i64"
+        elif name == "parts_ptr":
+            signature[name] = "*fp32"
+        elif name.endswith("_ptr"):
+            signature[name] = f"*{short}"
+        else:
+            signature[name] = "fp32" if name == "eps" else "i32"
+        if name.endswith("_ptr") or name in ("N", "K", "columns"):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", gpu, 32), options={"num_warps": warps, "num_stages": stages})
+
+
+def stack_bytes(cubin: bytes) -> int:
+    """Local memory of a thread: what did not fit into registers."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if not tool.exists():
+        return 0
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True).stdout
+    return max(map(int, re.findall(r"STACK:(\d+)", usage)), default=0)
+
+
+def variants(gpu: int) -> dict[str, Any]:
+    """Name → compiled kernel."""
+    device = _tuning.Device(gpu // 10, GPUS[gpu] << 10)
+    dtype = torch.bfloat16
+    found = {}
+    for name, bits, rows in (("one row", FOUR_BITS, 1), ("eight rows", FOUR_BITS, 8), ("three bits", THREE_BITS, 1)):
+        if name != "one row" and gpu not in WIDELY:
+            continue
+        tile = _tuning.gemv_tile(rows, 4096, 4096, STEP[bits["FIELDS"]])
+        sizes = {"ROWS": rows, "OUTPUTS": tile.outputs, "CHUNKS": tile.chunks}
+        absent = ("bias_ptr", "zero_ptr") if bits is THREE_BITS else ("bias_ptr",)
+        found[f"gemv, {name}"] = compiled(
+            linear_gemv._gemv, gpu, absent, tile.warps, ACTIVATION="silu", **bits, **sizes
+        )
+    for name, bits, rows in (("16 rows", FOUR_BITS, 16), ("200 rows", FOUR_BITS, 200), ("three bits", THREE_BITS, 64)):
+        if name != "200 rows" and gpu not in WIDELY:
+            continue
+        if not device.tensor_cores:
+            continue  # Triton has no tensor cores before 8.0, and _tuning.way never chooses this kernel there
+        tile = _tuning.gemm_tile(rows, 4096, 4096, STEP[bits["FIELDS"]], dtype, device)
+        sizes = {"BLOCK_M": tile.rows, "BLOCK_N": tile.outputs, "CHUNKS": tile.chunks}
+        absent = ("bias_ptr", "zero_ptr") if bits is THREE_BITS else ("bias_ptr",)
+        found[f"gemm, {name}"] = compiled(
+            linear_gemm._gemm, gpu, absent, tile.warps, tile.stages, ACTIVATION=None, **bits, **sizes
+        )
+    block = {"SPLITS": 4, "ACTIVATION": "gelu", "BLOCK": linear_gemm.FINISH_BLOCK}
+    found["finish"] = compiled(linear_gemm._finish, gpu, (), 4, **block)
+    tile = _tuning.dequantize_tile(4)
+    sizes = {"BLOCK_N": tile.outputs, "CHUNKS": tile.chunks}
+    found["dequantize"] = compiled(dequantize_gpu._dequantize, gpu, (), tile.warps, **FOUR_BITS, **sizes)
+    found["rms_norm"] = compiled(norm._rms_norm, gpu, (), 8, OFFSET=0.0, BLOCK_M=1, BLOCK_N=4096)
+    found["layer_norm"] = compiled(norm._layer_norm, gpu, (), 8, BLOCK_M=1, BLOCK_N=4096)
+    found["gated_act"] = compiled(gated_act._gated_act, gpu, (), 4, ACTIVATION="silu", BLOCK_M=1, BLOCK_N=1024)
+    found["rope"] = compiled(rope._rope, gpu, (), 4, HALF=64, BLOCK_M=8, BLOCK_N=64)
+    return found
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_compiles_and_fits(gpu: int) -> None:
+    kernels = variants(gpu)
+    assert {name: k.metadata.shared for name, k in kernels.items() if k.metadata.shared > GPUS[gpu] << 10} == {}
+    assert {name: stack for name, k in kernels.items() if (stack := stack_bytes(k.asm["cubin"])) > 32} == {}
