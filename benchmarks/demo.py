@@ -34,7 +34,7 @@ def main() -> None:
     run = demo.Demo(
         source, options.bits, True, options.dtype, options.device,
         text=options.text and options.text.read_text("utf-8"), windows=options.windows if options.text else None,
-        prompt=options.prompt, new=options.new, rounds=options.rounds,
+        prompt=options.prompt, new=options.new, rounds=options.rounds, quick=False,
     )  # fmt: skip
     rows, chat = run.run(write)
     write(f"\n{demo.table(rows)}\n\n> {demo.QUESTION}\n")

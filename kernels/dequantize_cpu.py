@@ -1,4 +1,4 @@
-"""dequantize on the CPU: the float weight behind packed codes, bit for bit what the meaning gives (cpu/dequantize.h)."""
+"""dequantize on the CPU, in C++ (cpu/dequantize.h): the float weight behind packed codes, bit for bit the meaning's."""
 
 from __future__ import annotations
 

@@ -21,6 +21,7 @@ from qcompile.graph.match import (
     dtype_text,
     is_call,
     is_tensor,
+    known,
     only_reader,
     other_operand,
     same_shape,
@@ -120,7 +121,7 @@ def _rotation(turned: Node, whole: Columns) -> Rotation | Miss:
 def _columns(node: Any) -> Columns | None:
     """Which columns of which tensor `node` is, casts aside; None where a size is symbolic."""
     node = skip_casts(node)
-    if not is_tensor(node) or not value(node).dim() or not isinstance(width := value(node).shape[-1], int):
+    if not is_tensor(node) or not value(node).dim() or (width := known(value(node).shape[-1])) is None:
         return None
     if is_call(node, aten.narrow.default) and _is_last(node, node.args[1]):
         source, start, step = node.args[0], node.args[2], 1
@@ -128,9 +129,9 @@ def _columns(node: Any) -> Columns | None:
         source, start, step = node.args[0], argument(node, 2, "start") or 0, argument(node, 4, "step", 1)
     else:
         return Columns(node, 0, width)
-    if not isinstance(start, int) or (outer := _columns(source)) is None:
+    if (outer := _columns(source)) is None or not isinstance(start, int):
         return None
-    start = start + value(source).shape[-1] if start < 0 else start
+    start = start + known(value(source).shape[-1]) if start < 0 else start
     return Columns(outer.base, outer.start + outer.step * start, width, outer.step * step)
 
 

@@ -12,15 +12,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from qcompile.graph.match import (
-    argument,
-    aten,
-    is_call,
-    is_input,
-    named_argument,
-    same_shape,
-    value,
-)
+from qcompile.graph.match import argument, aten, is_call, is_input, named_argument, same_shape, value
 from qcompile.graph.rewrite import Rewriter
 from qcompile.graph.spelling import Build, Spelling, spell
 from qcompile.ops.linear import dequantize

@@ -1,11 +1,11 @@
-"""Rows are flattened as late as possible, which is mostly never.
+"""Rows are flattened as late as possible, and mostly never.
 
     y = linear(reshape(x, [-1, k]), w)                        y = linear(x, w)
     z = relu(y)                                      ->       z = relu(y)
     reshape(z, [*x.shape[:-1], n])
 
-Why: Conv1D, OPT and blocks with experts flatten batch and sequence, work on each row, and undo it. With the reshapes out
-of the way, the residual stream is one shape, and sums, norms and linears stand next to one another.
+Why: Conv1D, OPT and blocks with experts flatten batch and sequence, work on each row, and undo it. With the reshapes
+out of the way, the residual stream is one shape, and sums, norms and linears stand next to one another.
 """
 
 from __future__ import annotations
@@ -55,8 +55,9 @@ def _sunk(node: Node) -> Build | None:
     rows = operands[0].args[1][0]
 
     def build(g: Rewriter) -> Node:
-        swap = dict(zip(operands, sources))
-        y = g.call(node.target, *(swap.get(arg, arg) if isinstance(arg, Node) else arg for arg in node.args), **node.kwargs)
+        swap: dict[Any, Any] = dict(zip(operands, sources))
+        arguments = [swap.get(arg, arg) if isinstance(arg, Node) else arg for arg in node.args]
+        y = g.call(node.target, *arguments, **node.kwargs)
         return g.call(aten.reshape.default, y, [rows, width])
 
     return build

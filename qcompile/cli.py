@@ -23,6 +23,9 @@ from qcompile.explain import parameters_text, size
 
 OK, LEFT, FAILED = 0, 1, 2
 
+# The long version of the demo.
+FULL: dict[str, Any] = {"new": 64, "rounds": 5, "quick": False}
+
 MODEL_HELP = f"a local directory, a .gguf file, or a hub id such as {models.DEMO_MODEL}"
 
 SPECS = """
@@ -128,7 +131,7 @@ def _demo(options: argparse.Namespace) -> int:
     elif not source.local:
         _write("from    the hub\n")
     _write(f"on      {doctor.describe_device(options.device)}\n\n")
-    run = demo.Demo(source, bits, full, options.dtype, options.device, **({"new": 64, "rounds": 5} if full else {}))
+    run = demo.Demo(source, bits, full, options.dtype, options.device, **(FULL if full else {}))
     rows, chat = run.run(_write)
     _write(f"\n> {demo.QUESTION}\n")
     chat.reply(demo.QUESTION)

@@ -60,7 +60,7 @@ class Speed:
 
 
 def throughput(model: nn.Module, prompt: int = 128, new: int = 32, rounds: int = 3, **options: Any) -> Speed:
-    """The speed of model.generate(), greedy. The first calls, which may compile, do not count."""
+    """The speed of model.generate(), greedy. The first call, which may compile, does not count."""
     return throughputs({"": model}, prompt, new, rounds, **options)[""]
 
 
@@ -74,56 +74,48 @@ def throughputs(
 ) -> dict[str, Speed]:
     """The speed of several models side by side: they take turns, so that a machine's bad moments hit all of them.
 
-    Reported are medians of `rounds` rounds. `options` go to generate(); `tell` hears whose turn it is.
+    Reported are the median time to a first token and the median time of all later ones. `options` go to generate();
+    `tell` hears whose turn it is.
     """
-    runs = {name: _Run(model, prompt, options) for name, model in models.items()}
-    for name, run in runs.items():
-        tell(name)
-        run(1)
-        run(new + 1)
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
+    first: dict[str, list[float]] = {name: [] for name in models}
+    later: dict[str, list[float]] = {name: [] for name in models}
+    for round in range(rounds + 1):
+        for name, model in models.items():
             tell(name)
-            times[name].append((run(1), run(new + 1)))
+            start, *ends = _token_times(model, prompt, new + 1, options)
+            if round > 0:
+                first[name].append(ends[0] - start)
+                later[name] += [end - begin for begin, end in zip(ends, ends[1:])]
     return {
-        name: Speed(
-            prompt / statistics.median(first for first, _ in pairs),
-            new / statistics.median(max(whole - first, 1e-9) for first, whole in pairs),
-            prompt,
-            new,
-        )
-        for name, pairs in times.items()
+        name: Speed(prompt / statistics.median(first[name]), 1 / statistics.median(later[name]), prompt, new)
+        for name in models
     }
 
 
-class _Run:
-    """Seconds that generating a number of tokens takes."""
+@torch.no_grad()
+def _token_times(model: Any, prompt: int, new: int, options: Mapping[str, Any]) -> list[float]:
+    """When generating began, and when each new token was there."""
+    device = next(iter([*model.parameters(), *model.buffers()])).device
+    vocabulary = getattr(model.config, "vocab_size", None) or model.config.get_text_config().vocab_size
+    # Which tokens they are makes no difference.
+    tokens = torch.arange(prompt, device=device).mul(7919).remainder(vocabulary)[None]
+    times: list[float] = []
 
-    def __init__(self, model: nn.Module, prompt: int, options: Mapping[str, Any]):
-        first = next(iter([*model.parameters(), *model.buffers()]))
-        config: Any = model.config
-        vocabulary = getattr(config, "vocab_size", None) or config.get_text_config().vocab_size
-        # Which tokens they are makes no difference; that they differ keeps caches honest.
-        tokens = torch.arange(prompt, device=first.device).mul(7919).remainder(vocabulary)[None]
-        self.model: Any = model
-        self.device = first.device
-        self.arguments: dict[str, Any] = {
-            "input_ids": tokens,
-            "attention_mask": torch.ones_like(tokens),
-            "do_sample": False,
-            "pad_token_id": 0,
-            **options,
-        }
+    def tick(input_ids: Tensor, scores: Any, **others: Any) -> Tensor:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter())
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=device)
 
-    @torch.no_grad()
-    def __call__(self, new: int) -> float:
-        self._wait()
-        start = time.perf_counter()
-        self.model.generate(**self.arguments, max_new_tokens=new, min_new_tokens=new)
-        self._wait()
-        return time.perf_counter() - start
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+    tick(tokens, None)
+    model.generate(
+        input_ids=tokens,
+        attention_mask=torch.ones_like(tokens),
+        max_new_tokens=new,
+        min_new_tokens=new,
+        do_sample=False,
+        pad_token_id=0,
+        stopping_criteria=[tick],
+        **options,
+    )
+    return times

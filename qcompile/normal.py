@@ -9,12 +9,15 @@ from torch.fx import GraphModule
 from qcompile.graph.rewrite import Rule, apply
 from qcompile.passes.normalize import Normalize
 from qcompile.passes.normalize_linear import NormalizeLinear
+from qcompile.passes.normalize_rows import NormalizeRows
 from qcompile.passes.normalize_views import NormalizeViews
+from qcompile.passes.remove_in_place import RemoveInPlace
 
 
 def normalizing_passes() -> list[Rule[Any]]:
-    """Fresh passes: linears are recognised by the views around them, so views come first."""
-    return [Normalize(), NormalizeViews(), NormalizeLinear()]
+    """Fresh passes. A value that is written in place is left alone by the others; linears are recognised by the views
+    around them; rows are seen through once products are linears."""
+    return [RemoveInPlace(), Normalize(), NormalizeViews(), NormalizeLinear(), NormalizeRows()]
 
 
 def normalize(gm: GraphModule) -> None:

@@ -1,4 +1,5 @@
 import math
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,8 +25,12 @@ class Successor(nn.Module):
         odds = torch.full((*input_ids.shape, 8), float((1 - self.p) / 7))
         return SimpleNamespace(logits=odds.scatter(-1, (input_ids[..., None] + 1) % 8, float(self.p)).log())
 
-    def generate(self, input_ids: torch.Tensor, max_new_tokens: int, **options: Any) -> None:
+    def generate(self, input_ids: torch.Tensor, max_new_tokens: int, stopping_criteria: Any, **options: Any) -> None:
         self.generated.append(max_new_tokens)
+        time.sleep(0.04)
+        for _ in range(max_new_tokens):
+            stopping_criteria[0](input_ids, None)
+            time.sleep(0.01)
 
 
 def test_perplexity_of_a_known_distribution() -> None:
@@ -69,10 +74,11 @@ def test_models_take_turns() -> None:
     turns: list[str] = []
     speeds = throughputs(twins, prompt=4, new=3, rounds=2, tell=turns.append)
     assert turns == ["a", "b", "a", "b", "a", "b"]
-    assert twins["a"].generated == [1, 4] * 3  # the first pair is the warm-up
-    assert all(
-        speed.prefill > 0 and speed.decode > 0 and (speed.prompt, speed.new) == (4, 3) for speed in speeds.values()
-    )
+    assert twins["a"].generated == [4] * 3  # the first one is the warm-up
+    for speed in speeds.values():
+        assert (speed.prompt, speed.new) == (4, 3)
+        assert speed.prefill == pytest.approx(4 / 0.04, rel=0.5)
+        assert speed.decode == pytest.approx(1 / 0.01, rel=0.5)
 
 
 def test_throughput_of_a_real_generate(tiny_chat: Path) -> None:

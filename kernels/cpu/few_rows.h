@@ -5,7 +5,7 @@ namespace {
 // ---- float32 ----
 
 template <int M>
-INLINE void few_rows_f32(const Weight& w, int64_t n, const float* x, int64_t x_stride, int64_t m0, const float* scale,
+void few_rows_f32(const Weight& w, int64_t n, const float* x, int64_t x_stride, int64_t m0, const float* scale,
                          const float* shift, const Output& out) {
     const Row row = w.row(n);
     const int64_t blocks = w.blocks(), per_group = w.group >= w.columns ? blocks : w.group / LANES;

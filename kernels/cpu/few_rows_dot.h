@@ -57,7 +57,7 @@ INLINE void add_unit(__m512 (&sums)[R][M], const Row* row, int64_t unit, int64_t
 
 // R rows of the weight times M rows of x. LANEWISE: groups that are no multiple of 64, `scale` has one a block of 16.
 template <int R, int M, bool LANEWISE>
-INLINE void few_rows_dot(const Weight& w, int64_t n, const Dotted& x, int64_t m0, const float* scale,
+void few_rows_dot(const Weight& w, int64_t n, const Dotted& x, int64_t m0, const float* scale,
                          const float* shift, int64_t stride, const Output& out) {
     Row row[R];
     for (int r = 0; r < R; r++) row[r] = w.row(n + r);

@@ -7,7 +7,7 @@
 namespace {
 
 constexpr int MR = 8, VR = 3;
-constexpr int64_t TILE = VR * LANES, DEPTH = 512;  // DEPTH steps are worked on at a time
+constexpr int64_t TILE = VR * LANES;
 
 INLINE void transpose16(__m512i (&v)[16]) {
     __m512i t[16];
@@ -110,7 +110,7 @@ template <bool PAIRS, int V, int M>
 void multiply_block(const uint32_t* panel, const uint32_t* x, int64_t steps, float* sums) {
     __m512 acc[M][V];
     for (int m = 0; m < M; m++)
-        for (int v = 0; v < V; v++) acc[m][v] = _mm512_load_ps(sums + m * TILE + v * LANES);
+        for (int v = 0; v < V; v++) acc[m][v] = _mm512_setzero_ps();
     for (int64_t s = 0; s < steps; s++, x += M, panel += TILE) {
         __m512i w[V];
         for (int v = 0; v < V; v++) w[v] = _mm512_load_si512(panel + v * LANES);
@@ -120,7 +120,10 @@ void multiply_block(const uint32_t* panel, const uint32_t* x, int64_t steps, flo
         }
     }
     for (int m = 0; m < M; m++)
-        for (int v = 0; v < V; v++) _mm512_store_ps(sums + m * TILE + v * LANES, acc[m][v]);
+        for (int v = 0; v < V; v++) {
+            float* at = sums + m * TILE + v * LANES;
+            _mm512_store_ps(at, _mm512_add_ps(_mm512_load_ps(at), acc[m][v]));
+        }
 }
 
 template <bool PAIRS, int V>
@@ -160,6 +163,7 @@ void pack_rows(const void* x, int64_t x_stride, int kind, int64_t rows, int64_t 
 
 template <bool PAIRS>
 void many_rows(const Weight& w, const void* x, int64_t x_rows, int64_t x_stride, const Output& out, int threads) {
+    constexpr int64_t DEPTH = PAIRS ? 512 : 256;              // steps that are worked on, and summed up, at a time
     constexpr int64_t PER_BLOCK = PAIRS ? LANES / 2 : LANES;  // steps in a block of sixteen inputs
     const int64_t blocks = PAIRS ? (w.blocks() + 1) / 2 * 2 : w.blocks(), steps = blocks * PER_BLOCK;
     const int64_t groups = whole(w.groups());

@@ -10,11 +10,7 @@ from torch import nn
 from qcompile.errors import CaptureError
 from qcompile.graph import capture
 from qcompile.graph.match import aten, known, module_path
-from qcompile.graph.rewrite import apply
-from qcompile.passes.normalize import Normalize
-from qcompile.passes.normalize_linear import NormalizeLinear
-from qcompile.passes.normalize_views import NormalizeViews
-from qcompile.passes.remove_in_place import RemoveInPlace
+from qcompile.normal import normalize
 
 
 class Block(nn.Module):
@@ -47,8 +43,7 @@ def model():
 
 
 def calls(gm):
-    for rule in (RemoveInPlace(), Normalize(), NormalizeViews(), NormalizeLinear()):
-        apply(gm, rule)
+    normalize(gm)
     counts = Counter(str(node.target) for node in gm.graph.nodes if node.op == "call_function")
     counts.pop("aten.sym_size.int", None)  # Dynamo gives symbolic sizes as inputs
     return counts

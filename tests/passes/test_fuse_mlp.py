@@ -6,17 +6,15 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.activations import ACT2FN
 
+from qcompile.normal import normalizing_passes
 from qcompile.ops.activation import ACTIVATIONS, gated_act
 from qcompile.ops.linear import linear
 from qcompile.passes.fuse_mlp import FuseMlp
 from qcompile.passes.fuse_siblings import FuseSiblings
-from qcompile.passes.normalize import Normalize
-from qcompile.passes.normalize_linear import NormalizeLinear
-from qcompile.passes.normalize_views import NormalizeViews
 from qcompile.passes.quantize_linear import QuantizeLinear
 from qcompile.passes.recognize_activation import RecognizeActivation
 
-BEFORE = (Normalize(), NormalizeViews(), NormalizeLinear(), RecognizeActivation(), QuantizeLinear(), FuseSiblings())
+BEFORE = (*normalizing_passes(), RecognizeActivation(), QuantizeLinear(), FuseSiblings())
 FORMULAS = {
     "silu": F.silu,
     "gelu": F.gelu,

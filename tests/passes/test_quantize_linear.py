@@ -6,14 +6,12 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from qcompile.normal import normalizing_passes
 from qcompile.ops.linear import dequantize, linear
-from qcompile.passes.normalize import Normalize
-from qcompile.passes.normalize_linear import NormalizeLinear
-from qcompile.passes.normalize_views import NormalizeViews
 from qcompile.passes.quantize_linear import QuantizeLinear
 from qcompile.storage import PackedWeight, Slot, install
 
-BEFORE = (Normalize(), NormalizeViews(), NormalizeLinear())
+BEFORE = normalizing_passes()
 
 
 def test_text(graph, side_by_side, golden):
