@@ -2,8 +2,8 @@
 
     python -m benchmarks.decode_gpu --out FOLDER [--layers 32] [--weights u4/g64/asym …]
 
-For every spec: seconds to quantize and to compile, milliseconds a step, tokens/s, and the weights' bytes over the time of
-a step; beside the float model in eager mode, captured in a CUDA graph as well.
+For every spec: seconds to quantize and to compile, milliseconds a step, tokens/s, and the weights' bytes over the
+time of a step; beside the float model in eager mode, captured in a CUDA graph as well.
 """
 
 from __future__ import annotations

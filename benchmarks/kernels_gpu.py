@@ -289,8 +289,8 @@ def warm(case: dict[str, Any]) -> dict[str, Any]:
 def worker(index: int, count: int, out: Path, deadline: float) -> None:
     cases = [*linear_cases(False), *light_cases(False)]
     random.Random(1).shuffle(cases)
-    # Warming first: the times need it, and each check is a check of its own.
-    for case in [*list(warm_cases())[index::count], *cases[index::count]]:
+    # What the sweep needs is compiled with the time that is left.
+    for case in [*cases[index::count], *list(warm_cases())[index::count]]:
         if time.time() > deadline:
             break
         result = warm(case) if case["kind"] == "warm" else check(case)

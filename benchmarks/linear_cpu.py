@@ -20,7 +20,6 @@ from tabulate import tabulate
 
 from benchmarks.record import device_slug, record
 from qcompile.kernels import _packed_cpu as packed
-from qcompile.kernels.dequantize_cpu import dequantize_packed
 from qcompile.kernels.linear_cpu import linear_packed
 from qcompile.quant.spec import QSpec, Zero
 
@@ -67,9 +66,7 @@ def measure(
     weights = {spec: [random_weight(spec, outputs, columns) for _ in range(copies)] for spec in specs}
     dense = [torch.randn(outputs, columns).to(dtype) for _ in range(copies)]
     aten = [pack_for_aten(outputs, columns, dtype) for _ in range(copies)] if columns % 64 == 0 else []
-    table = {
-        name: [f"{outputs} × {columns}", name] for name in ("torch, ms", "ATen int4/g64", *specs, "dequantize 4 bits")
-    }
+    table = {name: [f"{outputs} × {columns}", name] for name in ("torch, ms", "ATen int4/g64", *specs)}
     for count in rows:
         x = torch.randn(count, columns).to(dtype)
         ways = {"torch, ms": taking_turns(lambda w, x=x: F.linear(x, w), dense)}
@@ -79,11 +76,6 @@ def measure(
             )
         for spec, copy in weights.items():
             ways[spec] = taking_turns(lambda w, x=x, spec=spec: linear_packed(x, *w, None, spec), copy)
-        if count == rows[0] and "u4/g64/asym" in specs:
-            shape = [outputs, columns]
-            ways["dequantize 4 bits"] = taking_turns(
-                lambda w: dequantize_packed(*w, "u4/g64/asym", shape, dtype), weights["u4/g64/asym"]
-            )
         times = medians(ways, seconds)
         for name, line in table.items():
             if name == "torch, ms":

@@ -8,15 +8,15 @@ import platform
 
 import torch
 
+from qcompile import _torch
+
 
 def load_cpp(source: str) -> ctypes.CDLL:
     """`source` compiled for this machine. Raises RuntimeError, with the reason in a line, where that does not work."""
-    from torch._inductor.codecache import CppCodeCache
-
     # The flags say march=native, and Inductor's key does not say which machine: one cache may serve several.
     source = f"// {platform.machine()}: {_processor()}\n{source}"
     try:
-        return CppCodeCache.load(source)
+        return _torch.cpp_library(source)
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = next((line for line in lines if "error:" in line), lines[0] if lines else type(error).__name__)

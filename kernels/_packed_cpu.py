@@ -20,7 +20,7 @@ from qcompile.quant.packing import row_bytes
 from qcompile.quant.spec import QSpec
 
 # Put together into one text, in this order.
-SOURCES = ("codes.h", "dequantize.h", "few_rows_dot.h", "few_rows.h", "many_rows.h")
+SOURCES = ("vectors.h", "codes.h", "dequantize.h", "few_rows_dot.h", "few_rows.h", "many_rows.h")
 
 # enum Kind in codes.h
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from torch.fx import Node
 
@@ -38,12 +39,14 @@ class FuseAttention:
     def match(self, node: Node) -> Heads | Miss | None:
         if not is_call(node, aten.scaled_dot_product_attention.default):
             return None
-        q, k, v = node.args[:3]
+        args: Any = node.args
+        q, k, v = args[:3]
         if (rank := value(q).dim()) != 4:
             return Miss(f"attention in {rank} dimensions", node)
         if argument(node, 4, "dropout_p", 0.0):
             return Miss("attention weights are dropped at random", node)
-        if (scale := node.kwargs.get("scale")) is None:
+        scale: Any = node.kwargs.get("scale")
+        if scale is None:
             if (width := known(value(q).shape[-1])) is None:
                 return Miss("the head dimension is not a constant", node)
             scale = 1 / math.sqrt(width)
@@ -66,7 +69,7 @@ class FuseAttention:
             g.replace(m.root, g.call(attention.overload, m.q, m.k, m.v, m.mask, m.is_causal, m.scale))
 
 
-def _unrepeated(node: Node) -> tuple[Node, int]:
+def _unrepeated(node: Node) -> tuple[Any, Any]:
     """The (batch, heads, length, d) tensor behind one in which each head comes n times in a row, and n."""
     whole = _original(node)
     if is_call(whole, aten.repeat_interleave.self_int) and argument(whole, 2, "dim") in (1, -3):
@@ -91,7 +94,7 @@ def _unrepeated(node: Node) -> tuple[Node, int]:
     return (x, known(times)) if is_repeat and known(times) else (node, 1)
 
 
-def _original(node: Node) -> Node:
+def _original(node: Any) -> Any:
     """Walk up over copies and slices that cut nothing off."""
     while is_call(node, aten.contiguous.default, aten.clone.default, aten.slice.Tensor):
         if not same_shape(value(node).shape, value(node.args[0]).shape):

@@ -21,7 +21,7 @@ from qcompile.graph.match import Miss, aten, is_call, is_tensor, module_path, sa
 from qcompile.graph.rewrite import Rewriter
 from qcompile.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 
-_WITH_SUM = {rms_norm.overload: add_rms_norm.overload, layer_norm.overload: add_layer_norm.overload}
+_WITH_SUM: dict[Any, Any] = {rms_norm.overload: add_rms_norm.overload, layer_norm.overload: add_layer_norm.overload}
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,8 @@ class FuseNorm:
     name = "fuse_norm"
 
     def match(self, node: Node) -> SummedNorm | Miss | None:
-        if not is_call(node, *_WITH_SUM) or not is_call(total := node.args[0], aten.add.Tensor):
+        total: Any = node.args[0] if is_call(node, *_WITH_SUM) else None
+        if not is_call(total, aten.add.Tensor):
             return None
         a, b = total.args
         if not is_tensor(b):

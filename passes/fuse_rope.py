@@ -56,9 +56,10 @@ class FuseRope:
     name = "fuse_rope"
 
     def match(self, node: Node) -> Rotation | Miss | None:
-        if not is_call(node, aten.cat.default, aten.stack.default) or len(node.args[0]) != 2:
+        joined: Any = node.args[0] if is_call(node, aten.cat.default, aten.stack.default) else ()
+        if len(joined) != 2:
             return None
-        parts = [skip_casts(part) for part in node.args[0]]
+        parts = [skip_casts(part) for part in joined]
         if is_call(parts[0], aten.sub.Tensor) and is_call(parts[1], aten.add.Tensor):
             return _half_by_half(node, parts)
         turned = [is_call(part, aten.neg.default) for part in parts]
@@ -98,13 +99,14 @@ def _half_by_half(node: Node, parts: list[Node]) -> Miss | None:
 
 def _rotation(turned: Node, whole: Columns) -> Rotation | Miss:
     """From rotate_half(x) down to the sum, and up from there to x and cos."""
-    if (by_sin := only_reader(turned)) is None:
+    by_sin: Any = only_reader(turned)
+    if by_sin is None:
         return Miss("rotate_half has another user", turned)
-    total = only_reader(by_sin)
+    total: Any = only_reader(by_sin)
     if not is_call(by_sin, aten.mul.Tensor) or not is_call(total, aten.add.Tensor) or total.kwargs:
         return Miss("rotate_half is not in a sum x * cos + rotate_half(x) * sin", turned)
     sin, by_cos = other_operand(by_sin, turned), skip_casts(other_operand(total, by_sin))
-    sides = by_cos.args if is_call(by_cos, aten.mul.Tensor) else ()
+    sides: Any = by_cos.args if is_call(by_cos, aten.mul.Tensor) else ()
     xs = [arg for arg in sides if _columns(arg) == whole]
     if len(xs) != 1:
         return Miss("what is multiplied with cos is not what was rotated", total)
@@ -129,9 +131,9 @@ def _columns(node: Any) -> Columns | None:
         source, start, step = node.args[0], argument(node, 2, "start") or 0, argument(node, 4, "step", 1)
     else:
         return Columns(node, 0, width)
-    if (outer := _columns(source)) is None or not isinstance(start, int):
+    outer = _columns(source)
+    if outer is None or not isinstance(start, int) or start < 0:
         return None
-    start = start + known(value(source).shape[-1]) if start < 0 else start
     return Columns(outer.base, outer.start + outer.step * start, width, outer.step * step)
 
 

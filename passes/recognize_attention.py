@@ -108,8 +108,10 @@ def _typed(product: Node, scores: Scores, mask: Node | None) -> Spelled | Miss:
         return Miss(f"the result is {dtype_text(product)}, q is {dtype_text(scores.q)}", product)
     root, q = ends
     dtype = value(q).dtype
-    k, v = in_dtype(scores.k, dtype), in_dtype(product.args[1], dtype)
-    for name, given, cast in (("k", scores.k, k), ("v", product.args[1], v)):
+    given_v: Any = product.args[1]
+    k: Any = in_dtype(scores.k, dtype)
+    v: Any = in_dtype(given_v, dtype)
+    for name, given, cast in (("k", scores.k, k), ("v", given_v, v)):
         if cast is None:
             return Miss(f"{name} is {dtype_text(given)}, q is {dtype_text(q)}", product)
         if not same_shape(value(cast).shape[:2], value(q).shape[:2]):
@@ -119,7 +121,7 @@ def _typed(product: Node, scores: Scores, mask: Node | None) -> Spelled | Miss:
     return Spelled(root, q, k, v, mask, scores.scale, scores.k_is_turned)
 
 
-def _scores_and_mask(logits: Node) -> tuple[Scores | Miss | None, Node | None]:
+def _scores_and_mask(logits: Any) -> tuple[Scores | Miss | None, Node | None]:
     if (scores := _scores(logits)) is None and is_call(logits, aten.add.Tensor) and not logits.kwargs:
         for product, mask in (logits.args, logits.args[::-1]):
             if is_tensor(product) and is_tensor(mask) and (scores := _scores(product)) is not None:

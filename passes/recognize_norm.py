@@ -13,6 +13,7 @@ Why: one kernel reads x once, and the passes after this one know a single spelli
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -72,7 +73,8 @@ class RecognizeNorm:
         for inner in (skip_casts(spread.args[0]), spread, total, node, inverse):
             if only_reader(inner) is None:
                 return Miss(f"{inner.name} has another user", inner)
-        x, product = _centered(base), only_reader(inverse)
+        product: Any = only_reader(inverse)
+        x = _centered(base)
         other = _scaled(product, inverse)
         if other is None or _source(other) is not _source(base) or (_centered(other) is None) is not (x is None):
             return Miss("what is scaled is not what was squared", product)
@@ -88,7 +90,8 @@ class RecognizeNorm:
 
 
 def _torch_norm(node: Node) -> Norm | Miss:
-    x, over, centered = node.args[0], node.args[1], node.target is aten.layer_norm.default
+    args: Any = node.args
+    x, over, centered = args[0], args[1], node.target is aten.layer_norm.default
     if len(over) != 1:
         return Miss(f"normalizes over the last {len(over)} dimensions", node)
     eps = argument(node, 4, "eps", 1e-5) if centered else argument(node, 3, "eps")
@@ -114,7 +117,7 @@ def _follow(norm: Norm) -> Norm | Miss:
     return replace(norm, root=ends[0], x=ends[1])
 
 
-def _squared(node: object) -> Node | None:
+def _squared(node: Any) -> Any:
     """x of x², casts aside."""
     node = skip_casts(node)
     if is_call(node, aten.square.default) or _is_power(node, 2):
@@ -124,7 +127,7 @@ def _squared(node: object) -> Node | None:
     return None
 
 
-def _centered(node: Node) -> Node | None:
+def _centered(node: Any) -> Any:
     """x of x - mean(x), over the last dimension."""
     node = skip_casts(node)
     if not is_call(node, aten.sub.Tensor) or "alpha" in node.kwargs:
@@ -139,17 +142,17 @@ def _source(node: Node) -> Node:
     return skip_casts(_centered(node) or node)
 
 
-def _reciprocal(node: Node) -> Node:
+def _reciprocal(node: Any) -> Any:
     """1 / sqrt(v) where `node` is sqrt(v) and it is written so; else `node` itself, which is the factor or divisor."""
-    reader = only_reader(node)
+    reader: Any = only_reader(node)
     if node.target is not aten.sqrt.default or not is_call(reader, aten.reciprocal.default):
         return node
-    after = only_reader(reader)
+    after: Any = only_reader(reader)
     # `1 / x` is captured as reciprocal(x) * 1.
     return after if is_call(after, aten.mul.Tensor) and after.args[1] == 1 else reader
 
 
-def _scaled(product: Node, inverse: Node) -> Node | None:
+def _scaled(product: Node, inverse: Node) -> Any:
     """What is multiplied with 1 / sqrt(v), or divided by sqrt(v)."""
     if inverse.target is aten.sqrt.default:
         dividend, divisor = product.args if is_call(product, aten.div.Tensor) else (None, None)
@@ -158,7 +161,7 @@ def _scaled(product: Node, inverse: Node) -> Node | None:
     return other if is_tensor(other) else None
 
 
-def _vector(user: Node, norm: Norm, target: object) -> Node | None:
+def _vector(user: Node, norm: Norm, target: Any) -> Node | None:
     """The vector as long as the norm is wide that `user` multiplies with or adds, casts aside."""
     other = skip_casts(other_operand(user, norm.root)) if is_call(user, target) else None
     if not is_tensor(other) or value(other).dim() != 1 or user.kwargs:
@@ -167,7 +170,7 @@ def _vector(user: Node, norm: Norm, target: object) -> Node | None:
 
 
 def _is_power(node: Node, exponent: float) -> bool:
-    return is_call(node, aten.pow.Tensor_Scalar) and node.args[1] == exponent
+    return is_call(node, aten.pow.Tensor_Scalar) and bool(node.args[1] == exponent)
 
 
 def _is_over_last(mean: Node) -> bool:

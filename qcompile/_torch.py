@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.fx import GraphModule, Node
@@ -23,14 +24,14 @@ def inductor(gm: GraphModule, fakes: Sequence[Any], patches: dict[str, Any] | No
 
     context = TracingContext.try_get() or TracingContext(fake_mode_of(fakes))
     with torch.no_grad(), tracing(context):
-        return compile_fx(gm, list(fakes), config_patches=patches)
+        return cast(Callable[..., Any], compile_fx(gm, list(fakes), config_patches=patches))
 
 
 def inductor_training(gm: GraphModule, inputs: Sequence[Any], patches: dict[str, Any]) -> Callable[..., Any]:
     """Compile a graph of Dynamo's as it is, forward and backward."""
     from torch._inductor.compile_fx import compile_fx
 
-    return compile_fx(gm, list(inputs), config_patches=patches)
+    return cast(Callable[..., Any], compile_fx(gm, list(inputs), config_patches=patches))
 
 
 def mode_options(mode: str | None) -> dict[str, Any]:
@@ -47,7 +48,7 @@ def source_name(node: Node) -> str:
     if source is None:
         return node.name
     name = source.name
-    return name() if callable(name) else name
+    return str(name() if callable(name) else name)
 
 
 def trace(function: Callable[..., Any], fakes: Sequence[Any], pre_dispatch: bool = False) -> GraphModule:
@@ -120,6 +121,13 @@ def shape_guards(fakes: Sequence[Any]) -> Callable[[Sequence[torch.Tensor]], boo
     scope: dict[str, Any] = {"math": __import__("math")}
     exec(f"def accept(x):\n{bindings}    return {body}\n", scope)
     return scope["accept"]
+
+
+def cpp_library(source: str) -> ctypes.CDLL:
+    """C++ built by Inductor's builder, from its cache on disk if it was built before."""
+    from torch._inductor.codecache import CppCodeCache
+
+    return CppCodeCache.load(source)
 
 
 @functools.cache

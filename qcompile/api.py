@@ -29,7 +29,11 @@ def plan(model: nn.Module, config: Any = None, example: Mapping[str, Any] | None
 
 
 def optimize(
-    model: nn.Module, config: Any = None, example: Mapping[str, Any] | None = None, progress: bool = True, **options: Any
+    model: nn.Module,
+    config: Any = None,
+    example: Mapping[str, Any] | None = None,
+    progress: bool = True,
+    **options: Any,
 ) -> nn.Module:
     """Quantize a model in place and compile its calls; returns the same object, with the same class and API.
 
@@ -56,15 +60,14 @@ def optimize(
             _pack(model, group, config, bar)
     model.requires_grad_(False)
     model.eval()
-    model.forward = Runner(model, config, plan, example)
+    # Past nn.Module.__setattr__, which is for parameters and submodules.
+    model.__dict__["forward"] = Runner(model, config, plan, example)
     if hasattr(type(model), "generate"):
-        model.generate = Generate(model)
+        model.__dict__["generate"] = Generate(model)
     return model
 
 
-def explain(
-    model: nn.Module, reference: nn.Module | None = None, inputs: Mapping[str, Any] | None = None
-) -> Report:
+def explain(model: nn.Module, reference: nn.Module | None = None, inputs: Mapping[str, Any] | None = None) -> Report:
     """The report on an optimized model.
 
     With the float `reference` it also says how far the numbers moved: SQNR per parameter, and the KL divergence of the

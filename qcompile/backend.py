@@ -35,7 +35,7 @@ MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagrap
 def qcompile_backend(
     gm: GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None, mode: str | None = None
 ) -> Callable[..., Any]:
-    """Dynamo's entry. `options` are fields of Config, `mode` is one of torch.compile's. ConfigError names what is not."""
+    """Dynamo's entry. `options` are fields of Config, `mode` is one of torch.compile's; ConfigError names any other."""
     config = Config.of(dict(options or {}))
     if mode is not None and mode not in MODES:
         raise ConfigError(f"unknown mode {mode!r}; known: {', '.join(MODES)}")
@@ -73,7 +73,9 @@ class _Packed:
 
     def refresh(self, args: Sequence[Any]) -> None:
         """Pack again if a parameter is another tensor than last time or was written to."""
-        if all(args[i] is tensor and tensor._version == version for i, (tensor, version) in zip(self.places, self.seen)):
+        if all(
+            args[i] is tensor and tensor._version == version for i, (tensor, version) in zip(self.places, self.seen)
+        ):
             return
         fresh = _pack(self.entries, [args[i] for i in self.places], self.config)
         for name, buffer in fresh.named_buffers():
@@ -91,7 +93,9 @@ class _Exchanged:
     outcome: Outcome
     packed: Sequence[_Packed] = ()
 
-    def __init__(self, run: Callable[..., Any], slots: tuple[list[int | Tensor], list[_Packed]], plan: Plan, outcome: Outcome):
+    def __init__(
+        self, run: Callable[..., Any], slots: tuple[list[int | Tensor], list[_Packed]], plan: Plan, outcome: Outcome
+    ):
         self.run, (self.inputs, self.packed), self.plan, self.outcome = run, slots, plan, outcome
 
     def __call__(self, *args: Any) -> Any:
@@ -127,7 +131,9 @@ def _exchange(
         for name, buffer in store.named_buffers():
             with gm.graph.inserting_before(placeholders[places[0]]):
                 node = gm.graph.placeholder(f"{placeholders[places[0]].name}_{name.replace('.', '_')}")
-            node.meta.update(val=mode.from_tensor(buffer, static_shapes=True), input_path=f"{entries[0].path}.{name}", module_path="")
+            node.meta.update(
+                val=mode.from_tensor(buffer, static_shapes=True), input_path=f"{entries[0].path}.{name}", module_path=""
+            )
             inputs[node] = buffer
             nodes[name] = node
         start = 0

@@ -135,7 +135,7 @@ def _demo(options: argparse.Namespace) -> int:
     rows, chat = run.run(_write)
     _write(f"\n> {demo.QUESTION}\n")
     chat.reply(demo.QUESTION)
-    _write(f"\n{demo.table(rows)}\n")
+    _write(f"\n\n{demo.table(rows)}\n")
     _write(f"\nprompt {run.prompt} tokens, {run.new} new, batch 1; {time.perf_counter() - started:.0f} s in all\n")
     if options.interactive:
         demo.converse(chat, _write, input)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import time
@@ -85,7 +86,7 @@ def throughputs(
             start, *ends = _token_times(model, prompt, new + 1, options)
             if round > 0:
                 first[name].append(ends[0] - start)
-                later[name] += [end - begin for begin, end in zip(ends, ends[1:])]
+                later[name] += [end - begin for begin, end in itertools.pairwise(ends)]
     return {
         name: Speed(prompt / statistics.median(first[name]), 1 / statistics.median(later[name]), prompt, new)
         for name in models

@@ -78,7 +78,9 @@ class Report:
             parts.append(tabulate(self.eager.items(), headers=["calls that ran uncompiled", "times"]))
         if self.numerics is not None:
             kl = self.numerics.get("kl")
-            parts.append("numerics    " + (f"KL of the logits {kl:.3g} nats" if kl is not None else "no logits compared"))
+            parts.append(
+                "numerics    " + (f"KL of the logits {kl:.3g} nats" if kl is not None else "no logits compared")
+            )
         return "\n\n".join(part for part in parts if part)
 
     def _head(self) -> str:

@@ -6,7 +6,6 @@ import inspect
 from typing import Any
 
 import torch
-from torch import nn
 
 from qcompile.caches import static_cache
 from qcompile.errors import ConfigError
@@ -21,7 +20,7 @@ _ELSEWHERE = ("past_key_values", "assistant_model", "prompt_lookup_num_tokens", 
 class Generate:
     """Replaces `model.generate` on the instance and adds a static cache where the caller names no other cache."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: Any):
         self.model = model
         self.__signature__ = inspect.signature(type(model).generate.__get__(model))
 
@@ -44,17 +43,17 @@ class Generate:
             given = kwargs.get(name, getattr(config, name, None))
             return default if given is None else given
 
+        if runner is None or runner.heads is None or tokens is None:
+            return None
         plain = (
-            runner is not None
-            and tokens is not None
-            and tokens.dim() == 2
+            tokens.dim() == 2
             and not getattr(self.model.config, "is_encoder_decoder", False)
             and not any(kwargs.get(name) is not None for name in _ELSEWHERE)
             and setting("use_cache", True)
             and setting("num_beams", 1) == 1
             and setting("cache_implementation", "static") in ("static", "hybrid")
         )
-        if not plain or runner.heads is None:
+        if not plain:
             return None
         batch, prompt = tokens.shape
         new = setting("max_new_tokens")

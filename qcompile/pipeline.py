@@ -26,7 +26,7 @@ from qcompile.passes.recognize_activation import RecognizeActivation
 from qcompile.passes.recognize_norm import RecognizeNorm
 
 # Importing a kernel signs it up. Earlier ones are asked first.
-KERNELS = ("linear_cpu", "linear_cuda", "dequantize_gpu", "norm", "gated_act", "rope")
+KERNELS = ("linear_cpu", "dequantize_cpu", "linear_cuda", "dequantize_gpu", "norm", "gated_act", "rope")
 for kernel in KERNELS:
     importlib.import_module(f"qcompile.kernels.{kernel}")
 

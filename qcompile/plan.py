@@ -145,14 +145,18 @@ def _names(model: nn.Module) -> Names:
 
 def _entry(path: str, aliases: tuple[str, ...], tensor: Tensor, role: _Role, config: Config) -> Entry:
     size = tensor.numel() * tensor.element_size()
-    dense = Entry(path, tuple(tensor.shape), tensor.dtype, role.name, None, "", size, size, None, role.transposed, aliases)
+    dense = Entry(
+        path, tuple(tensor.shape), tensor.dtype, role.name, None, "", size, size, None, role.transposed, aliases
+    )
     chosen = config.spec_for(dense.module, role.name)
     if isinstance(chosen, str):
         return replace(dense, reason=chosen)
     if role.name not in ("linear", "lm_head", "router", "tiny"):
         return replace(dense, reason=f"a parameter of role {role.name} has no quantized form", decided=False)
     if not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:
-        return replace(dense, reason=f"the weight is {str(tensor.dtype).removeprefix('torch.')}, not a float", decided=False)
+        return replace(
+            dense, reason=f"the weight is {str(tensor.dtype).removeprefix('torch.')}, not a float", decided=False
+        )
     try:
         after = chosen.nbytes(*dense.matrix, min(tensor.element_size(), 4))
     except SpecError as error:
@@ -226,7 +230,14 @@ def _dense_role(uses: set[str], tensor: Tensor) -> str:
     return uses.pop() if len(uses) == 1 else "other"
 
 
-_POINTWISE = {aten.mul.Tensor, aten.div.Tensor, aten.tanh.default, aten.reshape.default, aten.to.dtype, aten.narrow.default}
+_POINTWISE = {
+    aten.mul.Tensor,
+    aten.div.Tensor,
+    aten.tanh.default,
+    aten.reshape.default,
+    aten.to.dtype,
+    aten.narrow.default,
+}
 
 
 def _reaches_output(node: Node) -> bool:

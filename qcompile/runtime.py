@@ -174,7 +174,8 @@ class Runner:
 
     def _bare(self) -> Runner:
         twin = Runner.__new__(Runner)
-        twin.config, twin.plan, twin.example, twin.__signature__ = self.config, self.plan, self.example, self.__signature__
+        twin.config, twin.plan, twin.example = self.config, self.plan, self.example
+        twin.__signature__ = self.__signature__
         twin._reset()
         return twin
 

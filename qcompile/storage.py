@@ -29,18 +29,21 @@ class PackedWeight(nn.Module):
     the siblings' biases side by side, if they have any.
     """
 
+    data: Tensor
+    bias: Tensor | None
+
     def __init__(self, parts: Sequence[QTensor], biases: Sequence[Tensor] = ()):
         super().__init__()
         first = parts[0]
         self.spec = str(first.spec)
         self.columns = first.columns
-        for name in first.parts():
-            pieces = [part.parts()[name] for part in parts]
-            if isinstance(pieces[0], QTensor):
-                assert len(pieces) == 1, "quantized scales are not stored side by side"
-                self.add_module(name, PackedWeight(pieces))
+        for name, piece in first.parts().items():
+            if isinstance(piece, QTensor):
+                assert len(parts) == 1, "quantized scales are not stored side by side"
+                self.add_module(name, PackedWeight([piece]))
             else:
-                self.register_buffer(name, torch.cat(pieces) if len(pieces) > 1 else pieces[0])
+                pieces = [tensor for part in parts if isinstance(tensor := part.parts()[name], Tensor)]
+                self.register_buffer(name, torch.cat(pieces) if len(pieces) > 1 else piece)
         self.register_buffer("bias", torch.cat(list(biases)) if biases else None)
 
     def part(self, name: str, start: int, rows: int, total: int) -> Tensor | None:
@@ -148,7 +151,8 @@ class _Packed:
             if (new := state.get(prefix + name)) is None:
                 missing.append(prefix + name)
             elif new.shape != piece.shape or new.dtype != piece.dtype:
-                errors.append(f"{prefix}{name} is {tuple(new.shape)} {new.dtype}, not {tuple(piece.shape)} {piece.dtype}")
+                is_, needs = (f"{tuple(t.shape)} {t.dtype}" for t in (new, piece))
+                errors.append(f"{prefix}{name} is {is_}, not {needs}")
             else:
                 piece.copy_(new)
         rest = {key: tensor for key, tensor in state.items() if key.removeprefix(prefix) not in mine}
@@ -186,7 +190,7 @@ def install(module: nn.Module, slots: Mapping[str, Slot], stores: Mapping[str, P
         module._modules[slot.store] = stores[slot.store]
     every = {**packed_parameters(module), **slots}
     base = type(module).__mro__[2] if isinstance(module, _Packed) else type(module)
-    module.__class__ = _packed_class(base, tuple(every))
+    object.__setattr__(module, "__class__", _packed_class(base, tuple(every)))
     module.__dict__["_slots"] = every
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +15,10 @@ import transformers as hf
 import qcompile
 from qcompile.plan import example_inputs
 
-SIZES = dict(hidden_size=64, num_attention_heads=4, vocab_size=100)
-LLAMA = dict(**SIZES, intermediate_size=128, num_key_value_heads=2, max_position_embeddings=256, head_dim=16)
+SIZES: dict[str, Any] = dict(hidden_size=64, num_attention_heads=4, vocab_size=100)
+LLAMA: dict[str, Any] = dict(
+    **SIZES, intermediate_size=128, num_key_value_heads=2, max_position_embeddings=256, head_dim=16
+)
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Architecture:
     attentions: int
 
 
-def causal(config: type, model: type, sizes: dict, **more: object) -> Callable[[int], torch.nn.Module]:
+def causal(config: Any, model: Any, sizes: dict, **more: Any) -> Callable[[int], torch.nn.Module]:
     return lambda layers: model(config(**sizes, num_hidden_layers=layers, **more))
 
 
@@ -79,7 +82,8 @@ ARCHITECTURES = {
         lambda n: hf.OPTForCausalLM(
             hf.OPTConfig(**SIZES, num_hidden_layers=n, ffn_dim=128, word_embed_proj_dim=64, max_position_embeddings=128)
         ),
-        (6, 0), (1, 0), (2, 1), (2, 0), 0, (1, 0), 1,
+        # The first norm comes after the sum of token and position embeddings.
+        (6, 0), (1, 0), (2, 1), (2, 1), 0, (1, 0), 1,
     ),
     "bert": Architecture(
         # The pooler is a linear with tanh; the embeddings have a norm of their own.
@@ -142,10 +146,10 @@ def test_equal_to_eager(name: str, interpreted: None) -> None:
         inputs["pixel_values"] = torch.randn_like(inputs["pixel_values"])
     with torch.no_grad():
         got = model(**inputs).logits
-        want = float_model.double()(**{k: v.double() if v.is_floating_point() else v for k, v in tensors(inputs)}).logits
+        want = float_model.double()(**{name: in_float64(value) for name, value in inputs.items()}).logits
     assert not model.forward.eager
     torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5)
 
 
-def tensors(inputs: dict) -> list[tuple[str, torch.Tensor]]:
-    return [(key, value) for key, value in inputs.items() if isinstance(value, torch.Tensor)]
+def in_float64(value: object) -> object:
+    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value

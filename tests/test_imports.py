@@ -16,9 +16,10 @@ LAYERS = [
     {"ops", "graph"},
     {"passes", "kernels", "formats", "algorithms"},
     # what is to happen, how it is stored, and the account of it
-    {"config"},
-    {"plan"},
+    {"config", "normal"},
     {"storage", "calls"},
+    {"step", "caches"},
+    {"plan"},
     {"pipeline"},
     {"explain"},
     # what a user calls

@@ -18,11 +18,11 @@ template <int KIND> struct Values {
     INLINE void write(void* out, int64_t index, const Row& row, int64_t block, int phase) const {
 #ifdef HAS_AVX512
         if (TABLE && KIND != F32) {
-            const __m256i places = _mm256_cvtepu8_epi16(bits_of<__m128i>(row.block<u8x16>(block, phase)));
+            const __m256i places = _mm256_cvtepu8_epi16(bits_of<__m128i>(row.bytes(block, phase)));
             return store((char*)out + index * size_of(KIND), _mm256_permutexvar_epi16(places, table));
         }
 #endif
-        store16(out, index, KIND, (to_floats(row.block<i32x16>(block, phase)) - zero) * scale);
+        store16(out, index, KIND, (to_floats(row.words(block, phase)) - zero) * scale);
     }
 };
 

@@ -15,10 +15,13 @@ void few_rows_f32(const Weight& w, int64_t n, const float* x, int64_t x_stride, 
         const f32x16 s = splat(scale[g]), z = splat(shift[g]);
         const int64_t last = first + per_group;
         auto add = [&](int64_t b, int phase, int i) __attribute__((always_inline)) {
-            const f32x16 value = to_floats(row.block<i32x16>(b, phase)) * s + z;
-            for (int m = 0; m < M; m++) total[m][i % CHAINS] += value * load<f32x16>(x + m * x_stride + b * LANES);
+            const f32x16 value = multiply_add(to_floats(row.words(b, phase)), s, z);
+            for (int m = 0; m < M; m++) {
+                f32x16& to = total[m][i % CHAINS];
+                to = multiply_add(value, load<f32x16>(x + m * x_stride + b * LANES), to);
+            }
         };
-        // Known phases make the shifts constants. Eight of them are taken in two steps, since groups of 64 begin at both.
+        // Known phases make the shifts constants. Eight are taken in two steps, since groups of 64 begin at both.
         constexpr int STEP = PERIOD == 2 ? 2 : 4;
         int64_t b = first;
         if (first % STEP == 0)
@@ -30,7 +33,10 @@ void few_rows_f32(const Weight& w, int64_t n, const float* x, int64_t x_stride, 
             }
         for (; b < last; b++) add(b, b % PERIOD, 0);
     }
-    for (int m = 0; m < M; m++) out.write(m0 + m, n, 1, splat(sum(total[m][0] + (CHAINS > 1 ? total[m][CHAINS - 1] : f32x16{}))));
+    for (int m = 0; m < M; m++) {
+        const f32x16 all = CHAINS == 1 ? total[m][0] : total[m][0] + total[m][CHAINS - 1];
+        out.write(m0 + m, n, 1, splat(sum(all)));
+    }
 }
 
 // As many of the rows that are left as fit into registers; gives their number.
@@ -53,7 +59,8 @@ void few_rows_f32(const Weight& w, const float* x, int64_t rows, const Output& o
         auto prepare = [&](int64_t n) {  // value = code * scale + shift
             w.scales(scale, n);
             w.zeros(shift, n);
-            for (int64_t g = 0; g < w.groups(); g += LANES) store(shift + g, load<f32x16>(shift + g) * -load<f32x16>(scale + g));
+            for (int64_t g = 0; g < w.groups(); g += LANES)
+                store(shift + g, f32x16{} - load<f32x16>(shift + g) * load<f32x16>(scale + g));
         };
         const int64_t step = std::max<int64_t>(1, std::min<int64_t>(64, w.rows / (4 * threads)));
         prepare(0);

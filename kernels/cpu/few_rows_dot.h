@@ -178,8 +178,8 @@ void few_rows_dot(const Weight& w, const void* x, int64_t rows, int64_t x_stride
         for (int64_t g = 0; g < w.groups(); g++) {
             f32x16 total{};
             int64_t k = g * w.group, end = k + w.group;
-            for (; k + LANES <= end; k += LANES) total += load16(from, k, BF16);
-            if (k < end) total += load_some(from, k, end - k, BF16);
+            for (; k + LANES <= end; k += LANES) total = total + load16(from, k, BF16);
+            if (k < end) total = total + load_some(from, k, end - k, BF16);
             sums[m * groups + g] = sum(total);
         }
     }

@@ -41,10 +41,10 @@ template <bool PAIRS> struct GroupValues {
 
     INLINE void set(float s, float z) {
         scale = splat(s), shift = splat(-z * s);
-        if (TABLE && PAIRS) table = _mm512_broadcast_i64x4(bits_of<__m256i>(to_bf16(FIRST_CODES * scale + shift)));
+        if (TABLE && PAIRS) table = _mm512_broadcast_i64x4(bits_of<__m256i>(to_bf16(multiply_add(FIRST_CODES, scale, shift))));
     }
     // Sixteen codes to a vector of float32.
-    INLINE __m512i vector(u8x16 codes) const { return bits_of<__m512i>(to_floats(codes) * scale + shift); }
+    INLINE __m512i vector(u8x16 codes) const { return bits_of<__m512i>(multiply_add(to_floats(codes), scale, shift)); }
     // Thirty-two codes to a vector of bfloat16.
     INLINE __m512i vector(__m256i codes) const {
         if (TABLE) return _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(codes), table);
@@ -99,7 +99,7 @@ void fill_panel(const Weight& w, int64_t n, int64_t first, int64_t last, const f
     }
 }
 
-template <bool PAIRS> INLINE __m512 multiply_add(__m512 sum, __m512i a, __m512i b) {
+template <bool PAIRS> INLINE __m512 multiply_step(__m512 sum, __m512i a, __m512i b) {
 #ifdef HAS_BF16_DOT
     if (PAIRS) return dot(sum, a, b);
 #endif
@@ -116,7 +116,7 @@ void multiply_block(const uint32_t* panel, const uint32_t* x, int64_t steps, flo
         for (int v = 0; v < V; v++) w[v] = _mm512_load_si512(panel + v * LANES);
         for (int m = 0; m < M; m++) {
             const __m512i a = _mm512_set1_epi32(x[m]);
-            for (int v = 0; v < V; v++) acc[m][v] = multiply_add<PAIRS>(acc[m][v], w[v], a);
+            for (int v = 0; v < V; v++) acc[m][v] = multiply_step<PAIRS>(acc[m][v], w[v], a);
         }
     }
     for (int m = 0; m < M; m++)

@@ -1,6 +1,6 @@
 """A graph as text: one line a node, the same bytes every run.
 
-    %linear_3 : bf16[1,s0,64] = qcompile.linear(%reshape_2, …)     # model.layers.0.self_attn.o_proj  <- quantize_linear
+%linear_3 : bf16[1,s0,64] = qcompile.linear(%reshape_2, …)     # model.layers.0.self_attn.o_proj  <- quantize_linear
 """
 
 from __future__ import annotations

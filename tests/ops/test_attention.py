@@ -1,6 +1,7 @@
 """attention: what it means, on every kind of input, and that it is torch's attention on repeated heads."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -9,13 +10,13 @@ import torch.nn.functional as F
 from qcompile.ops.attention import attention
 
 
-def heads(query=4, kv=2, rows=3, keys=7, width=16, dtype=torch.float32, batch=2):
+def heads(query=4, kv=2, rows=3, keys=7, width=16, dtype=torch.float32, batch=2) -> Any:
     q = torch.randn(batch, query, rows, width)
     k, v = torch.randn(2, batch, kv, keys, width)
     return [t.to(dtype) for t in (q, k, v)]
 
 
-INPUTS = {
+INPUTS: dict[str, Any] = {
     "grouped": lambda: heads(),
     "one row": lambda: heads(rows=1),
     "one row, bf16": lambda: heads(rows=1, dtype=torch.bfloat16),

@@ -73,7 +73,7 @@ def test_linear(make, bias, activation):
     args = (x, data, scale, zero, added, "u4/g16/asym", activation)
     if bias:
         torch.library.opcheck(linear.overload, args)
-    exact = x.double() @ weight.to(x.dtype).double().T + (added.double() if bias else 0)
+    exact = x.double() @ weight.to(x.dtype).double().T + (0 if added is None else added.double())
     exact = {None: exact, "gelu": F.gelu(exact), "relu2": exact.relu().square()}[activation]
     got = linear(*args)
     assert got.shape == exact.shape and got.dtype == x.dtype

@@ -1,0 +1,236 @@
+// Vectors of sixteen, on processors with vectors of 512, 256 or 128 bits, and the formats of numbers.
+//
+// These files are put together into one text, which is compiled once for each width of code: BITS is a macro (see
+// _packed_cpu.py). They need no header of torch, and run wherever gcc or clang do.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <omp.h>
+#include <type_traits>
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#define HAS_AVX512 1
+#endif
+#if defined(HAS_AVX512) && defined(__AVX512BF16__)
+#define HAS_BF16_DOT 1
+#endif
+#if defined(__AVX2__) && defined(__FMA__) && !defined(HAS_AVX512)
+#define HAS_AVX2 1
+#endif
+#if defined(HAS_AVX512) || defined(HAS_AVX2)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+#define INLINE inline __attribute__((always_inline))
+
+constexpr int64_t LANES = 16;
+#if defined(HAS_AVX512)
+constexpr int NATIVE = 16;
+#elif defined(HAS_AVX2)
+constexpr int NATIVE = 8;
+#else
+constexpr int NATIVE = 4;
+#endif
+
+template <typename V> INLINE V load(const void* from) {
+    V v;
+    // Piece by piece: gcc takes structs through memory, in the wrong sizes.
+    if constexpr (requires { v.piece; }) {
+        for (int i = 0; i < LANES / NATIVE; i++) std::memcpy(&v.piece[i], (char*)from + 4 * NATIVE * i, 4 * NATIVE);
+    } else {
+        std::memcpy(&v, from, sizeof(V));
+    }
+    return v;
+}
+template <typename V> INLINE void store(void* to, V v) {
+    if constexpr (requires { v.piece; }) {
+        for (int i = 0; i < LANES / NATIVE; i++) std::memcpy((char*)to + 4 * NATIVE * i, &v.piece[i], 4 * NATIVE);
+    } else {
+        std::memcpy(to, &v, sizeof(V));
+    }
+}
+template <typename To, typename From> INLINE To bits_of(From v) {
+    static_assert(sizeof(To) == sizeof(From), "same size");
+    To to;
+    std::memcpy(&to, &v, sizeof(To));
+    return to;
+}
+template <int N> using Count = std::integral_constant<int, N>;
+constexpr int64_t whole(int64_t count, int64_t of = LANES) { return (count + of - 1) / of * of; }
+
+typedef uint8_t u8x16 __attribute__((vector_size(16)));
+typedef uint16_t u16x8 __attribute__((vector_size(16)));
+typedef uint16_t u16x16 __attribute__((vector_size(32)));
+
+// Sixteen numbers of 32 bits. Compilers are bad at vectors that are wider than the processor's: hence pieces.
+template <typename T> struct Vector {
+    typedef T Piece __attribute__((vector_size(NATIVE * sizeof(T))));
+    Piece piece[LANES / NATIVE];
+};
+typedef Vector<float> f32x16;
+typedef Vector<int32_t> i32x16;
+typedef Vector<uint32_t> u32x16;
+
+#define EACH_PIECE(RESULT, EXPRESSION)                                                      \
+    {                                                                                       \
+        RESULT result;                                                                      \
+        for (int i = 0; i < LANES / NATIVE; i++) result.piece[i] = EXPRESSION;              \
+        return result;                                                                      \
+    }
+#define OPERATOR(SIGN)                                                                                             \
+    template <typename T>                                                                                          \
+    INLINE Vector<T> operator SIGN(Vector<T> a, Vector<T> b) EACH_PIECE(Vector<T>, a.piece[i] SIGN b.piece[i])     \
+    template <typename T>                                                                                          \
+    INLINE Vector<T> operator SIGN(Vector<T> a, std::common_type_t<T> b) EACH_PIECE(Vector<T>, a.piece[i] SIGN b)
+#define COMPARISON(SIGN)                                                                                           \
+    INLINE u32x16 operator SIGN(u32x16 a, uint32_t b) EACH_PIECE(u32x16, (u32x16::Piece)(a.piece[i] SIGN b))
+
+OPERATOR(+)
+OPERATOR(-)
+OPERATOR(*)
+OPERATOR(&)
+OPERATOR(|)
+OPERATOR(<<)
+OPERATOR(>>)
+COMPARISON(<)
+COMPARISON(>)
+COMPARISON(>=)
+INLINE u32x16 operator~(u32x16 a) EACH_PIECE(u32x16, ~a.piece[i])
+INLINE f32x16 splat(float v) EACH_PIECE(f32x16, f32x16::Piece{} + v)
+
+// a * b + c, fused where the processor can.
+INLINE f32x16 multiply_add(f32x16 a, f32x16 b, f32x16 c) {
+#if defined(HAS_AVX512)
+    return bits_of<f32x16>(_mm512_fmadd_ps(bits_of<__m512>(a), bits_of<__m512>(b), bits_of<__m512>(c)));
+#elif defined(HAS_AVX2)
+    for (int i = 0; i < 2; i++) c.piece[i] = _mm256_fmadd_ps(a.piece[i], b.piece[i], c.piece[i]);
+    return c;
+#else
+    return a * b + c;
+#endif
+}
+
+INLINE float sum(f32x16 v) {
+    float total[16];
+    store(total, v);
+    for (int width = 8; width; width /= 2)
+        for (int i = 0; i < width; i++) total[i] += total[i + width];
+    return total[0];
+}
+
+// ---- number formats ----
+
+enum Kind : int { F32 = 0, BF16 = 1, F16 = 2, U8 = 3 };
+
+constexpr int64_t size_of(int kind) { return kind == F32 ? 4 : kind == U8 ? 1 : 2; }
+
+INLINE i32x16 widen(u8x16 v) {
+#if defined(HAS_AVX512)
+    return bits_of<i32x16>(_mm512_cvtepu8_epi32(bits_of<__m128i>(v)));
+#elif defined(HAS_AVX2)
+    const __m128i low = bits_of<__m128i>(v), high = _mm_srli_si128(low, 8);
+    return {{(i32x16::Piece)_mm256_cvtepu8_epi32(low), (i32x16::Piece)_mm256_cvtepu8_epi32(high)}};
+#else
+    // In steps: gcc converts straight from bytes one number at a time.
+    typedef int32_t Wide __attribute__((vector_size(64)));
+    return bits_of<i32x16>(__builtin_convertvector(__builtin_convertvector(v, u16x16), Wide));
+#endif
+}
+INLINE u32x16 widen(u16x16 v) {
+#if defined(HAS_AVX2)
+    const __m128i low = load<__m128i>(&v), high = load<__m128i>((char*)&v + 16);
+    return {{(u32x16::Piece)_mm256_cvtepu16_epi32(low), (u32x16::Piece)_mm256_cvtepu16_epi32(high)}};
+#else
+    typedef uint32_t Wide __attribute__((vector_size(64)));
+    return bits_of<u32x16>(__builtin_convertvector(v, Wide));
+#endif
+}
+// Numbers below 2^16.
+INLINE u16x16 narrow(u32x16 v) {
+#if defined(HAS_AVX2)
+    const __m256i packed = _mm256_packus_epi32((__m256i)v.piece[0], (__m256i)v.piece[1]);
+    return bits_of<u16x16>(_mm256_permute4x64_epi64(packed, 0xd8));
+#else
+    typedef uint32_t Wide __attribute__((vector_size(64)));
+    return __builtin_convertvector(bits_of<Wide>(v), u16x16);
+#endif
+}
+INLINE f32x16 to_floats(i32x16 v) EACH_PIECE(f32x16, __builtin_convertvector(v.piece[i], f32x16::Piece))
+INLINE f32x16 to_floats(u8x16 v) { return to_floats(widen(v)); }
+
+INLINE f32x16 from_half(u32x16 h) {
+    // Exponent and fraction moved into place are off by 2^112, for subnormals too; infinity and nan are put back.
+    const u32x16 magnitude = (h & 0x7fff) << 13, sign = (h & 0x8000) << 16;
+    const u32x16 value = bits_of<u32x16>(bits_of<f32x16>(magnitude) * 0x1p112f);
+    return bits_of<f32x16>(value | ((magnitude >= 0x0f800000) & 0x7f800000) | sign);
+}
+
+INLINE f32x16 load16(const void* base, int64_t index, int kind) {
+    const char* at = (const char*)base + index * size_of(kind);
+    if (kind == F32) return load<f32x16>(at);
+    if (kind == U8) return to_floats(load<u8x16>(at));
+    const u32x16 wide = widen(load<u16x16>(at));
+    return kind == BF16 ? bits_of<f32x16>(wide << 16) : from_half(wide);
+}
+
+INLINE u16x16 to_bf16(f32x16 v) {
+#ifdef HAS_BF16_DOT
+    return bits_of<u16x16>(_mm512_cvtneps_pbh(bits_of<__m512>(v)));
+#else
+    const u32x16 b = bits_of<u32x16>(v), is_nan = (b & 0x7fffffff) > 0x7f800000;
+    const u32x16 rounded = (b + ((b >> 16) & 1) + 0x7fff) >> 16;
+    return narrow((rounded & ~is_nan) | (is_nan & 0x7fc0));
+#endif
+}
+
+INLINE u16x16 to_half(f32x16 v) {
+#ifdef HAS_AVX512
+    return bits_of<u16x16>(_mm512_cvtps_ph(bits_of<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
+#else
+    // Normal numbers: round to nearest even on bit 13. Subnormal ones: adding 0.5 leaves the fraction in the low bits.
+    const u32x16 b = bits_of<u32x16>(v), sign = (b >> 16) & 0x8000, a = b & 0x7fffffff;
+    const u32x16 normal = (a - 0x38000000 + 0xfff + ((a >> 13) & 1)) >> 13;
+    const u32x16 tiny = bits_of<u32x16>(bits_of<f32x16>(a) + 0.5f) - 0x3f000000;
+    const u32x16 is_tiny = a < 0x38800000, is_nan = a > 0x7f800000, is_big = a >= 0x477ff000;
+    const u32x16 value = (tiny & is_tiny) | (normal & ~is_tiny);
+    return narrow(sign | (value & ~is_big) | (is_big & 0x7c00) | (is_nan & 0x200));
+#endif
+}
+
+INLINE void store16(void* base, int64_t index, int kind, f32x16 v) {
+    char* at = (char*)base + index * size_of(kind);
+    if (kind == F32) store(at, v);
+    else store(at, kind == BF16 ? to_bf16(v) : to_half(v));
+}
+
+// The first `count` of sixteen, zeros behind them. Never reads behind the last one.
+INLINE f32x16 load_some(const void* base, int64_t index, int64_t count, int kind) {
+    const char* at = (const char*)base + index * size_of(kind);
+#ifdef HAS_AVX512
+    const uint16_t mask = (1u << count) - 1;
+    if (kind == F32) return bits_of<f32x16>(_mm512_maskz_loadu_ps(mask, at));
+    if (kind == U8) return to_floats(bits_of<u8x16>(_mm_maskz_loadu_epi8(mask, at)));
+    const u16x16 raw = bits_of<u16x16>(_mm256_maskz_loadu_epi16(mask, at));
+#else
+    char raw[64] = {};
+    std::memcpy(raw, at, count * size_of(kind));
+#endif
+    return load16(&raw, 0, kind);
+}
+INLINE void store_some(void* base, int64_t index, int64_t count, int kind, f32x16 v) {
+    char raw[64];
+    store16(raw, 0, kind, v);
+    std::memcpy((char*)base + index * size_of(kind), raw, count * size_of(kind));
+}
+
+// `count` numbers to float32, and zeros up to a whole vector.
+INLINE void to_floats(float* to, const void* from, int64_t count, int kind) {
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) store(to + i, load16(from, i, kind));
+    if (i < count) store(to + i, load_some(from, i, count - i, kind));
+}
+
+}  // namespace
