@@ -28,6 +28,8 @@ SPECS = ("u4/g64/asym", "i4/row/sym", "u8/g64/asym", "i8/row/sym")
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
 ATEN_ROWS = 16
 
+Clock = Callable[[], float]
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -36,21 +38,27 @@ def main() -> None:
     parser.add_argument("--specs", nargs="+", default=SPECS)
     parser.add_argument("--rows", nargs="+", type=int, default=ROWS)
     parser.add_argument("--seconds", type=float, default=0.5, help="for each figure")
+    parser.add_argument("--cpu-time", action="store_true", help="of one thread, where others use the machine as well")
     parser.add_argument("--note", default="", help="what a reader should know of the machine")
     parser.add_argument("--record", action="store_true", help="write benchmarks/results/")
     options = parser.parse_args()
     dtype = getattr(torch, options.dtype)
+    clock = time.perf_counter
+    if options.cpu_time:
+        torch.set_num_threads(1)
+        clock = time.thread_time
     for spec in options.specs:
         if reason := packed.missing(QSpec.parse(spec).element.bits):
             raise SystemExit(reason)
     lines = []
     for shape in options.shapes:
         outputs, columns = map(int, shape.split("x"))
-        lines += measure(outputs, columns, options.specs, options.rows, dtype, options.seconds)
+        lines += measure(outputs, columns, options.specs, options.rows, dtype, options.seconds, clock)
     table = tabulate(lines, headers=["outputs × inputs", "weight", *map(str, options.rows)], tablefmt="github")
     note = (
-        f"x in {options.dtype}. Lines named `ms` are milliseconds of torch's linear; all others say how many times "
-        f"faster than it, in the same rounds, medians. Columns: rows of x. {options.note}"
+        f"x in {options.dtype}. The lines `torch, ms` are milliseconds of torch's linear; all others say how many "
+        f"times faster than it, in the same rounds, medians{' of the CPU time of one thread' * options.cpu_time}. "
+        f"Columns: rows of x. {options.note}"
     )
     print(f"{note}\n\n{table}")
     if options.record:
@@ -59,7 +67,13 @@ def main() -> None:
 
 
 def measure(
-    outputs: int, columns: int, specs: Sequence[str], rows: Sequence[int], dtype: torch.dtype, seconds: float
+    outputs: int,
+    columns: int,
+    specs: Sequence[str],
+    rows: Sequence[int],
+    dtype: torch.dtype,
+    seconds: float,
+    clock: Clock,
 ) -> list[list[str]]:
     copies = max(1, min(64, 512_000_000 // (outputs * columns * dtype.itemsize)))
     # Random bytes are a packed weight as good as any.
@@ -76,7 +90,7 @@ def measure(
             )
         for spec, copy in weights.items():
             ways[spec] = taking_turns(lambda w, x=x, spec=spec: linear_packed(x, *w, None, spec), copy)
-        times = medians(ways, seconds)
+        times = medians(ways, seconds, clock)
         for name, line in table.items():
             if name == "torch, ms":
                 line.append(f"{times[name] * 1e3:.3f}")
@@ -104,7 +118,7 @@ def taking_turns(function: Callable[[object], object], weights: list) -> Callabl
     return lambda: function(next(turns))
 
 
-def medians(ways: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
+def medians(ways: dict[str, Callable[[], object]], seconds: float, clock: Clock) -> dict[str, float]:
     """Seconds of a call, for each way. They take turns, so that a slow moment of the machine hits all of them."""
     taken: dict[str, list[float]] = {name: [] for name in ways}
     for call in ways.values():
@@ -112,9 +126,9 @@ def medians(ways: dict[str, Callable[[], object]], seconds: float) -> dict[str, 
     end = time.perf_counter() + seconds * len(ways)
     while time.perf_counter() < end or len(next(iter(taken.values()))) < 7:
         for name, call in ways.items():
-            start = time.perf_counter()
+            start = clock()
             call()
-            taken[name].append(time.perf_counter() - start)
+            taken[name].append(clock() - start)
     return {name: statistics.median(times) for name, times in taken.items()}
 
 

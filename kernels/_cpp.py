@@ -14,7 +14,7 @@ from qcompile import _torch
 def load_cpp(source: str) -> ctypes.CDLL:
     """`source` compiled for this machine. Raises RuntimeError, with the reason in a line, where that does not work."""
     # The flags say march=native, and Inductor's key does not say which machine: one cache may serve several.
-    source = f"// {platform.machine()}: {_processor()}\n{source}"
+    source = f"// {platform.machine()}: {' '.join(sorted(processor_features()))}\n{source}"
     try:
         return _torch.cpp_library(source)
     except Exception as error:
@@ -24,11 +24,11 @@ def load_cpp(source: str) -> ctypes.CDLL:
 
 
 @functools.cache
-def _processor() -> str:
-    """What this processor can do, as the kernel tells it."""
+def processor_features() -> frozenset[str]:
+    """What this processor can do, as the kernel names it, such as avx2 or amx_bf16."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
             found = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
     except OSError:
         found = ""
-    return " ".join(sorted(found.split())) or torch.backends.cpu.get_cpu_capability()
+    return frozenset(found.partition(":")[2].split() or [torch.backends.cpu.get_cpu_capability()])

@@ -93,7 +93,8 @@ def gemm_tile(rows: int, outputs: int, inputs: int, step: int, dtype: torch.dtyp
         tile_rows, tile_outputs = 16, 64
     elif rows <= 32:
         tile_rows, tile_outputs = 32, 64
-    elif rows <= 64 or not device.warp_groups:
+    elif rows <= 64 or not device.warp_groups or step > 64:
+        # A step of 128 codes, as a 1-bit plane needs, leaves no shared memory for larger tiles.
         tile_rows, tile_outputs = 64, 64
     else:
         tile_rows, tile_outputs = 128, 128

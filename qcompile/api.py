@@ -115,6 +115,12 @@ def _runner(model: nn.Module) -> Runner:
 
 def _check(model: nn.Module, plan: Plan, config: Config) -> None:
     """Everything that can go wrong, before anything is changed."""
+    if not plan.entries:
+        raise ConfigError(f"{type(model).__name__} has no parameters")
+    asked = config.weights is not None or any(config.specs.values())
+    if asked and not plan.groups and not config.strict:
+        reasons = "\n".join(f"  {entry.path} {entry.shape}: {entry.reason}" for entry in plan.entries[:20])
+        raise ConfigError(f"{type(model).__name__}: nothing to quantize; every parameter stays dense:\n{reasons}")
     if config.strict and (left := plan.unexpected):
         lines = "\n".join(f"  {entry.path} {entry.shape}: {entry.reason}" for entry in left)
         raise StrictError(f"{len(left)} parameters would stay dense:\n{lines}")
@@ -152,7 +158,8 @@ def _pack(model: nn.Module, group: tuple[Entry, ...], config: Config, bar: Any) 
             slots = {name: Slot(place, start, part.rows, entry.shape, entry.transposed, like)}
             if biases:
                 slots["bias"] = Slot(place, start, part.rows, (part.rows,), False, like, bias=True)
-            install(model.get_submodule(owner), slots, {place: store})
+            if name not in packed_parameters(module := model.get_submodule(owner)):  # one module may have many names
+                install(module, slots, {place: store})
         start += part.rows
 
 

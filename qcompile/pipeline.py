@@ -21,8 +21,10 @@ from qcompile.passes.fuse_norm import FuseNorm
 from qcompile.passes.fuse_rope import FuseRope
 from qcompile.passes.fuse_siblings import FuseSiblings
 from qcompile.passes.lower import Lowered, lower
+from qcompile.passes.quantize_embedding import QuantizeEmbedding
 from qcompile.passes.quantize_linear import QuantizeLinear
 from qcompile.passes.recognize_activation import RecognizeActivation
+from qcompile.passes.recognize_attention import RecognizeAttention
 from qcompile.passes.recognize_norm import RecognizeNorm
 
 # Importing a kernel signs it up. Earlier ones are asked first.
@@ -47,15 +49,16 @@ class Outcome:
 def default_passes(config: Config) -> list[Rule[Any]]:
     """The passes, in order."""
     # One spelling first, because captured spellings change with each release of torch and transformers.
-    passes = [*normalizing_passes(), RecognizeActivation(), RecognizeNorm(), QuantizeLinear()]
+    passes = [*normalizing_passes(), RecognizeActivation(), RecognizeNorm(), RecognizeAttention()]
+    passes += [QuantizeLinear(), QuantizeEmbedding()]
     if not config.do_fuse:
         return passes
     named = config.modules_to_fuse
     fusing: list[tuple[str, Rule[Any]]] = [
         ("any", FuseSiblings()),
-        # After siblings: the norm and the rope then feed and read one wide linear.
-        ("layernorm", FuseNorm()),
+        # Before norms: a rotation is a sum too, and a norm behind it would take it for its residual.
         ("attention", FuseRope()),
+        ("layernorm", FuseNorm()),
         # After siblings: gate and up are halves of one tensor, and a linear with an activation is no sibling.
         ("mlp", FuseMlp()),
         ("attention", FuseAttention()),

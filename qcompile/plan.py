@@ -151,7 +151,7 @@ def _entry(path: str, aliases: tuple[str, ...], tensor: Tensor, role: _Role, con
     chosen = config.spec_for(dense.module, role.name)
     if isinstance(chosen, str):
         return replace(dense, reason=chosen)
-    if role.name not in ("linear", "lm_head", "router", "tiny"):
+    if role.name not in ("linear", "lm_head", "router", "tiny", "embedding"):
         return replace(dense, reason=f"a parameter of role {role.name} has no quantized form", decided=False)
     if not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:
         return replace(

@@ -24,10 +24,15 @@ class Program:
     build: Callable[..., Any]
     accepts: Callable[[Sequence[Tensor]], bool]
     outcome: Outcome
+    types: list[tuple[torch.dtype, torch.device]]
 
-    def __call__(self, tensors: Sequence[Tensor], caches: Sequence[Any]) -> Any:
-        # Looked up every time: weights are inputs, so a weight that was edited or moved is never stale.
+    def gather(self) -> list[Tensor] | None:
+        """The model's weights as they are now, never a stale copy; None if some changed their dtype or device."""
         weights = [place if isinstance(place, Tensor) else place[0][place[1]] for place in self.weights]
+        fits = all((w.dtype, w.device) == kind for w, kind in zip(weights, self.types, strict=True))
+        return weights if fits else None
+
+    def __call__(self, weights: Sequence[Tensor], tensors: Sequence[Tensor], caches: Sequence[Any]) -> Any:
         with torch.no_grad():
             outputs = self.run(*weights, *tensors)
         return self.build(outputs, tensors, caches)
@@ -46,10 +51,12 @@ def compile_call(model: nn.Module, forward: Forward, kwargs: Mapping[str, Any], 
             weights.append(given.constant)
     # torch.export lists weights first and the caller's tensors last, in the order they were given.
     fakes = [fake for given, fake in zip(captured.inputs, captured.fakes, strict=True) if given.user is not None]
+    kept = [fake for given, fake in zip(captured.inputs, captured.fakes, strict=True) if given.user is None]
+    types = [(fake.dtype, fake.device) for fake in kept]
     accepts = _torch.shape_guards(fakes)
     outcome = pipeline.transform(captured.gm, describe(kwargs, fakes))
     run = _torch.inductor(captured.gm, captured.fakes)
-    return Program(run, weights, build, accepts, outcome)
+    return Program(run, weights, build, accepts, outcome, types)
 
 
 def preview_call(model: nn.Module, forward: Forward, kwargs: Mapping[str, Any], pipeline: Pipeline) -> Outcome:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qcompile import _torch, calls
 from qcompile.caches import Heads, allocate, heads_of
@@ -61,8 +61,8 @@ class Runner:
                 flat, _ = calls.flatten(kwargs)
                 if self._allocate(flat):
                     flat, _ = calls.flatten(kwargs)
-                program = self._find(flat, kwargs)
-                return program(flat.tensors, flat.caches)
+                program, weights = self._find(flat, kwargs)
+                return program(weights, flat.tensors, flat.caches)
             except (CaptureError, UnsupportedError) as error:
                 reason = str(error)
         if self.config.strict and reason not in _ORDINARY:
@@ -88,24 +88,30 @@ class Runner:
             return AUTOGRAD
         return None
 
-    def _find(self, flat: calls.Flat, kwargs: Mapping[str, Any]) -> Program:
+    def _find(self, flat: calls.Flat, kwargs: Mapping[str, Any]) -> tuple[Program, Sequence[Tensor]]:
+        """The program for a call, made if there is none yet, with the weights for it."""
         self._check_structure()
         key = tuple(flat.key)
-        for program in self.programs.get(key, ()):
-            if program.accepts(flat.tensors):
-                return program
+        if found := self._known(key, flat):
+            return found
         with _COMPILING:
-            known = self.programs.setdefault(key, [])
-            for program in known:  # another thread may have made it meanwhile
-                if program.accepts(flat.tensors):
-                    return program
+            if found := self._known(key, flat):  # another thread may have made it meanwhile
+                return found
             if sum(map(len, self.programs.values())) >= PROGRAM_LIMIT:
                 raise UnsupportedError(f"{PROGRAM_LIMIT} programs are compiled already, and no one fits this call")
             program = compile_call(self.model, self.original, kwargs, self.pipeline())
             if self.config.strict:
                 _insist(program.outcome)
-            known.append(program)
-            return program
+            self.programs.setdefault(key, []).append(program)
+            weights = program.gather()
+            assert weights is not None
+            return program, weights
+
+    def _known(self, key: tuple[Any, ...], flat: calls.Flat) -> tuple[Program, Sequence[Tensor]] | None:
+        for program in self.programs.get(key, ()):
+            if program.accepts(flat.tensors) and (weights := program.gather()) is not None:
+                return program, weights
+        return None
 
     def outcomes(self) -> tuple[Outcome, ...]:
         """What the passes did to each program; before the first call, to the example's."""

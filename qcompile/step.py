@@ -40,5 +40,5 @@ def capture_call(model: nn.Module, forward: Forward, kwargs: Mapping[str, Any]) 
         results.append(calls.record(result, tensors, shells))
         return results[-1].tensors
 
-    captured = export(_Step(model, run), flat.tensors, prefix="model.")
+    captured = export(_Step(model, run), flat.tensors, prefix="model.", name=type(model).__name__)
     return captured, flat.tensors, results[-1].build

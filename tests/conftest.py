@@ -104,3 +104,17 @@ def tiny_chat(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def tiny_llama() -> Callable[..., torch.nn.Module]:
+    """`tiny_llama(**fields)`: a Llama of two layers with random weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def make(**fields: object) -> torch.nn.Module:
+        sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=100)
+        config = LlamaConfig(**{**sizes, "num_key_value_heads": 2, "max_position_embeddings": 256, **fields})
+        torch.manual_seed(0)
+        return LlamaForCausalLM(config).eval()
+
+    return make

@@ -1,5 +1,6 @@
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -58,14 +59,8 @@ def test_skeleton_has_every_shape_and_no_weights(tiny_chat: Path) -> None:
 def test_other_architectures_load_as_what_they_are(tmp_path: Path) -> None:
     from transformers import BertConfig, BertForSequenceClassification
 
-    sizes = {
-        "vocab_size": 32,
-        "hidden_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 32,
-    }
-    BertForSequenceClassification(BertConfig(**sizes)).save_pretrained(tmp_path)
+    sizes: Any = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    BertForSequenceClassification(BertConfig(vocab_size=32, **sizes)).save_pretrained(tmp_path)
     assert isinstance(models.load(models.find(str(tmp_path))), BertForSequenceClassification)
     assert isinstance(models.skeleton(models.find(str(tmp_path))), BertForSequenceClassification)
 

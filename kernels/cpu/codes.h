@@ -16,12 +16,6 @@ constexpr int64_t plane_bytes(int plane, int64_t columns) {
 // Blocks of sixteen codes after which the shifts repeat.
 constexpr int PERIOD = 8 / width_of(PLANES - 1);
 
-// Up to four bits have at most sixteen values a group: those are computed, and each code looks its own up.
-#ifdef HAS_AVX512
-constexpr bool TABLE = BITS <= 4;
-constexpr f32x16 FIRST_CODES = {{{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}}};
-#endif
-
 struct Row {
     const uint8_t* plane[PLANES];
 
@@ -42,8 +36,8 @@ struct Row {
         for (int p = 0; p < PLANES; p++) {
             const int width = width_of(p), fields = 8 / width;
             u16x8 v = load<u16x8>(plane[p] + block / fields * 16);
-            if (width < 8) v = (v >> (phase % fields * width)) & uint16_t(((1 << width) - 1) * 0x0101);
-            codes |= v << low_of(p);
+            if (width < 8) v = (v >> uint16_t(phase % fields * width)) & uint16_t(((1 << width) - 1) * 0x0101);
+            codes |= v << uint16_t(low_of(p));
         }
         return bits_of<u8x16>(codes);
     }

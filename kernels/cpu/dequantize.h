@@ -2,6 +2,12 @@
 
 namespace {
 
+#ifdef HAS_AVX512
+// Up to four bits have at most sixteen values a group: those are computed, and each code looks its own up.
+constexpr bool TABLE = BITS <= 4;
+constexpr f32x16 FIRST_CODES = {{{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}}};
+#endif
+
 // What the codes of a group stand for.
 template <int KIND> struct Values {
     f32x16 scale, zero;

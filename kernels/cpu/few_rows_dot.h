@@ -20,7 +20,8 @@ INLINE __m128 sums4(__m512 a, __m512 b, __m512 c, __m512 d) {
     __m512d low = _mm512_unpacklo_pd(bits_of<__m512d>(ab), bits_of<__m512d>(cd));
     __m512d high = _mm512_unpackhi_pd(bits_of<__m512d>(ab), bits_of<__m512d>(cd));
     __m512 all = _mm512_add_ps(bits_of<__m512>(low), bits_of<__m512>(high));
-    __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(all), 1)));
+    __m256d upper = _mm512_extractf64x4_pd(bits_of<__m512d>(all), 1);
+    __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), bits_of<__m256>(upper));
     return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
 
@@ -101,15 +102,13 @@ template <int R, bool LANEWISE>
 INLINE void few_rows_dot(const Weight& w, int64_t n, const Dotted& x, int64_t rows, const float* scale,
                          const float* shift, int64_t stride, const Output& out) {
     int64_t m = 0;
-    for (; m + 4 <= rows; m += 4) {
-        few_rows_dot<R / 2, 4, LANEWISE>(w, n, x, m, scale, shift, stride, out);
-        few_rows_dot<R / 2, 4, LANEWISE>(w, n + R / 2, x, m, scale + R / 2 * stride, shift + R / 2 * stride, stride, out);
-    }
-    if (rows - m == 3) {
-        few_rows_dot<R / 2, 3, LANEWISE>(w, n, x, m, scale, shift, stride, out);
-        few_rows_dot<R / 2, 3, LANEWISE>(w, n + R / 2, x, m, scale + R / 2 * stride, shift + R / 2 * stride, stride, out);
-        return;
-    }
+    auto in_halves = [&](auto count) {  // more sums do not fit into registers
+        constexpr int M = decltype(count)::value, H = R / 2;
+        few_rows_dot<H, M, LANEWISE>(w, n, x, m, scale, shift, stride, out);
+        few_rows_dot<H, M, LANEWISE>(w, n + H, x, m, scale + H * stride, shift + H * stride, stride, out);
+    };
+    for (; m + 4 <= rows; m += 4) in_halves(Count<4>());
+    if (rows - m == 3) return in_halves(Count<3>());
     if (rows - m == 2) return few_rows_dot<R, 2, LANEWISE>(w, n, x, m, scale, shift, stride, out);
     if (rows - m) few_rows_dot<R, 1, LANEWISE>(w, n, x, m, scale, shift, stride, out);
 }

@@ -34,68 +34,63 @@ INLINE void transpose16(__m512i (&v)[16]) {
     }
 }
 
-// The values of one group of one row, as the multiplication wants them: rounded to bfloat16 where it takes pairs.
-template <bool PAIRS> struct GroupValues {
-    f32x16 scale, shift;
-    __m512i table;
-
-    INLINE void set(float s, float z) {
-        scale = splat(s), shift = splat(-z * s);
-        if (TABLE && PAIRS) table = _mm512_broadcast_i64x4(bits_of<__m256i>(to_bf16(multiply_add(FIRST_CODES, scale, shift))));
-    }
-    // Sixteen codes to a vector of float32.
-    INLINE __m512i vector(u8x16 codes) const { return bits_of<__m512i>(multiply_add(to_floats(codes), scale, shift)); }
-    // Thirty-two codes to a vector of bfloat16.
-    INLINE __m512i vector(__m256i codes) const {
-        if (TABLE) return _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(codes), table);
-#ifdef HAS_BF16_DOT
-        const __m512 low = bits_of<__m512>(vector(bits_of<u8x16>(_mm256_castsi256_si128(codes))));
-        const __m512 high = bits_of<__m512>(vector(bits_of<u8x16>(_mm256_extracti128_si256(codes, 1))));
-        return bits_of<__m512i>(_mm512_cvtne2ps_pbh(high, low));
-#endif
-        return __m512i{};
-    }
-};
-
-// Blocks first … last - 1 of sixteen rows of the weight: steps of sixteen outputs, written `stride` apart.
+// Blocks first … last - 1 of sixteen rows of the weight, as steps of sixteen outputs, written `stride` apart; the first
+// block begins a unit. The codes are transposed, four to a word; then each vector has a code of every row, and the
+// values are computed. Pairs are codes 0 and 2, 1 and 3 of each four.
 template <bool PAIRS>
-void fill_panel(const Weight& w, int64_t n, int64_t first, int64_t last, const float* scale, const float* zero,
+void fill_panel(const Weight& w, int64_t n, int64_t first, int64_t last, const float* scales, const float* zeros,
                 uint32_t* to, int64_t stride) {
-    constexpr int AT_ONCE = PAIRS ? 2 : 1;
     const int64_t groups = whole(w.groups()), blocks = w.blocks();
     const int64_t per_group = w.group >= w.columns ? blocks : w.group / LANES;
     Row row[16];
     for (int r = 0; r < 16; r++) row[r] = w.row(std::min(n + r, w.rows - 1));
-    GroupValues<PAIRS> values[16];
-    int64_t next = first;  // the block at which the values change
-    auto change = [&](int64_t b) __attribute__((always_inline)) {
-        if (b != next) return;
-        const int64_t g = b / per_group;
-        for (int r = 0; r < 16; r++) values[r].set(scale[r * groups + g], zero[r * groups + g]);
-        next = (g + 1) * per_group;
+    const __m512i each = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i of_row = _mm512_mullo_epi32(each, _mm512_set1_epi32(groups)), byte = _mm512_set1_epi32(255);
+    const __m512i twice = _mm512_mullo_epi32(each, _mm512_set1_epi32(0x10001));
+    const __m512i mix = _mm512_add_epi32(twice, _mm512_set1_epi32(16 << 16));  // words 0, 16, 1, 17 …
+    __m512 scale{}, shift{};
+    int64_t next = first;  // the block at which the scales change
+    auto value = [&](__m512i codes) __attribute__((always_inline)) {
+        return _mm512_fmadd_ps(_mm512_cvtepi32_ps(codes), scale, shift);
     };
-    alignas(64) uint8_t codes[16][UNIT];
-    for (int64_t b = first; b < last; b += AT_ONCE, to += 16 * stride) {
-        const int64_t unit = b * LANES / UNIT, at = b * LANES % UNIT;
-        if (at == 0)
-            for (int r = 0; r < 16; r++)
-                store(codes[r], (unit + 1) * UNIT <= w.columns ? codes64<false>(row[r], unit, w.columns)
-                                                               : codes64<true>(row[r], unit, w.columns));
+    auto write = [&](__m512i v) __attribute__((always_inline)) {
+        _mm512_store_si512(to, v);
+        to += stride;
+    };
+    for (int64_t unit = first * LANES / UNIT; unit * UNIT < last * LANES; unit++) {
         __m512i v[16];
-        change(b);
-        if (!PAIRS) {
-            for (int r = 0; r < 16; r++) v[r] = values[r].vector(load<u8x16>(codes[r] + at));
-        } else if (b + 1 < next || b + 1 >= blocks) {
-            for (int r = 0; r < 16; r++) v[r] = values[r].vector(load<__m256i>(codes[r] + at));
-        } else {
-            // The second half belongs to the next group.
-            for (int r = 0; r < 16; r++) v[r] = values[r].vector(load<__m256i>(codes[r] + at));
-            change(b + 1);
-            for (int r = 0; r < 16; r++)
-                v[r] = _mm512_mask_mov_epi64(v[r], 0xf0, values[r].vector(load<__m256i>(codes[r] + at)));
-        }
+        for (int r = 0; r < 16; r++)
+            v[r] = (unit + 1) * UNIT <= w.columns ? codes64<false>(row[r], unit, w.columns)
+                                                  : codes64<true>(row[r], unit, w.columns);
         transpose16(v);
-        for (int j = 0; j < 16; j++) _mm512_store_si512(to + j * stride, v[j]);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) {
+            const int64_t b = unit * 4 + i;
+            if (b >= last) break;
+            if (b == next && b < blocks) {
+                const int64_t g = b / per_group;
+                next = (g + 1) * per_group;
+                scale = _mm512_i32gather_ps(of_row, scales + g, 4);
+                shift = _mm512_fnmadd_ps(scale, _mm512_i32gather_ps(of_row, zeros + g, 4), _mm512_setzero_ps());
+            }
+            for (int q = 4 * i; q < 4 * i + 4; q++) {
+                const __m512 code0 = value(_mm512_and_si512(v[q], byte));
+                const __m512 code1 = value(_mm512_and_si512(_mm512_srli_epi32(v[q], 8), byte));
+                const __m512 code2 = value(_mm512_and_si512(_mm512_srli_epi32(v[q], 16), byte));
+                const __m512 code3 = value(_mm512_srli_epi32(v[q], 24));
+#ifdef HAS_BF16_DOT
+                if (PAIRS) {
+                    write(_mm512_permutexvar_epi16(mix, bits_of<__m512i>(_mm512_cvtne2ps_pbh(code2, code0))));
+                    write(_mm512_permutexvar_epi16(mix, bits_of<__m512i>(_mm512_cvtne2ps_pbh(code3, code1))));
+                    continue;
+                }
+#endif
+                write(bits_of<__m512i>(code0));
+                write(bits_of<__m512i>(code1));
+                write(bits_of<__m512i>(code2));
+                write(bits_of<__m512i>(code3));
+            }
+        }
     }
 }
 
@@ -156,6 +151,8 @@ void pack_rows(const void* x, int64_t x_stride, int kind, int64_t rows, int64_t 
                              : bits_of<__m512i>(load_some(from, 0, count, kind));
             }
         }
+        if (PAIRS)  // 0 and 2, 1 and 3 of each four, as in fill_panel
+            for (int64_t m = 0; m < rows; m++) v[m] = _mm512_shufflehi_epi16(_mm512_shufflelo_epi16(v[m], 0xd8), 0xd8);
         transpose16(v);
         for (int j = 0; j < 16; j++) _mm512_mask_storeu_epi32(to + (s + j) * rows, (1 << rows) - 1, v[j]);
     }
@@ -171,7 +168,7 @@ void many_rows(const Weight& w, const void* x, int64_t x_rows, int64_t x_stride,
     // Rows of x are parted where there are more threads than tiles, and so that the sums stay in the cache.
     const int64_t parts = std::max((x_rows + 511) / 512, std::min((2 * threads + tiles - 1) / tiles, x_rows / 64));
     const int64_t part = ((x_rows + parts - 1) / std::max<int64_t>(parts, 1) + MR - 1) / MR * MR;
-    static thread_local Scratch x_scratch;
+    Scratch x_scratch;
     uint32_t* packed = x_scratch.get<uint32_t>(x_rows * steps);
 #pragma omp parallel num_threads(threads)
     {

@@ -35,10 +35,18 @@ constexpr int NATIVE = 8;
 constexpr int NATIVE = 4;
 #endif
 
+// Sixteen numbers of 32 bits. Compilers are bad at vectors that are wider than the processor's: hence pieces.
+template <typename T> struct Vector {
+    typedef T Piece __attribute__((vector_size(NATIVE * sizeof(T))));
+    Piece piece[LANES / NATIVE];
+};
+template <typename V> constexpr bool IN_PIECES = false;
+template <typename T> constexpr bool IN_PIECES<Vector<T>> = true;
+
 template <typename V> INLINE V load(const void* from) {
     V v;
     // Piece by piece: gcc takes structs through memory, in the wrong sizes.
-    if constexpr (requires { v.piece; }) {
+    if constexpr (IN_PIECES<V>) {
         for (int i = 0; i < LANES / NATIVE; i++) std::memcpy(&v.piece[i], (char*)from + 4 * NATIVE * i, 4 * NATIVE);
     } else {
         std::memcpy(&v, from, sizeof(V));
@@ -46,7 +54,7 @@ template <typename V> INLINE V load(const void* from) {
     return v;
 }
 template <typename V> INLINE void store(void* to, V v) {
-    if constexpr (requires { v.piece; }) {
+    if constexpr (IN_PIECES<V>) {
         for (int i = 0; i < LANES / NATIVE; i++) std::memcpy((char*)to + 4 * NATIVE * i, &v.piece[i], 4 * NATIVE);
     } else {
         std::memcpy(to, &v, sizeof(V));
@@ -65,11 +73,6 @@ typedef uint8_t u8x16 __attribute__((vector_size(16)));
 typedef uint16_t u16x8 __attribute__((vector_size(16)));
 typedef uint16_t u16x16 __attribute__((vector_size(32)));
 
-// Sixteen numbers of 32 bits. Compilers are bad at vectors that are wider than the processor's: hence pieces.
-template <typename T> struct Vector {
-    typedef T Piece __attribute__((vector_size(NATIVE * sizeof(T))));
-    Piece piece[LANES / NATIVE];
-};
 typedef Vector<float> f32x16;
 typedef Vector<int32_t> i32x16;
 typedef Vector<uint32_t> u32x16;
@@ -114,11 +117,15 @@ INLINE f32x16 multiply_add(f32x16 a, f32x16 b, f32x16 c) {
 }
 
 INLINE float sum(f32x16 v) {
+#ifdef HAS_AVX512
+    return _mm512_reduce_add_ps(bits_of<__m512>(v));
+#else
     float total[16];
     store(total, v);
     for (int width = 8; width; width /= 2)
         for (int i = 0; i < width; i++) total[i] += total[i + width];
     return total[0];
+#endif
 }
 
 // ---- number formats ----

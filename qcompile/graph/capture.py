@@ -43,10 +43,10 @@ class Captured:
         return [node.meta["val"] for node in self.gm.graph.find_nodes(op="placeholder")]
 
 
-def export(module: nn.Module, tensors: Sequence[Tensor], prefix: str = "") -> Captured:
+def export(module: nn.Module, tensors: Sequence[Tensor], prefix: str = "", name: str = "") -> Captured:
     """Capture `module(*tensors)` ahead of time. Sizes above 1 are symbolic unless the module's code fixes them.
 
-    `prefix` is cut from the front of every module and weight path.
+    `prefix` is cut from the front of every module and weight path; `name` is what errors call the module.
 
     Raises CaptureError with torch's reason where the forward depends on tensor values or leaves the traceable world.
     """
@@ -58,7 +58,7 @@ def export(module: nn.Module, tensors: Sequence[Tensor], prefix: str = "") -> Ca
             program = torch.export.export(module, tuple(tensors), dynamic_shapes=(shapes,), strict=False)
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CaptureError(f"{type(module).__name__}.forward could not be captured: {reason}") from error
+        raise CaptureError(f"{name or type(module).__name__}.forward could not be captured: {reason}") from error
     gm = program.graph_module
     kinds = torch.export.graph_signature.InputKind
     real = {

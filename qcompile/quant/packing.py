@@ -61,8 +61,9 @@ def unpack(data: Tensor, bits: int, columns: int) -> Tensor:
         length = plane_bytes(columns, width)
         plane = data.narrow(1, start, length)
         if width < 8:
-            shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=data.device).reshape(1, 1, -1, 1)
-            plane = (plane.reshape(rows, length // CHUNK, 1, CHUNK) >> shifts) & (2**width - 1)
+            plane = plane.reshape(rows, length // CHUNK, CHUNK)
+            # Shifts by numbers: torch cannot shift by a tensor where the number of rows is symbolic.
+            plane = torch.stack([(plane >> shift) & (2**width - 1) for shift in range(0, 8, width)], dim=2)
         plane = plane.reshape(rows, length * 8 // width)[:, :columns] << low
         codes = plane if codes is None else codes | plane
         start, low = start + length, low + width

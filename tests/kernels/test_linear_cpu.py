@@ -12,6 +12,7 @@ from torch import Tensor
 
 from qcompile.errors import FormatError
 from qcompile.kernels import _packed_cpu as packed
+from qcompile.kernels import linear_cpu
 from qcompile.kernels.dequantize_cpu import dequantize_packed
 from qcompile.kernels.linear_cpu import FEW_ROWS, linear_packed
 from qcompile.ops.linear import dequantize, linear
@@ -111,12 +112,12 @@ def test_dequantize_more_dimensions() -> None:
     )
 
 
-@pytest.fixture(params=["__AVX512F__", "__AVX512BF16__"])
+@pytest.fixture(params=["__AVX512BF16__", "__AVX512F__", "__AVX512F__ __AVX2__"])
 def lesser_processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The code for processors without these instructions."""
-    caches = (packed.library, packed.missing, packed.Reader.of)
-    load = packed.load_cpp
-    monkeypatch.setattr(packed, "load_cpp", lambda source: load(f"#undef {request.param}\n{source}"))
+    caches, load = (packed.library, packed.missing, packed.Reader.of), packed.load_cpp
+    without = "".join(f"#undef {name}\n" for name in request.param.split())
+    monkeypatch.setattr(packed, "load_cpp", lambda source: load(without + source))
     for cache in caches:
         cache.cache_clear()
     yield
@@ -125,12 +126,26 @@ def lesser_processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.usefixtures("lesser_processor")
-def test_lesser_processor() -> None:
+def test_lesser_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_cpu, "SLAB_BYTES", 1 << 12)
     for spec in ("u4/g64/asym", "u4/g16/asym_int", "i4/row/sym", "i4/tensor/sym"):
         check_many(spec, (1, 3, 8, 17))
         q = weight(spec, 9, 128)
         for dtype in FLOATS:
             assert torch.equal(dequantize_packed(*parts(q), spec, [9, 128], dtype), q.dequantize(dtype))
+
+
+def test_beside_amx(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_cpu, "processor_features", lambda: {"amx_bf16"})
+    monkeypatch.setattr(linear_cpu, "SLAB_BYTES", 1 << 12)
+    linear_cpu._rows_without_copy.cache_clear()
+    try:
+        for spec in ("u4/g64/asym", "i8/row/sym", "i8/tensor/sym"):
+            q = weight(spec, 49, 128)
+            for rows in (linear_cpu.ROWS_BESIDE_AMX, linear_cpu.ROWS_BESIDE_AMX + 1):
+                check(torch.randn(rows, 128, dtype=torch.bfloat16), q, torch.randn(49))
+    finally:
+        linear_cpu._rows_without_copy.cache_clear()
 
 
 def test_float16_at_its_ends() -> None:

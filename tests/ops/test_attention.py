@@ -64,12 +64,14 @@ def test_opcheck(make):
 
 @each_input
 def test_without_mask(make):
-    check(*make(), None, False, 0.3)
+    q, k, v = make()
+    check(q, k, v, None, False, 0.3)
 
 
 @each_input
 def test_causal(make):
-    check(*make(), None, True, 0.25)
+    q, k, v = make()
+    check(q, k, v, None, True, 0.25)
 
 
 MASKS = {
@@ -100,8 +102,8 @@ def test_it_is_what_torch_gives_on_repeated_heads(make, padding):
     mask[:1] = False
     if padding != "bool":
         mask = torch.zeros(mask.shape, dtype=q.dtype).masked_fill(~mask, torch.finfo(q.dtype).min)
-    repeated = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
-    want = F.scaled_dot_product_attention(q, *repeated, mask)
+    k_each, v_each = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+    want = F.scaled_dot_product_attention(q, k_each, v_each, mask)
     got = attention(q, k, v, mask, False, 1 / math.sqrt(q.shape[-1]))
     torch.testing.assert_close(got, want, rtol=0, atol=ATOL[q.dtype])
 

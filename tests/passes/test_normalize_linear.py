@@ -58,4 +58,3 @@ def test_spellings(graph, function, ops):
     g.apply(NormalizeLinear())
     # Which of mm and matmul is captured depends on the release of torch.
     assert [op.replace("matmul", "mm") for op in g.ops() if op != "sym_size"] == ops
-

@@ -1,0 +1,79 @@
+"""torch.compile(model, backend="qcompile")."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+import qcompile
+
+Make = Callable[..., nn.Module]
+SPEC = {"weights": "u4/g32/asym"}
+
+
+def quantized_twin(model: nn.Module) -> nn.Module:
+    """The float model with the weights that the backend will use."""
+    twin, donor = copy.deepcopy(model), copy.deepcopy(model)
+    twin.load_state_dict(qcompile.dequantize(qcompile.optimize(donor, SPEC, progress=False)))
+    return twin
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_equals_the_quantized_model_and_sees_edits(tiny_llama: Make, interpreted: None) -> None:
+    model = tiny_llama()
+    reference = quantized_twin(model)
+    fast = torch.compile(model, backend="qcompile", options=SPEC, fullgraph=True)
+    x = torch.randint(0, 100, (2, 7))
+    close(fast(x, use_cache=False).logits, reference(x).logits)
+    for m in (model, reference):
+        m.model.layers[0].self_attn.q_proj.weight.mul_(2)
+        m.model.layers[1].mlp.down_proj.weight.mul_(-1)
+    close(fast(x, use_cache=False).logits, reference(x).logits)
+
+
+@torch.no_grad()
+def test_lengths_do_not_recompile(tiny_llama: Make, interpreted: None) -> None:
+    model = tiny_llama()
+    fast = torch.compile(model, backend="qcompile", options=SPEC, fullgraph=True, dynamic=True)
+    fast(torch.randint(0, 100, (2, 7)), use_cache=False)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for length in (5, 9, 12):
+            fast(torch.randint(0, 100, (2, length)), use_cache=False)
+
+
+def test_unknown_options_and_modes_are_named() -> None:
+    model, x = nn.Linear(64, 64), torch.randn(2, 64)
+    with torch.no_grad(), pytest.raises(Exception, match="unknown config key 'wheights'; did you mean 'weights'"):
+        torch.compile(model, backend="qcompile", options={"wheights": "u4/g64/asym"})(x)
+    with torch.no_grad(), pytest.raises(Exception, match="unknown mode 'fastest'"):
+        from qcompile.backend import qcompile_backend
+
+        torch.compile(model, backend=lambda gm, inputs: qcompile_backend(gm, inputs, mode="fastest"))(x)
+
+
+def test_gradients_compile_in_float_and_say_so(tiny_llama: Make) -> None:
+    model, x = nn.Sequential(nn.Linear(64, 64), nn.ReLU()), torch.randn(2, 64)
+    fast = torch.compile(model, backend="qcompile", options={"weights": "u4/g64/asym"})
+    with pytest.warns(UserWarning, match="compiled in float"):
+        fast(x).sum().backward()
+    assert model[0].weight.grad is not None
+
+
+def test_no_import_needed() -> None:
+    code = (
+        "import torch; m = torch.nn.Linear(64, 64)\n"
+        "f = torch.compile(m, backend='qcompile', options={'weights': 'u4/g64/asym'})\n"
+        "with torch.no_grad(): print(f(torch.ones(2, 64)).shape)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "torch.Size([2, 64])" in done.stdout, done.stderr[-2000:]

@@ -1,0 +1,218 @@
+"""Calls of an optimized model: which run compiled, which do not, and that all are right."""
+
+from __future__ import annotations
+
+import copy
+import io
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+import qcompile
+from qcompile.errors import ConfigError
+from qcompile.runtime import AUTOGRAD, TRAINING
+
+Make = Callable[..., nn.Module]
+
+
+@pytest.fixture
+def pair(tiny_llama: Make) -> tuple[nn.Module, nn.Module]:
+    """An optimized model, and the untouched float model with the same quantized weights."""
+    return pair_of(tiny_llama())
+
+
+def pair_of(reference: nn.Module, **options: object) -> tuple[nn.Module, nn.Module]:
+    model = qcompile.optimize(copy.deepcopy(reference), "u4/g32/asym", progress=False, **options)
+    reference.load_state_dict(qcompile.dequantize(model))
+    return model, reference
+
+
+def ids(*shape: int) -> torch.Tensor:
+    return torch.randint(3, 100, shape)
+
+
+def programs(model: nn.Module) -> int:
+    return sum(map(len, model.forward.programs.values()))
+
+
+def test_positional_and_named_arguments_are_one_call(pair, interpreted: None) -> None:
+    model, reference = pair
+    x = ids(2, 5)
+    for out in (model(x), model(input_ids=x), model(input_ids=x, attention_mask=None)):
+        torch.testing.assert_close(out.logits, reference(x).logits, rtol=1e-4, atol=1e-5)
+    assert programs(model) == 1 and not model.forward.eager
+
+
+def test_prompt_lengths_share_two_programs(pair, interpreted: None) -> None:
+    model, reference = pair
+    for length in (4, 9, 17, 30):
+        x = ids(1, length)
+        got, want = (m.generate(x, max_new_tokens=length, do_sample=False, pad_token_id=0) for m in (model, reference))
+        assert torch.equal(got, want)
+    # One graph for prefill and one for decode.
+    assert programs(model) == 2 and not model.forward.eager
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_batch(pair, interpreted: None, side: str) -> None:
+    model, reference = pair
+    x, mask = ids(3, 8), torch.ones((3, 8), dtype=torch.long)
+    mask[0, : 3 if side == "left" else None] = 0 if side == "left" else 1
+    if side == "right":
+        mask[1, 5:] = 0
+    arguments = dict(attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    assert torch.equal(model.generate(x, **arguments), reference.generate(x, **arguments))
+    assert not model.forward.eager
+
+
+@pytest.mark.parametrize("cache", ["static", "dynamic"])
+def test_caches_of_the_caller(pair, interpreted: None, cache: str) -> None:
+    from transformers import DynamicCache, StaticCache
+
+    model, reference = pair
+    x = ids(2, 6)
+    outs = []
+    for m in (model, reference):
+        kv = StaticCache(config=m.config, max_cache_len=32) if cache == "static" else DynamicCache(config=m.config)
+        outs.append(m.generate(x, past_key_values=kv, max_new_tokens=6, do_sample=False, pad_token_id=0))
+    assert torch.equal(*outs)
+    assert not model.forward.eager
+
+
+def test_sliding_windows_run_compiled(interpreted: None) -> None:
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig, MistralConfig, MistralForCausalLM
+
+    sizes = dict(hidden_size=64, intermediate_size=128, num_attention_heads=4, num_key_value_heads=2, vocab_size=100)
+    for config, cls in ((MistralConfig, MistralForCausalLM), (Gemma3TextConfig, Gemma3ForCausalLM)):
+        torch.manual_seed(0)
+        fields = dict(**sizes, num_hidden_layers=2, head_dim=16, sliding_window=8, max_position_embeddings=128)
+        model, reference = pair_of(cls(config(**fields)).eval())
+        x = ids(2, 6)
+        arguments = dict(max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None)
+        assert torch.equal(model.generate(x, **arguments), reference.generate(x, **arguments)), cls.__name__
+        assert programs(model) == 2 and not model.forward.eager
+
+
+def test_sampling_takes_transformers_arguments(pair, interpreted: None) -> None:
+    model, reference = pair
+    x, outs = ids(2, 5), []
+    for m in (model, reference):
+        torch.manual_seed(1)
+        out = m.generate(
+            x, max_new_tokens=5, do_sample=True, top_k=5, temperature=0.7, num_return_sequences=2,
+            return_dict_in_generate=True, pad_token_id=0,
+        )  # fmt: skip
+        outs.append(out.sequences)
+    assert torch.equal(*outs) and outs[0].shape[0] == 4
+
+
+def test_too_long_for_the_stated_length(tiny_llama: Make) -> None:
+    model, _ = pair_of(tiny_llama(), fuse_max_seq_len=16)
+    with pytest.raises(ConfigError, match="12 prompt and 8 new tokens exceed fuse_max_seq_len=16"):
+        model.generate(ids(1, 12), max_new_tokens=8)
+
+
+def test_training_runs_eagerly_with_gradients(pair, interpreted: None) -> None:
+    model, _ = pair
+    model.train()
+    model.model.norm.weight.requires_grad_(True)
+    model(ids(2, 5)).logits.sum().backward()
+    assert model.model.norm.weight.grad is not None
+    model.eval()
+    model(ids(2, 5))
+    assert model.forward.eager == {TRAINING: 1, AUTOGRAD: 1}
+    with torch.no_grad():
+        model(ids(2, 5))
+    assert programs(model) == 1
+
+
+def test_weights_are_never_stale(pair, interpreted: None) -> None:
+    model, reference = pair
+    x = ids(2, 5)
+    model(x)
+    for m in (model, reference):
+        m.model.norm.weight.data.mul_(2)
+        m.lm_head.weight = nn.Parameter(m.lm_head.weight * 0.5, requires_grad=False)
+    torch.testing.assert_close(model(x).logits, reference(x).logits, rtol=1e-4, atol=1e-5)
+    assert programs(model) == 1
+
+
+def test_exchanged_module_is_seen(pair, interpreted: None) -> None:
+    model, _ = pair
+    x = ids(2, 5)
+    before = model(x).logits
+
+    class Doubled(nn.Module):
+        def __init__(self, inner: nn.Module):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * self.inner(x)
+
+    model.lm_head = Doubled(model.lm_head)
+    torch.testing.assert_close(model(x).logits, 2 * before)
+
+
+def test_to_dtype_makes_its_own_program(pair, interpreted: None) -> None:
+    model, _ = pair
+    x = ids(2, 5)
+    wide = model(x).logits
+    narrow = model.to(torch.bfloat16)(x).logits
+    assert narrow.dtype == torch.bfloat16
+    assert (narrow.float() - wide).norm() < 0.02 * wide.norm()
+
+
+def test_deepcopy_and_pickle(pair, interpreted: None) -> None:
+    model, _ = pair
+    x = ids(2, 5)
+    want = model(x).logits
+    twin = copy.deepcopy(model)
+    assert twin.forward.model is twin and twin.generate.model is twin
+    assert torch.equal(twin(x).logits, want)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    assert loaded.forward.model is loaded
+    assert torch.equal(loaded(x).logits, want)
+
+
+def test_what_cannot_be_captured_runs_and_says_so() -> None:
+    class Branch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(64, 64)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(x) if x.sum().item() > 0 else -self.fc(x)
+
+    model = qcompile.optimize(Branch(), "u4/g64/asym", progress=False)
+    x = torch.ones(2, 64)
+    with pytest.warns(UserWarning, match="this call runs uncompiled: Branch.forward could not be captured"):
+        out = model(x)
+    assert torch.equal(out, model.fc(x)) and model.forward.eager.total() == 1
+
+
+def test_compiled_by_inductor_and_called_from_threads(tiny_llama: Make) -> None:
+    """The real thing: code generation, no second compile when lengths vary, right answers from eight threads."""
+    model, reference = pair_of(tiny_llama())
+    inputs = [ids(2, length) for length in (5, 7, 9, 11, 13, 6, 8, 10)]
+    wants = [reference(x).logits for x in inputs]
+    gots: list[torch.Tensor] = [torch.empty(0)] * len(inputs)
+
+    def call(index: int) -> None:
+        for _ in range(5):
+            gots[index] = model(inputs[index]).logits
+
+    threads = [threading.Thread(target=call, args=(index,)) for index in range(len(inputs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for got, want in zip(gots, wants, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    assert programs(model) == 1
