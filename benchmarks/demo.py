@@ -43,7 +43,7 @@ def main() -> None:
     notes = (
         f"Model: {source.gguf or source}. Batch 1, prompt of {run.prompt} tokens, {run.new} new ones; medians of "
         f"{run.rounds} rounds in which the models take turns. Perplexity on {text}. `made in` is the time to quantize "
-        f"and to compile generation."
+        f"and to compile generation. Token embeddings are {demo.EMBEDDINGS} in all of qcompile's rows."
     )
     asked = f"The 4-bit model on “{demo.QUESTION}”: {reply.text}"
     name = "demo-" + device_slug(options.device)

@@ -136,7 +136,10 @@ def _demo(options: argparse.Namespace) -> int:
     _write(f"\n> {demo.QUESTION}\n")
     chat.reply(demo.QUESTION)
     _write(f"\n\n{demo.table(rows)}\n")
-    _write(f"\nprompt {run.prompt} tokens, {run.new} new, batch 1; {time.perf_counter() - started:.0f} s in all\n")
+    _write(
+        f"\nToken embeddings are {demo.EMBEDDINGS} in all of qcompile's rows. Batch 1, prompt of {run.prompt} tokens, "
+    )
+    _write(f"{run.new} new ones. {time.perf_counter() - started:.0f} s in all.\n")
     if options.interactive:
         demo.converse(chat, _write, input)
     return OK

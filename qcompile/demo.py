@@ -22,6 +22,7 @@ from qcompile.evaluate import Speed, document_tokens, perplexity, throughputs
 from qcompile.explain import size
 from qcompile.runtime import runner_of
 
+EMBEDDINGS = "u8/g64/asym"
 QUESTION = "What is the capital of France?"
 TEXT = Path(__file__).with_name("demo.txt")
 
@@ -84,7 +85,7 @@ class Demo:
             spec = f"u{bits}/g64/asym"
             quantized = copy.deepcopy(model)
             with _step(write, f"qcompile {spec}: quantize with HQQ") as quantizing:
-                optimize(quantized, spec, progress=False)
+                optimize(quantized, spec, specs=_embeddings(model), progress=False)
             with _step(write, f"qcompile {spec}: compile") as compiling:
                 self._warm_up(quantized)
             with _step(write, f"qcompile {spec}: perplexity"):
@@ -139,6 +140,12 @@ def converse(chat: Chat, write: Write, read: Callable[[str], str]) -> None:
             return
         chat.reply(prompt)
         write("\n")
+
+
+def _embeddings(model: Any) -> dict[str, str]:
+    """A rule for the token table and the output layer, which are half of a small model and kept dense by default."""
+    tables = (model.get_input_embeddings(), model.get_output_embeddings())
+    return {name: EMBEDDINGS for name, module in model.named_modules() if any(module is table for table in tables)}
 
 
 class _Uncompiled(nn.Module):

@@ -114,12 +114,13 @@ def resolve_dtype(name: str, config: Any, device: str) -> torch.dtype:
     if name != "auto":
         raise LoadError(f"unknown dtype {name!r}; known: auto, {', '.join(DTYPES)}")
     own = getattr(config, "dtype", None)
-    own = DTYPES.get(own) if isinstance(own, str) else own
-    if own == torch.float32:
-        return own
-    if torch.device(device).type == "cuda":
-        return own or (torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16)
-    return fast_dtype()
+    if own in (torch.float32, "float32"):
+        return torch.float32
+    if torch.device(device).type != "cuda":
+        return fast_dtype()
+    if own in (torch.float16, "float16") or not torch.cuda.is_bf16_supported():
+        return torch.float16
+    return torch.bfloat16
 
 
 def fast_dtype() -> torch.dtype:

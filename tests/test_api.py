@@ -180,6 +180,8 @@ def test_report(tiny_llama: Make, interpreted: None) -> None:
     assert 0 < data["numerics"]["kl"] < 0.1 and min(data["numerics"]["sqnr_db"].values()) > 15
     assert {op["op"] for op in data["programs"][0]["ops"]} >= {"linear", "attention", "gated_act", "rope"}
     text = str(report)
+    sites = {op["module"] for op in data["programs"][0]["ops"]}
+    assert sites <= {name for name, _ in reference.named_modules()}
     assert "q_proj+k_proj+v_proj" in text and "kept: lm_head" in text and "fuse_siblings" in text
 
 

@@ -283,12 +283,13 @@ def test_demo_goes_through_its_steps(
     tiny_chat: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     seen = []
-    monkeypatch.setattr(demo, "optimize", lambda model, spec, **options: seen.append(spec) or model)
+    monkeypatch.setattr(demo, "optimize", lambda model, spec, **options: seen.append((spec, options["specs"])) or model)
     monkeypatch.setattr(demo, "throughputs", lambda models, *sizes: dict.fromkeys(models, Speed(1.0, 1.0, *sizes[:2])))
     monkeypatch.setattr(models, "find_demo", lambda: models.find(str(tiny_chat)))
     monkeypatch.setattr("builtins.input", lambda prompt: "")
     assert cli.main(["demo", "--bits", "8", "4", "--interactive"]) == 0
-    assert seen == ["u8/g64/asym", "u4/g64/asym"]
+    tables = dict.fromkeys(["model.embed_tokens", "lm_head"], demo.EMBEDDINGS)
+    assert seen == [("u8/g64/asym", tables), ("u4/g64/asym", tables)]
     text = capsys.readouterr().out
     steps = [
         "load the model",

@@ -8,7 +8,7 @@ input with meta["input_path"], and inputs that are one tensor are one input.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,7 +87,8 @@ def export(module: nn.Module, tensors: Sequence[Tensor], prefix: str = "", name:
             users += 1
         else:
             raise CaptureError(f"{type(module).__name__}.forward: input {node.name} is a {spec.kind.name}")
-    _name_modules(gm, prefix)
+    names = [name.removeprefix(prefix) for name, _ in module.named_modules() if name.startswith(prefix)]
+    _name_modules(gm, prefix, set(names))
     gm.recompile()
     return Captured(gm, tuple(inputs))
 
@@ -175,9 +176,13 @@ def _kind(arg: Any) -> Any:
 _NOISE = re.compile(r"^L\['(?:self|fn)'\]\.|^_empty_nn_module_stack.*|slice\([^)]*\)\.")
 
 
-def _name_modules(gm: GraphModule, prefix: str = "") -> None:
-    """meta["module_path"] from torch's module stack: the dotted path inside the model."""
+def _name_modules(gm: GraphModule, prefix: str = "", known: Collection[str] = ()) -> None:
+    """meta["module_path"] from torch's module stack: the dotted path inside the model.
+
+    torch.export does not always put the wrapper's name in front, so `prefix` goes only where a known module is left.
+    """
     for node in gm.graph.nodes:
         stack = list((node.meta.get("nn_module_stack") or {}).values())
         path = _NOISE.sub("", str(stack[-1][0])) if stack else ""
-        node.meta["module_path"] = path.removeprefix(prefix) if path != prefix.rstrip(".") else ""
+        short = path.removeprefix(prefix) if path != prefix.rstrip(".") else ""
+        node.meta["module_path"] = path if path in known and short not in known else short
