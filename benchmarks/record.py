@@ -18,7 +18,14 @@ def record(name: str, title: str, body: str, device: str) -> Path:
     """Write `results/<name>.md`, replacing an older one."""
     versions = doctor.versions()
     wanted = ("python", "torch", "triton", "transformers", "hqq")
-    command = shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *(Path(a).name if Path(a).is_absolute() else a for a in sys.argv[1:])])
+    command = shlex.join(
+        [
+            "python",
+            "-m",
+            f"benchmarks.{Path(sys.argv[0]).stem}",
+            *(Path(a).name if Path(a).is_absolute() else a for a in sys.argv[1:]),
+        ]
+    )
     lines = [
         f"# {title}",
         "",

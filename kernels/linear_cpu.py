@@ -20,13 +20,13 @@ from qcompile.ops.activation import ACTIVATIONS
 from qcompile.ops.linear import linear
 from qcompile.ops.registry import opaque
 
-# The most rows that few_rows takes. ms of one thread, few_rows | many_rows, 4096 × 2048, Zen 4:
-#               4 rows          6 rows          8 rows          12 rows         16 rows
-# u4 bfloat16   0.82 | 1.18     1.11 | 1.57     1.41 | 1.78     1.99 | 2.10     2.60 | 2.43
-# i8 bfloat16   0.91 | 1.59     1.24 | 1.74     1.66 | 1.90     2.38 | 2.16     3.09 | 2.49
-# u4 float32    1.21 | 2.45     2.52 | 2.58     3.15 | 2.89     4.51 | 3.47     6.05 | 3.99
-# i8 float32    1.32 | 2.14     2.36 | 2.24     3.31 | 2.53     4.62 | 3.34     6.13 | 3.75
-FEW_ROWS = {torch.bfloat16: 8, torch.float32: 5, torch.float16: 5}
+# The most rows that few_rows takes. ms of one thread, torch's linear | few_rows | many_rows, 4096 × 2048, Zen 4:
+#               4 rows               8 rows               12 rows              16 rows
+# u4 bfloat16   1.36 | 0.72 | 1.08   1.75 | 1.26 | 1.42   2.10 | 1.83 | 1.80   2.39 | 2.38 | 2.12
+# u8 bfloat16   1.52 | 0.90 | 1.28   1.83 | 1.70 | 1.76   2.14 | 2.51 | 2.06   2.61 | 3.37 | 2.49
+# u4 float32    3.64 | 1.13 | 1.85   4.50 | 2.85 | 2.47   5.32 | 4.24 | 3.20   5.87 | 5.62 | 3.58
+# u8 float32    4.09 | 1.28 | 2.11   5.07 | 3.14 | 2.66   5.73 | 4.54 | 3.45   6.11 | 5.97 | 3.86
+FEW_ROWS = {torch.bfloat16: 8, torch.float32: 4, torch.float16: 4}
 # The most rows that do without the copy: with our many_rows, the same beside AMX, and without many_rows (the last from
 # 6.0 | 4.6 ms for 16 rows of bfloat16 and 6.0 | 21 of float32, AVX2 code on Zen 4). AMX is an estimate: torch's linear
 # took 10.6 ms for 64 rows and 47.6 for 512, 16384 × 2048 on a Xeon with AMX, where AVX512 cannot beat 100 for 512.

@@ -201,7 +201,7 @@ def _generate(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    findings = doctor.examine(options.specs or doctor.SPECS)
+    findings = doctor.examine(options.specs)
     _write((json.dumps(findings.to_dict(), indent=1) if options.json else str(findings)) + "\n")
     return OK if findings.ok else LEFT
 

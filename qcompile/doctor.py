@@ -44,15 +44,24 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Findings:
+    """What was found. `asked` is whether the user named the specs."""
+
     versions: dict[str, str]
     devices: dict[str, str]
     compiler: str | None
     kernels: tuple[Kernel, ...]
+    asked: bool = False
+
+    @property
+    def slow(self) -> list[Kernel]:
+        """The rows without a kernel."""
+        return [kernel for kernel in self.kernels if MEANING in (kernel.one, kernel.many)]
 
     @property
     def ok(self) -> bool:
-        """Whether models compile here and each spec has a kernel."""
-        return self.compiler is None and all(MEANING not in (kernel.one, kernel.many) for kernel in self.kernels)
+        """Whether models compile here, and all specs that the user named have kernels, or any if none was named."""
+        enough = not self.slow if self.asked else len(self.slow) < len(self.kernels)
+        return self.compiler is None and enough
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -72,17 +81,17 @@ class Findings:
     def _verdict(self) -> str:
         if self.compiler is not None:
             return f"{self.compiler}: install g++ or clang, without which models run uncompiled"
-        if not self.ok:
+        if self.slow:
             return f"{MEANING} is plain torch: correct everywhere, and slow"
         return "all of these specs have a kernel here"
 
 
-def examine(specs: Sequence[str] = SPECS) -> Findings:
-    """Look at this machine. Compiles nothing."""
+def examine(specs: Sequence[str] = ()) -> Findings:
+    """Look at this machine, and which kernel runs `specs` or else SPECS. Compiles nothing."""
     names = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     compiler = _torch.compiler_available()
-    kernels = tuple(_kernel(spec, name) for name in names for spec in specs)
-    return Findings(versions(), {name: describe_device(name) for name in names}, compiler, kernels)
+    kernels = tuple(_kernel(spec, name) for name in names for spec in specs or SPECS)
+    return Findings(versions(), {name: describe_device(name) for name in names}, compiler, kernels, bool(specs))
 
 
 def versions() -> dict[str, str]:
@@ -121,8 +130,10 @@ def _kernel(spec: str, device: str) -> Kernel:
     parsed = QSpec.parse(spec)
     dtype = torch.bfloat16 if device != "cpu" else fast_dtype()
     weight = quantize(torch.linspace(-1, 1, ROWS * COLUMNS, dtype=dtype).reshape(ROWS, COLUMNS), parsed, "rtn")
-    assert not isinstance(weight.scale, QTensor) and not isinstance(weight.zero, QTensor)
-    sides = [side if side is None else side.to(device) for side in (weight.data, weight.scale, weight.zero)]
+    parts = (weight.data, weight.scale, weight.zero)
+    # Scales that are quantized themselves are unpacked before the kernel.
+    sides = [part.dequantize() if isinstance(part, QTensor) else part for part in parts]
+    sides = [side if side is None else side.to(device) for side in sides]
     chosen = [
         OPS["linear"].choose(torch.zeros(rows, COLUMNS, dtype=dtype, device=device), *sides, None, spec, None)
         for rows in (1, 512)

@@ -26,7 +26,7 @@ from qcompile.program import Program, compile_call, preview_call
 # one token or more), so a healthy model has two to four; this many means that something varies that should not.
 PROGRAM_LIMIT = 32
 
-# torch's compiler is not safe to enter from two threads; compiled programs are.
+# torch's compiler is not safe to enter from two threads, nor beside a thread that runs the modules; programs are safe.
 _COMPILING = threading.RLock()
 
 
@@ -56,28 +56,36 @@ class Runner:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         kwargs = self._by_name(args, kwargs)
-        if (reason := self._why_eager(kwargs)) is None:
-            try:
-                flat, _ = calls.flatten(kwargs)
-                if self._allocate(flat):
+        # Programs run side by side. Finding one, and running the modules themselves, must not meet another thread's
+        # capture, which puts fake tensors into the modules while it lasts.
+        with _COMPILING:
+            if (reason := self._why_eager()) is None:
+                try:
                     flat, _ = calls.flatten(kwargs)
-                program, weights = self._find(flat, kwargs)
-                return program(weights, flat.tensors, flat.caches)
-            except (CaptureError, UnsupportedError) as error:
-                reason = str(error)
+                    if self._allocate(flat):
+                        flat, _ = calls.flatten(kwargs)
+                    program, weights = self._find(flat, kwargs)
+                except (CaptureError, UnsupportedError) as error:
+                    reason = str(error)
+            if reason is not None:
+                self._note(reason)
+                return self.original(**kwargs)
+        return program(weights, flat.tensors, flat.caches)
+
+    def _note(self, reason: str) -> None:
+        """Count a call that runs uncompiled; warn at the first one that nobody asked for."""
         if self.config.strict and reason not in _ORDINARY:
             raise StrictError(f"this call would run uncompiled: {reason}")
         if reason not in self.eager and reason not in _ORDINARY:
-            warnings.warn(f"qcompile: this call runs uncompiled: {reason}", stacklevel=3)
+            warnings.warn(f"qcompile: this call runs uncompiled: {reason}", stacklevel=4)
         self.eager[reason] += 1
-        return self.original(**kwargs)
 
     def _by_name(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments by name without those left at None, so that every way of saying one call is one call."""
         named = {**dict(zip(self._names, args, strict=False)), **kwargs}
         return {name: value for name, value in named.items() if value is not None or name not in self._defaults}
 
-    def _why_eager(self, kwargs: Mapping[str, Any]) -> str | None:
+    def _why_eager(self) -> str | None:
         if self.model.training:
             return TRAINING
         if _torch.is_tracing():
@@ -94,18 +102,15 @@ class Runner:
         key = tuple(flat.key)
         if found := self._known(key, flat):
             return found
-        with _COMPILING:
-            if found := self._known(key, flat):  # another thread may have made it meanwhile
-                return found
-            if sum(map(len, self.programs.values())) >= PROGRAM_LIMIT:
-                raise UnsupportedError(f"{PROGRAM_LIMIT} programs are compiled already, and no one fits this call")
-            program = compile_call(self.model, self.original, kwargs, self.pipeline())
-            if self.config.strict:
-                _insist(program.outcome)
-            self.programs.setdefault(key, []).append(program)
-            weights = program.gather()
-            assert weights is not None
-            return program, weights
+        if sum(map(len, self.programs.values())) >= PROGRAM_LIMIT:
+            raise UnsupportedError(f"{PROGRAM_LIMIT} programs are compiled already, and no one fits this call")
+        program = compile_call(self.model, self.original, kwargs, self.pipeline())
+        if self.config.strict:
+            _insist(program.outcome)
+        self.programs.setdefault(key, []).append(program)
+        weights = program.gather()
+        assert weights is not None
+        return program, weights
 
     def _known(self, key: tuple[Any, ...], flat: calls.Flat) -> tuple[Program, Sequence[Tensor]] | None:
         for program in self.programs.get(key, ()):

@@ -123,6 +123,7 @@ def test_counts(name: str, dtype: torch.dtype) -> None:
     assert {key: found[key] for key in found if key.startswith(("quantize", "fuse", "recognize_norm"))} == {
         "recognize_norm": times(arch.norms),
         "quantize_linear": times(arch.linears),
+        "quantize_embedding": 0,
         "fuse_siblings": times(arch.siblings),
         "fuse_norm": times(arch.residual_norms),
         "fuse_rope": arch.ropes * layers,

@@ -233,9 +233,23 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert re.search(r"^u4/g64/asym +cpu ", capsys.readouterr().out, re.M)
 
 
-def test_every_spec_of_the_doctor_is_asked_about() -> None:
-    rows = doctor.examine().kernels
-    assert {row.spec for row in rows if row.device == "cpu"} == set(doctor.SPECS)
+def test_doctor_asks_about_all_kinds_of_specs() -> None:
+    found = doctor.examine()
+    assert {row.spec for row in found.kernels if row.device == "cpu"} == set(doctor.SPECS)
+    nested = doctor.examine(["u4/g64/asym/scale(u8/o4/asym)"]).kernels[0]
+    assert nested.one == found.kernels[list(doctor.SPECS).index("u4/g64/asym")].one
+
+
+def test_verdict_of_the_doctor() -> None:
+    fast, slow = (
+        doctor.Kernel("u4/row/asym", "cpu", "k", "k", ()),
+        doctor.Kernel("u4/o8/asym", "cpu", "MEANING", "k", ()),
+    )
+    assert doctor.Findings({}, {}, None, (fast, slow)).ok
+    assert not doctor.Findings({}, {}, None, (fast, slow), asked=True).ok
+    assert not doctor.Findings({}, {}, None, (slow,)).ok
+    broken = doctor.Findings({}, {}, "no C++ compiler", (fast,))
+    assert not broken.ok and "install g++ or clang" in str(broken)
 
 
 # demo

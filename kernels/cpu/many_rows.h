@@ -58,6 +58,9 @@ void fill_panel(const Weight& w, int64_t n, int64_t first, int64_t last, const f
         to += stride;
     };
     for (int64_t unit = first * LANES / UNIT; unit * UNIT < last * LANES; unit++) {
+        // The next sixteen rows: 9.8 ms against 8.0 for 16 rows of x, u4/g64 16384 × 2048, one thread of Zen 4.
+        for (int r = 0; r < 16; r++)
+            __builtin_prefetch(row[r].plane[0] + unit * 8 * width_of(0) + 16 * w.data_stride, 0, 2);
         __m512i v[16];
         for (int r = 0; r < 16; r++)
             v[r] = (unit + 1) * UNIT <= w.columns ? codes64<false>(row[r], unit, w.columns)
