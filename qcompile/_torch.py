@@ -81,7 +81,7 @@ def shape_guards(fakes: Sequence[Any]) -> Callable[[Sequence[torch.Tensor]], boo
 
     checks: list[str] = []
     symbols: dict[Any, str] = {}
-    shape_env = None
+    shape_env: Any = None
     for index, fake in enumerate(fakes):
         if not isinstance(fake, torch.Tensor):
             continue

@@ -211,6 +211,7 @@ def _read(module: nn.Module, name: str) -> Tensor:
     store = module._modules[slot.store]
     assert isinstance(store, PackedWeight)
     if slot.bias:
+        assert store.bias is not None
         return store.bias.narrow(0, slot.start, slot.rows)
     weight = store.dequantize(slot.like.dtype, slot.start, slot.rows)
     if slot.transposed:
