@@ -13,6 +13,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -113,7 +114,7 @@ def pack_for_aten(rows: int, columns: int, dtype: torch.dtype) -> tuple[torch.Te
     return torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1), scales_and_zeros
 
 
-def taking_turns(function: Callable[[object], object], weights: list) -> Callable[[], object]:
+def taking_turns(function: Callable[[Any], object], weights: list) -> Callable[[], object]:
     turns = itertools.cycle(weights)
     return lambda: function(next(turns))
 

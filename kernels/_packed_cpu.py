@@ -63,7 +63,8 @@ def library(bits: int) -> ctypes.CDLL:
     found.dequantize.argtypes, found.dequantize.restype = [*weight, pointer, number, number], None
     found.few_rows.argtypes, found.few_rows.restype = [*weight, *x_and_y], None
     found.many_rows.argtypes, found.many_rows.restype = [*weight, *x_and_y], None
-    found.has_many_rows.argtypes, found.has_many_rows.restype = [], number
+    for ask in (found.has_many_rows, found.has_dot):
+        ask.argtypes, ask.restype = [], number
     return found
 
 
@@ -71,6 +72,8 @@ def library(bits: int) -> ctypes.CDLL:
 class Reader:
     """How to read weights of one spec with `columns` inputs, worked out once.
 
+    many_rows   None where this processor has no such kernel
+    has_dot     does it multiply bfloat16 in pairs?
     group       inputs that share a scale
     by_row      does each row have its own scales?
     offset      the zero point of a symmetric spec
@@ -79,6 +82,8 @@ class Reader:
     dequantize: Callable[..., None]
     few_rows: Callable[..., None]
     many_rows: Callable[..., None] | None
+    has_dot: bool
+    bits: int
     columns: int
     group: int
     groups: int
@@ -96,6 +101,8 @@ class Reader:
             dequantize=found.dequantize,
             few_rows=found.few_rows,
             many_rows=found.many_rows if found.has_many_rows() else None,
+            has_dot=bool(found.has_dot()),
+            bits=parsed.element.bits,
             columns=columns,
             group=columns // groups,
             groups=groups,

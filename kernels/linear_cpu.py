@@ -20,16 +20,17 @@ from qcompile.ops.activation import ACTIVATIONS
 from qcompile.ops.linear import linear
 from qcompile.ops.registry import opaque
 
-# The most rows that few_rows takes. ms of one thread, torch's linear | few_rows | many_rows, 4096 × 2048, Zen 4:
-#               4 rows               8 rows               12 rows              16 rows
-# u4 bfloat16   1.36 | 0.72 | 1.08   1.75 | 1.26 | 1.42   2.10 | 1.83 | 1.80   2.39 | 2.38 | 2.12
-# u8 bfloat16   1.52 | 0.90 | 1.28   1.83 | 1.70 | 1.76   2.14 | 2.51 | 2.06   2.61 | 3.37 | 2.49
-# u4 float32    3.64 | 1.13 | 1.85   4.50 | 2.85 | 2.47   5.32 | 4.24 | 3.20   5.87 | 5.62 | 3.58
-# u8 float32    4.09 | 1.28 | 2.11   5.07 | 3.14 | 2.66   5.73 | 4.54 | 3.45   6.11 | 5.97 | 3.86
-FEW_ROWS = {torch.bfloat16: 8, torch.float32: 4, torch.float16: 4}
-# The most rows that do without the copy: with our many_rows, the same beside AMX, and without many_rows (the last from
-# 6.0 | 4.6 ms for 16 rows of bfloat16 and 6.0 | 21 of float32, AVX2 code on Zen 4). AMX is an estimate: torch's linear
-# took 10.6 ms for 64 rows and 47.6 for 512, 16384 × 2048 on a Xeon with AMX, where AVX512 cannot beat 100 for 512.
+# The most rows that few_rows takes, and where bfloat16 has a dot instruction and codes less than eight bits. ms of one
+# thread, few_rows | many_rows, 16384 × 2048, weights out of the cache, Zen 4 (torch's linear in bfloat16: 5.7 to 8):
+#               4 rows        5 rows        6 rows        8 rows         10 rows        12 rows
+# u4 bfloat16   2.71 | 4.61   3.47 | 4.97   3.82 | 5.25   4.87 | 5.83    6.01 | 6.49    7.18 | 6.93
+# u8 bfloat16   3.82 | 4.91   4.86 | 5.19   5.44 | 5.48   6.93 | 6.06    8.52 | 6.85    10.1 | 7.31
+# u4 float32    4.53 | 6.78   7.99 | 6.57   9.10 | 7.17   11.4 | 8.36    14.6 | 9.81    17.0 | 11.4
+# u8 float32    4.92 | 7.26   7.96 | 7.05   9.15 | 7.65   11.9 | 8.81    14.9 | 10.4    17.6 | 12.0
+FEW_ROWS, FEW_ROWS_TO_DOT = 4, 8
+# The most rows without the copy: where there is many_rows, the same beside AMX, and without it (AVX2 code on Zen 4,
+# bfloat16, few_rows | copy: 3.1 | 4.0 ms for 8 rows, 6.1 | 4.6 for 16). AMX is an estimate: torch's linear took 10.6 ms
+# for 64 rows and 47.6 for 512, 16384 × 2048 on a Xeon with AMX, where AVX512 alone could not beat 100 for 512.
 ALL_ROWS = 1 << 62
 ROWS_BESIDE_AMX = 64
 ROWS_WITHOUT_MANY_ROWS = 16
@@ -69,8 +70,11 @@ def linear_packed(
     if rows > _rows_without_copy(x.dtype, reader.many_rows is not None):
         _multiply_copy(flat, data, scale, zero, bias, spec, y.view(rows, outputs))
         return y
-    few = reader.many_rows is None or rows <= FEW_ROWS[x.dtype]
-    (reader.few_rows if few else reader.many_rows)(
+    dot = x.dtype == torch.bfloat16 and reader.has_dot and reader.bits < 8
+    function = reader.few_rows
+    if reader.many_rows is not None and rows > (FEW_ROWS_TO_DOT if dot else FEW_ROWS):
+        function = reader.many_rows
+    function(
         *reader.arguments(data, scale, zero),
         flat.data_ptr(),
         rows,

@@ -176,8 +176,9 @@ def _optimize(options: argparse.Namespace) -> int:
     model = _timed(timing, "load_s", lambda: models.load(source, options.dtype, options.device))
     model = _timed(timing, "quantize_s", lambda: _quantize(model, config))
     if getattr(model, "can_generate", bool)():
-        _timed(timing, "compile_s", lambda: throughput(model, options.prompt_tokens, options.new_tokens, rounds=1))
-        speed = throughput(model, options.prompt_tokens, options.new_tokens)
+        sizes = {"prompt": options.prompt_tokens, "new": options.new_tokens, "warm_up": False}
+        _timed(timing, "compile_s", lambda: throughput(model, **sizes, rounds=1))
+        speed = throughput(model, **sizes)
         timing |= {"prefill_tokens_per_s": round(speed.prefill, 1), "decode_tokens_per_s": round(speed.decode, 1)}
     elif (example := api.example_inputs(model)) is not None:
         with torch.no_grad():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,10 +19,12 @@ from torch import nn
 from qcompile import models
 from qcompile.api import optimize
 from qcompile.chat import Chat
-from qcompile.evaluate import Speed, document_tokens, perplexity, throughputs
+from qcompile.evaluate import Speed, document_tokens, perplexity, throughput, throughputs
 from qcompile.explain import size
 from qcompile.runtime import runner_of
 
+# After this no new round of measuring begins in the quick version.
+QUICK_SECONDS = 20.0
 EMBEDDINGS = "u8/g64/asym"
 QUESTION = "What is the capital of France?"
 TEXT = Path(__file__).with_name("demo.txt")
@@ -78,9 +81,9 @@ class Demo:
         if self.compiled:
             rows.append(replace(rows[0], name=f"{name}, torch.compile"))
             contenders[rows[-1].name] = compiled = _compiled(model)
-            with _step(write, f"{rows[-1].name}: compile") as seconds:
+            with _step(write, f"{rows[-1].name}: compile") as compiling:
                 self._warm_up(compiled)
-            rows[-1] = replace(rows[-1], prepare=seconds())
+            rows[-1] = replace(rows[-1], prepare=compiling())
         for bits in self.bits:
             spec = f"u{bits}/g64/asym"
             quantized = copy.deepcopy(model)
@@ -93,15 +96,16 @@ class Demo:
             rows.append(Row(f"qcompile {spec}", _bytes(quantized), found, quantizing() + compiling()))
             contenders[rows[-1].name] = quantized
         gc.collect()
-        with _step(write, f"speed, side by side, {self.rounds} rounds"):
-            speeds = throughputs(contenders, self.prompt, self.new, self.rounds)
+        with _step(write, f"speed, side by side, {'up to ' if self.quick else ''}{self.rounds} rounds"):
+            seconds = QUICK_SECONDS if self.quick else math.inf
+            speeds = throughputs(contenders, self.prompt, self.new, self.rounds, warm_up=False, seconds=seconds)
         rows = [replace(row, speed=speeds[row.name]) for row in rows]
         speaks = 4 if 4 in self.bits else max(self.bits)
         return rows, Chat(contenders[f"qcompile u{speaks}/g64/asym"], tokenizer, write=write)
 
-    def _warm_up(self, model: Any) -> None:
-        tokens = torch.ones((1, self.prompt), dtype=torch.long, device=self.device)
-        model.generate(input_ids=tokens, attention_mask=tokens, max_new_tokens=3, min_new_tokens=3, pad_token_id=0)
+    def _warm_up(self, model: nn.Module) -> None:
+        # As many tokens as are measured later: torch.compile makes a program for each length of a static cache.
+        throughput(model, self.prompt, self.new, rounds=1, warm_up=False)
 
 
 def table(rows: Sequence[Row], style: str = "simple") -> str:

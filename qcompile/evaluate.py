@@ -6,7 +6,7 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,23 +70,28 @@ def throughputs(
     prompt: int = 128,
     new: int = 32,
     rounds: int = 3,
-    tell: Callable[[str], None] = lambda name: None,
+    warm_up: bool = True,
+    seconds: float = math.inf,
     **options: Any,
 ) -> dict[str, Speed]:
     """The speed of several models side by side: they take turns, so that a machine's bad moments hit all of them.
 
-    Reported are the median time to a first token and the median time of all later ones. `options` go to generate();
-    `tell` hears whose turn it is.
+    Reported are the median time to a first token and the median time of all later ones. After `seconds` no new round
+    begins. `warm_up` is False where each model has generated as many tokens before. `options` go to generate().
     """
+    if warm_up:
+        for model in models.values():
+            _token_times(model, prompt, new + 1, options)
     first: dict[str, list[float]] = {name: [] for name in models}
     later: dict[str, list[float]] = {name: [] for name in models}
-    for round in range(rounds + 1):
+    began = time.perf_counter()
+    for _ in range(rounds):
         for name, model in models.items():
-            tell(name)
             start, *ends = _token_times(model, prompt, new + 1, options)
-            if round > 0:
-                first[name].append(ends[0] - start)
-                later[name] += [end - begin for begin, end in itertools.pairwise(ends)]
+            first[name].append(ends[0] - start)
+            later[name] += [end - begin for begin, end in itertools.pairwise(ends)]
+        if time.perf_counter() - began > seconds:
+            break
     return {
         name: Speed(prompt / statistics.median(first[name]), 1 / statistics.median(later[name]), prompt, new)
         for name in models

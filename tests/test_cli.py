@@ -298,7 +298,9 @@ def test_demo_goes_through_its_steps(
 ) -> None:
     seen = []
     monkeypatch.setattr(demo, "optimize", lambda model, spec, **options: seen.append((spec, options["specs"])) or model)
-    monkeypatch.setattr(demo, "throughputs", lambda models, *sizes: dict.fromkeys(models, Speed(1.0, 1.0, *sizes[:2])))
+    monkeypatch.setattr(
+        demo, "throughputs", lambda models, *sizes, **options: dict.fromkeys(models, Speed(1.0, 1.0, *sizes[:2]))
+    )
     monkeypatch.setattr(models, "find_demo", lambda: models.find(str(tiny_chat)))
     monkeypatch.setattr("builtins.input", lambda prompt: "")
     assert cli.main(["demo", "--bits", "8", "4", "--interactive"]) == 0

@@ -71,14 +71,18 @@ def test_documents_begin_with_their_token(tiny_chat: Path) -> None:
 
 def test_models_take_turns() -> None:
     twins: dict[str, Any] = {"a": Successor(0.5), "b": Successor(0.5)}
-    turns: list[str] = []
-    speeds = throughputs(twins, prompt=4, new=3, rounds=2, tell=turns.append)
-    assert turns == ["a", "b", "a", "b", "a", "b"]
+    speeds = throughputs(twins, prompt=4, new=3, rounds=2)
     assert twins["a"].generated == [4] * 3  # the first one is the warm-up
     for speed in speeds.values():
         assert (speed.prompt, speed.new) == (4, 3)
         assert speed.prefill == pytest.approx(4 / 0.04, rel=0.5)
         assert speed.decode == pytest.approx(1 / 0.01, rel=0.5)
+
+
+def test_a_slow_machine_ends_after_the_first_round() -> None:
+    model: Any = Successor(0.5)
+    throughput(model, prompt=4, new=3, rounds=9, warm_up=False, seconds=0.0)
+    assert model.generated == [4]
 
 
 def test_throughput_of_a_real_generate(tiny_chat: Path) -> None:

@@ -173,12 +173,12 @@ void many_rows(const Weight& w, const void* x, int64_t x_rows, int64_t x_stride,
     const int64_t part = ((x_rows + parts - 1) / std::max<int64_t>(parts, 1) + MR - 1) / MR * MR;
     Scratch x_scratch;
     uint32_t* packed = x_scratch.get<uint32_t>(x_rows * steps);
+#pragma omp parallel for num_threads(threads) if (x_rows * steps > 1 << 16)  // waiting for threads has its price
+    for (int64_t m = 0; m < x_rows; m += MR)
+        pack_rows<PAIRS>((const char*)x + m * x_stride * size_of(out.kind), x_stride, out.kind,
+                         std::min<int64_t>(MR, x_rows - m), w.columns, steps, packed + m * steps);
 #pragma omp parallel num_threads(threads)
     {
-#pragma omp for
-        for (int64_t m = 0; m < x_rows; m += MR)
-            pack_rows<PAIRS>((const char*)x + m * x_stride * size_of(out.kind), x_stride, out.kind,
-                             std::min<int64_t>(MR, x_rows - m), w.columns, steps, packed + m * steps);
         static thread_local Scratch scratch;
         const int64_t panel_size = DEPTH * TILE;
         float* scale = scratch.get<float>(2 * TILE * groups + panel_size + part * TILE + 3 * LANES);
@@ -221,6 +221,14 @@ void many_rows(const Weight& w, const void* x, int64_t x_rows, int64_t x_stride,
 
 extern "C" int has_many_rows() {
 #ifdef HAS_AVX512
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+extern "C" int has_dot() {
+#ifdef HAS_BF16_DOT
     return 1;
 #else
     return 0;

@@ -14,7 +14,7 @@ from qcompile.errors import FormatError
 from qcompile.kernels import _packed_cpu as packed
 from qcompile.kernels import linear_cpu
 from qcompile.kernels.dequantize_cpu import dequantize_packed
-from qcompile.kernels.linear_cpu import FEW_ROWS, linear_packed
+from qcompile.kernels.linear_cpu import linear_packed
 from qcompile.ops.linear import dequantize, linear
 from qcompile.ops.registry import MEANING
 from qcompile.quant.granularity import PerGroup
@@ -237,9 +237,10 @@ def test_no_more_threads_than_torch_has(monkeypatch: pytest.MonkeyPatch) -> None
     assert [packed.threads(work) for work in (1, packed.WORK_OF_A_THREAD, 2**40)] == [1, 2, 6]
 
 
-def test_both_ways_agree_where_they_meet() -> None:
+@pytest.mark.parametrize("few", [linear_cpu.FEW_ROWS, linear_cpu.FEW_ROWS_TO_DOT])
+def test_both_ways_agree_where_they_meet(few: int) -> None:
     q = weight("u4/g64/asym", 100, 256)
-    for dtype, few in FEW_ROWS.items():
+    for dtype in FLOATS:
         x = torch.randn(few + 1, 256).to(dtype)
         last = linear_packed(x[:few], *parts(q), None, "u4/g64/asym")
         many = linear_packed(x, *parts(q), None, "u4/g64/asym")[:few]
