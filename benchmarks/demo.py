@@ -40,14 +40,15 @@ def main() -> None:
     write(f"\n{demo.table(rows)}\n\n> {demo.QUESTION}\n")
     reply = chat.reply(demo.QUESTION)
     text = f"{options.windows} windows of 512 tokens of {options.text.name}" if options.text else "the demo's own text"
+    name = source.gguf or (Path(source.place).name if source.local else source.place)
     notes = (
-        f"Model: {source.gguf or source}. Batch 1, prompt of {run.prompt} tokens, {run.new} new ones; medians of "
+        f"Model: {name}. Batch 1, prompt of {run.prompt} tokens, {run.new} new ones; medians of "
         f"{run.rounds} rounds in which the models take turns. Perplexity on {text}. `made in` is the time to quantize "
         f"and to compile generation. Token embeddings are {demo.EMBEDDINGS} in all of qcompile's rows."
     )
     asked = f"The 4-bit model on “{demo.QUESTION}”: {reply.text}"
-    name = "demo-" + device_slug(options.device)
-    print(record(name, "The demo in full", f"{notes}\n\n{demo.table(rows, 'github')}\n\n{asked}", options.device))
+    file = "demo-" + device_slug(options.device)
+    print(record(file, "The demo in full", f"{notes}\n\n{demo.table(rows, 'github')}\n\n{asked}", options.device))
 
 
 def write(text: str) -> None:
