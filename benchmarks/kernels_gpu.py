@@ -51,7 +51,6 @@ from qcompile.quant.spec import QSpec, Zero
 from qcompile.quant.tensor import QTensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-READ_GBPS = 3124  # a read-only stream on the H100 that these were tuned on
 ROTATE_BYTES = 320e6
 SHAPES = {
     "qkv": (6144, 4096),
@@ -245,13 +244,6 @@ def gemm_tiles(rows: int) -> list[GemmTile]:
         return [GemmTile(m, n, c, s, w, g) for (m, n, c, w, g), s in itertools.product(shapes, (1, 2, 4))]
     shapes = ((128, 128, 4, 8, 3), (128, 128, 4, 4, 3), (128, 256, 4, 8, 3), (256, 128, 4, 8, 3), (64, 256, 4, 8, 3))
     return [GemmTile(m, n, c, s, w, g) for (m, n, c, w, g), s in itertools.product(shapes, (1, 2))]
-
-
-def scaled(tile: GemmTile, spec: str) -> GemmTile:
-    """The same tile for a spec whose chunks hold more codes: fewer of them a step."""
-    fields = QSpec.parse(spec).element.bits
-    chunks = tile.chunks if fields >= 2 and fields != 3 else max(1, tile.chunks // 2)
-    return GemmTile(tile.rows, tile.outputs, chunks, tile.splits, tile.warps, tile.stages)
 
 
 def warm_cases() -> Iterator[dict[str, Any]]:

@@ -27,11 +27,9 @@ from qcompile.kernels._tiles import (
 )
 from qcompile.kernels._weight import Weight
 
-MAX_ROWS = 8
-
 
 def gemv(x: Tensor, weight: Weight, bias: Tensor | None, activation: str | None, tile: _tuning.GemvTile) -> Tensor:
-    """act(x @ W.T + bias) for contiguous x (M, K) with M at most MAX_ROWS."""
+    """act(x @ W.T + bias) for contiguous x (M, K) with M at most 8."""
     m, k = x.shape
     out = x.new_empty(m, weight.rows)
     if x.element_size() == 2 and k % 4 == 0 and x.data_ptr() % 8 == 0:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -147,19 +147,3 @@ def is_tracing() -> bool:
     from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
     return torch.compiler.is_compiling() or torch.compiler.is_exporting() or get_proxy_mode() is not None
-
-
-@contextmanager
-def inductor_counters() -> Iterator[dict[str, int]]:
-    """Counts, by name, what Inductor did inside the block."""
-    from torch._dynamo.utils import counters
-
-    before = dict(counters["inductor"])
-    seen: dict[str, int] = {}
-    yield seen
-    seen.update({key: n - before.get(key, 0) for key, n in counters["inductor"].items()})
-
-
-def schema_is_mutable(node: Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and schema.is_mutable

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from qcompile.algorithms import quantize
 from qcompile.config import Config
-from qcompile.errors import ConfigError, StrictError, WeightError
+from qcompile.errors import ConfigError, WeightError
 from qcompile.explain import Report
 from qcompile.generate import Generate
 from qcompile.plan import Entry, Plan, example_inputs, make_plan
@@ -121,9 +121,8 @@ def _check(model: nn.Module, plan: Plan, config: Config) -> None:
     if asked and not plan.groups and not config.strict:
         reasons = "\n".join(f"  {entry.path} {entry.shape}: {entry.reason}" for entry in plan.entries[:20])
         raise ConfigError(f"{type(model).__name__}: nothing to quantize; every parameter stays dense:\n{reasons}")
-    if config.strict and (left := plan.unexpected):
-        lines = "\n".join(f"  {entry.path} {entry.shape}: {entry.reason}" for entry in left)
-        raise StrictError(f"{len(left)} parameters would stay dense:\n{lines}")
+    if config.strict:
+        plan.insist()
     for entry in plan.entries:
         if entry.spec is None:
             continue

@@ -25,7 +25,7 @@ from qcompile.graph.dump import type_text
 from qcompile.graph.rewrite import Rewriter
 from qcompile.normal import normalize
 from qcompile.ops.linear import dequantize
-from qcompile.pipeline import Outcome, Pipeline
+from qcompile.pipeline import Pipeline
 from qcompile.plan import Entry, Plan, plan_graph
 from qcompile.storage import PackedWeight
 
@@ -54,11 +54,16 @@ def qcompile_backend(
     for index in weights:
         placeholders[index].meta["input_path"] = _path(gm, index)
     plan = plan_graph({placeholders[index]: weight for index, weight in weights.items()}, config)
-    slots = _exchange(normal, plan, config, example_inputs, placeholders)
+    if config.strict:
+        plan.insist()
+    inputs, packed = _exchange(normal, plan, config, example_inputs, placeholders)
     users = [node.meta["val"] for index, node in enumerate(placeholders) if index not in weights]
-    outcome = Pipeline.of(config).transform(normal, " ".join(type_text(user, {}) for user in users))
+    symbols: dict[str, str] = {}
+    outcome = Pipeline.of(config).transform(normal, " ".join(type_text(user, symbols) for user in users))
+    if config.strict:
+        outcome.insist()
     fakes = [node.meta["val"] for node in normal.graph.find_nodes(op="placeholder")]
-    return _Exchanged(_torch.inductor(normal, fakes, patches), slots, plan, outcome)
+    return _Exchanged(_torch.inductor(normal, fakes, patches), inputs, packed)
 
 
 @dataclass
@@ -89,14 +94,7 @@ class _Exchanged:
 
     run: Callable[..., Any]
     inputs: list[int | Tensor]
-    plan: Plan
-    outcome: Outcome
-    packed: Sequence[_Packed] = ()
-
-    def __init__(
-        self, run: Callable[..., Any], slots: tuple[list[int | Tensor], list[_Packed]], plan: Plan, outcome: Outcome
-    ):
-        self.run, (self.inputs, self.packed), self.plan, self.outcome = run, slots, plan, outcome
+    packed: list[_Packed]
 
     def __call__(self, *args: Any) -> Any:
         for packed in self.packed:

@@ -9,23 +9,28 @@ import torch
 from torch import nn
 
 from qcompile import _torch, calls
+from qcompile.errors import UnsupportedError
 
 # Key/value heads, key width, value width of one layer.
 Heads = tuple[int, int, int]
 
 
-def heads_of(model: nn.Module, forward: Callable[..., Any]) -> list[Heads] | None:
-    """What each layer keeps of a token, found by running the forward on fake tensors; None if the model keeps no
-    plain key/value cache."""
+def heads_of(model: nn.Module, forward: Callable[..., Any]) -> list[Heads]:
+    """What each layer keeps of a token, found by running the forward on fake tensors.
+
+    Raises UnsupportedError if the model keeps no plain key/value cache, or another error says why that is not known.
+    """
     first = next(model.parameters())
     tokens = torch.ones((1, 2), dtype=torch.long, device=first.device)
     try:
         cache = _torch.run_fake(lambda: forward(input_ids=tokens, use_cache=True)).past_key_values
-        if not calls.is_cache(cache):
-            return None
-        return [(layer.keys.shape[1], layer.keys.shape[-1], layer.values.shape[-1]) for layer in cache.layers]
-    except Exception:  # any failure of a foreign forward means: no such cache here
-        return None
+    except Exception as error:  # somebody else's forward: whatever it raises is the reason
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise UnsupportedError(f"{type(model).__name__}.forward(input_ids, use_cache=True): {reason}") from error
+    layers = getattr(cache, "layers", None) if calls.is_cache(cache) else None
+    if not layers or not all(isinstance(getattr(layer, "keys", None), torch.Tensor) for layer in layers):
+        raise UnsupportedError(f"{type(model).__name__} keeps a {type(cache).__name__} that is not keys and values")
+    return [(layer.keys.shape[1], layer.keys.shape[-1], layer.values.shape[-1]) for layer in layers]
 
 
 def static_cache(heads: list[Heads], length: int, batch: int, dtype: torch.dtype, device: torch.device) -> Any:

@@ -87,7 +87,7 @@ class Findings:
 
 
 def examine(specs: Sequence[str] = ()) -> Findings:
-    """Look at this machine, and which kernel runs `specs` or else SPECS. Compiles nothing."""
+    """Look at this machine, and which kernel runs `specs` or else SPECS. Builds the C++ that it asks about, once."""
     names = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     compiler = _torch.compiler_available()
     kernels = tuple(_kernel(spec, name) for name in names for spec in specs or SPECS)

@@ -43,7 +43,7 @@ class Generate:
             given = kwargs.get(name, getattr(config, name, None))
             return default if given is None else given
 
-        if runner is None or runner.heads is None or tokens is None:
+        if runner is None or tokens is None:
             return None
         plain = (
             tokens.dim() == 2
@@ -53,7 +53,7 @@ class Generate:
             and setting("num_beams", 1) == 1
             and setting("cache_implementation", "static") in ("static", "hybrid")
         )
-        if not plain:
+        if not plain or runner.heads is None:
             return None
         batch, prompt = tokens.shape
         new = setting("max_new_tokens")

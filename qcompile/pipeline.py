@@ -11,10 +11,12 @@ from typing import Any
 from torch.fx import GraphModule, Node
 
 from qcompile.config import Config
+from qcompile.errors import StrictError
 from qcompile.graph.dump import dump, write_dump
 from qcompile.graph.match import Miss, module_path
 from qcompile.graph.rewrite import PassResult, Rewriter, Rule, apply
 from qcompile.normal import normalizing_passes
+from qcompile.ops.registry import MEANING
 from qcompile.passes.fuse_attention import FuseAttention
 from qcompile.passes.fuse_mlp import FuseMlp
 from qcompile.passes.fuse_norm import FuseNorm
@@ -44,6 +46,18 @@ class Outcome:
     passes: tuple[PassResult, ...]
     lowered: tuple[Lowered, ...]
     text: str
+
+    def insist(self) -> None:
+        """Raise StrictError with a list if a fusion site was missed or a quantized op has no kernel here."""
+        left = [f"{result.name}: {reason} ({site.module})" for result in self.passes for reason, site in result.misses]
+        left += [
+            f"{low.op} {low.detail} has no kernel here ({low.site.module})"
+            for low in self.lowered
+            if low.implementation == MEANING and low.detail
+        ]
+        if left:
+            lines = "\n".join(f"  {line}" for line in left)
+            raise StrictError(f"{len(left)} sites are left in {self.inputs}:\n{lines}")
 
 
 def default_passes(config: Config) -> list[Rule[Any]]:

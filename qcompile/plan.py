@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from qcompile.config import Config
-from qcompile.errors import CaptureError, ConfigError, SpecError, UnsupportedError
+from qcompile.errors import CaptureError, ConfigError, SpecError, StrictError, UnsupportedError
 from qcompile.graph.match import argument, aten, is_call, value
 from qcompile.normal import normalize
 from qcompile.quant.granularity import PerGroup, PerRow
@@ -78,6 +78,12 @@ class Plan:
     def unexpected(self) -> list[Entry]:
         """Weights that stay dense although nobody decided so."""
         return [entry for entry in self.entries if entry.spec is None and not entry.decided]
+
+    def insist(self) -> None:
+        """Raise StrictError with a list if a weight stays dense although nobody decided so."""
+        if left := self.unexpected:
+            lines = "\n".join(f"  {entry.path} {entry.shape}: {entry.reason}" for entry in left)
+            raise StrictError(f"{len(left)} parameters would stay dense:\n{lines}")
 
     @property
     def groups(self) -> list[tuple[Entry, ...]]:

@@ -17,7 +17,6 @@ from qcompile import _torch, calls
 from qcompile.caches import Heads, allocate, heads_of
 from qcompile.config import Config
 from qcompile.errors import CaptureError, StrictError, UnsupportedError
-from qcompile.ops.registry import MEANING
 from qcompile.pipeline import Outcome, Pipeline
 from qcompile.plan import Plan, example_inputs
 from qcompile.program import Program, compile_call, preview_call
@@ -50,11 +49,16 @@ class Runner:
         self.programs: dict[Any, list[Program]] = {}
         self.eager: Counter[str] = Counter()
         self._structure: list[tuple[dict[str, Any], str, Any]] | None = None
-        self._parameters = list(self.__signature__.parameters.values())
-        self._names = [p.name for p in self._parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
-        self._defaults = {p.name: p.default for p in self._parameters if p.default is None}
+        parameters = self.__signature__.parameters.values()
+        self._rest = next((p.name for p in parameters if p.kind is p.VAR_KEYWORD), "")
+        # `*args` and arguments without a name of their own cannot be said by name.
+        self._nameless = any(p.kind in (p.VAR_POSITIONAL, p.POSITIONAL_ONLY) for p in parameters)
+        self._defaults = {p.name for p in parameters if p.default is None}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._nameless:
+            self._note("its forward takes arguments that have no name")
+            return self.original(*args, **kwargs)
         kwargs = self._by_name(args, kwargs)
         # Programs run side by side. Finding one, and running the modules themselves, must not meet another thread's
         # capture, which puts fake tensors into the modules while it lasts.
@@ -81,8 +85,15 @@ class Runner:
         self.eager[reason] += 1
 
     def _by_name(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """Arguments by name without those left at None, so that every way of saying one call is one call."""
-        named = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        """Arguments by name without those left at None, so that every way of saying one call is one call.
+
+        Raises TypeError, as Python does, for arguments that the forward does not take.
+        """
+        named = dict(kwargs)
+        if args:
+            bound = self.__signature__.bind(*args, **kwargs)
+            named = {name: value for name, value in bound.arguments.items() if name != self._rest}
+            named |= bound.arguments.get(self._rest, {})
         return {name: value for name, value in named.items() if value is not None or name not in self._defaults}
 
     def _why_eager(self) -> str | None:
@@ -106,7 +117,7 @@ class Runner:
             raise UnsupportedError(f"{PROGRAM_LIMIT} programs are compiled already, and no one fits this call")
         program = compile_call(self.model, self.original, kwargs, self.pipeline())
         if self.config.strict:
-            _insist(program.outcome)
+            program.outcome.insist()
         self.programs.setdefault(key, []).append(program)
         weights = program.gather()
         assert weights is not None
@@ -135,8 +146,13 @@ class Runner:
 
     @functools.cached_property
     def heads(self) -> list[Heads] | None:
-        """What each layer's cache keeps of a token; None for a model without a plain key/value cache."""
-        return heads_of(self.model, self.original)
+        """What each layer's cache keeps of a token; None, with a warning, without a plain key/value cache."""
+        try:
+            with _COMPILING:
+                return heads_of(self.model, self.original)
+        except UnsupportedError as error:
+            warnings.warn(f"qcompile: generate() runs over transformers' own cache: {error}", stacklevel=4)
+            return None
 
     def _allocate(self, flat: calls.Flat) -> bool:
         """Give static caches that are still empty their memory; whether there were any."""
@@ -196,19 +212,6 @@ AUTOGRAD = "autograd is on and parameters require gradients"
 TRACED = "torch is tracing the model"
 # Eager by the caller's wish: counted, not warned about.
 _ORDINARY = {TRAINING, AUTOGRAD, TRACED}
-
-
-def _insist(outcome: Outcome) -> None:
-    """Raise StrictError if a fusion site was missed or a quantized op has no kernel here."""
-    left = [f"{result.name}: {reason} ({site.module})" for result in outcome.passes for reason, site in result.misses]
-    left += [
-        f"{low.op} {low.detail} has no kernel here ({low.site.module})"
-        for low in outcome.lowered
-        if low.implementation == MEANING and low.detail
-    ]
-    if left:
-        lines = "\n".join(f"  {line}" for line in left)
-        raise StrictError(f"{len(left)} sites are left in {outcome.inputs}:\n{lines}")
 
 
 def runner_of(model: nn.Module) -> Runner | None:

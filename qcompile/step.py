@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from qcompile import calls
+from qcompile.errors import UnsupportedError
 from qcompile.graph.capture import Captured, export
 
 Forward = Callable[..., Any]
@@ -35,6 +36,8 @@ def capture_call(model: nn.Module, forward: Forward, kwargs: Mapping[str, Any]) 
     def run(tensors: Sequence[Any]) -> list[Any]:
         call = rebuild(tensors)
         shells = [value for value in call.values() if calls.is_cache(value)]
+        if len(shells) != len(flat.caches):
+            raise UnsupportedError("a cache inside another argument")
         result = forward(**call)
         # By closure: torch.export takes back what a forward assigns to its module.
         results.append(calls.record(result, tensors, shells))

@@ -77,3 +77,11 @@ def test_no_import_needed() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "torch.Size([2, 64])" in done.stdout, done.stderr[-2000:]
+
+
+@torch.no_grad()
+def test_strict_is_not_ignored(interpreted: None) -> None:
+    model = nn.Sequential(nn.Linear(85, 33), nn.Linear(33, 64))
+    fast = torch.compile(model, backend="qcompile", options={"weights": "u4/g64/asym", "strict": True})
+    with pytest.raises(Exception, match="1 parameters would stay dense"):
+        fast(torch.randn(2, 85))

@@ -165,7 +165,7 @@ def test_explain_reports(tiny_chat: Path, tmp_path: Path, capsys: pytest.Capture
     assert cli.main(["explain", str(tiny_chat), "--dump", str(tmp_path)]) == 0
     text = capsys.readouterr().out
     assert text.startswith("qcompile report   LlamaForCausalLM   u4/g64/asym   on cpu")
-    assert "fuse_siblings" in text and "graph, 0 breaks" in text
+    assert "fuse_siblings" in text and "program     input_ids i64[s0,s1]" in text
     assert list(tmp_path.glob("*/*captured.txt"))
     assert cli.main(["explain", str(tiny_chat), "--weights", "none", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)

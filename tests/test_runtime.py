@@ -216,3 +216,31 @@ def test_compiled_by_inductor_and_called_from_threads(tiny_llama: Make) -> None:
     for got, want in zip(gots, wants, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
     assert programs(model) == 1
+
+
+def test_arguments_are_bound_as_python_binds_them(pair, interpreted: None) -> None:
+    model, _ = pair
+    with pytest.raises(TypeError, match="multiple values for argument 'input_ids'"):
+        model(ids(2, 5), input_ids=ids(2, 5))
+
+
+def test_arguments_without_names_run_and_say_so() -> None:
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(64, 64)
+
+        def forward(self, *xs: torch.Tensor) -> torch.Tensor:
+            return self.fc(sum(xs))  # type: ignore[arg-type]
+
+    model = qcompile.optimize(Sum(), "u4/g64/asym", progress=False)
+    x = torch.ones(2, 64)
+    with pytest.warns(UserWarning, match="arguments that have no name"):
+        assert torch.equal(model(x, x), model.fc(x + x))
+
+
+def test_a_model_without_a_plain_cache_says_so(tiny_llama: Make, interpreted: None) -> None:
+    model, reference = pair_of(tiny_llama())
+    model.forward.original = lambda **kwargs: reference(**{**kwargs, "use_cache": False})
+    with pytest.warns(UserWarning, match="generate\\(\\) runs over transformers' own cache: LlamaForCausalLM keeps a"):
+        assert model.forward.heads is None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Node
 
 from qcompile import _torch
 
@@ -251,8 +251,3 @@ def _trim(args: tuple[Any, ...], node: Node) -> tuple[Any, ...]:
     while full and (full[-1] is None or full[-1] is False):
         full.pop()
     return tuple(full)
-
-
-def inputs_by_name(graph: Graph) -> dict[str, Node]:
-    """Placeholders by name."""
-    return {node.name: node for node in graph.find_nodes(op="placeholder")}
