@@ -4,12 +4,43 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
 from torch.fx import GraphModule, Node
+
+
+@contextmanager
+def tracing_in_this_thread() -> Iterator[None]:
+    """While torch traces, modules of other threads keep their own methods.
+
+    Tracers replace nn.Module.__call__ and __getattr__ for the whole process, so that any module called in another
+    thread meanwhile would be recorded, and break the trace and the call. One thread at a time may be inside.
+    """
+    from torch.fx._symbolic_trace import _Patcher
+
+    owner, patch_method = threading.get_ident(), _Patcher.patch_method
+
+    def patch_here(self: Any, cls: type, name: str, new_fn: Callable[..., Any], deduplicate: bool = True) -> None:
+        old = getattr(cls, name)
+
+        @functools.wraps(old)
+        def method(*args: Any, **kwargs: Any) -> Any:
+            return (new_fn if threading.get_ident() == owner else old)(*args, **kwargs)
+
+        patch_method(self, cls, name, method, deduplicate)
+
+    if patch_method.__name__ == patch_here.__name__:  # entered already, further up
+        yield
+        return
+    _Patcher.patch_method = patch_here
+    try:
+        yield
+    finally:
+        _Patcher.patch_method = patch_method
 
 
 def fake_mode_of(values: Sequence[Any]) -> Any:
@@ -23,7 +54,7 @@ def inductor(gm: GraphModule, fakes: Sequence[Any], patches: dict[str, Any] | No
     from torch._inductor.compile_fx import compile_fx
 
     context = TracingContext.try_get() or TracingContext(fake_mode_of(fakes))
-    with torch.no_grad(), tracing(context):
+    with torch.no_grad(), tracing(context), tracing_in_this_thread():
         return cast(Callable[..., Any], compile_fx(gm, list(fakes), config_patches=patches))
 
 
@@ -57,7 +88,7 @@ def trace(function: Callable[..., Any], fakes: Sequence[Any], pre_dispatch: bool
     from torch.fx.traceback import preserve_node_meta
 
     mode = fake_mode_of(fakes) or nullcontext()
-    with torch.no_grad(), preserve_node_meta(), mode:
+    with torch.no_grad(), preserve_node_meta(), mode, tracing_in_this_thread():
         return make_fx(function, pre_dispatch=pre_dispatch, _allow_non_fake_inputs=True)(*fakes)
 
 

@@ -82,7 +82,7 @@ class Plan:
     def insist(self) -> None:
         """Raise StrictError with a list if a weight stays dense although nobody decided so."""
         if left := self.unexpected:
-            lines = "\n".join(f"  {entry.path} {entry.shape}: {entry.reason}" for entry in left)
+            lines = "\n".join(f"  {entry.path}: {entry.reason}" for entry in left)
             raise StrictError(f"{len(left)} parameters would stay dense:\n{lines}")
 
     @property

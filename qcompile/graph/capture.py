@@ -54,7 +54,7 @@ def export(module: nn.Module, tensors: Sequence[Tensor], prefix: str = "", name:
     # Sizes 0 and 1 are always fixed: torch specializes on them, and warns if asked not to.
     shapes = tuple({dim: auto for dim, size in enumerate(tensor.shape) if size > 1} for tensor in tensors)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _torch.tracing_in_this_thread():
             program = torch.export.export(module, tuple(tensors), dynamic_shapes=(shapes,), strict=False)
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
