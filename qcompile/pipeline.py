@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,7 +110,9 @@ class Pipeline:
 
     @staticmethod
     def of(config: Config) -> Pipeline:
-        return Pipeline(default_passes(config), config.dump)
+        """The pipeline for a config. QCOMPILE_DUMP, a folder, stands in for a dump that the config does not have."""
+        dump = config.dump or os.environ.get("QCOMPILE_DUMP")
+        return Pipeline(default_passes(config), Path(dump) if dump else None)
 
     def transform(self, gm: GraphModule, inputs: str) -> Outcome:
         """Run all passes on a graph in normal form and lower it, in place. Dumps go to `dump/inputs/…`."""

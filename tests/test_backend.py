@@ -6,6 +6,7 @@ import copy
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -85,3 +86,14 @@ def test_strict_is_not_ignored(interpreted: None) -> None:
     fast = torch.compile(model, backend="qcompile", options={"weights": "u4/g64/asym", "strict": True})
     with pytest.raises(Exception, match="1 parameters would stay dense"):
         fast(torch.randn(2, 85))
+
+
+@torch.no_grad()
+def test_the_environment_names_a_dump_folder(
+    interpreted: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("QCOMPILE_DUMP", str(tmp_path))
+    torch.compile(nn.Linear(64, 64), backend="qcompile", options={"weights": "u4/g64/asym"})(torch.randn(2, 64))
+    names = {file.name for file in tmp_path.glob("*/*.txt")}
+    assert "000-captured.txt" in names
+    assert any(name.endswith("-quantize_linear.txt") for name in names)
