@@ -80,7 +80,7 @@ def default_passes(config: Config) -> list[Rule[Any]]:
     ]
     if named is None:
         return passes + [rule for _, rule in fusing]
-    return passes + [Confined(rule, config.may_fuse_in(kind)) for kind, rule in fusing]
+    return passes + [Confined(rule, config.fusing.may_fuse_in(kind)) for kind, rule in fusing]
 
 
 class Confined:

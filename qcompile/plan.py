@@ -302,7 +302,7 @@ def _group(entries: list[Entry], roles: Mapping[str, _Role], config: Config) -> 
     numbered = list(entries)
     groups = [indices for indices in candidates.values() if len(indices) > 1]
     for number, indices in enumerate(groups):
-        if config.may_store_together([entries[index].module for index in indices]):
+        if config.fusing.may_store_together([entries[index].module for index in indices]):
             for index in indices:
                 numbered[index] = replace(entries[index], group=number)
     return tuple(numbered)

@@ -16,6 +16,8 @@ LAYERS = [
     {"ops", "graph"},
     {"passes", "kernels", "formats", "algorithms"},
     # what is to happen, how it is stored, and the account of it
+    {"checks", "patterns"},
+    {"fusing", "transformers_config"},
     {"config", "normal"},
     {"storage", "calls"},
     {"step", "caches"},
