@@ -1,13 +1,13 @@
 """What will become of every parameter, decided on shapes alone.
 
-The model's forward is captured once on fake tensors; roles and sibling groups are read off the graph, not off names.
-Where a forward cannot be captured (no example inputs, say), the module tree decides and the plan says so.
+A parameter's role and the config give its spec, or the reason why it stays dense. Siblings, which are linears that read
+one value, are stored side by side.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -16,15 +16,10 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from qcompile.config import Config
-from qcompile.errors import CaptureError, ConfigError, SpecError, StrictError, UnsupportedError
-from qcompile.graph.match import argument, aten, is_call, value
-from qcompile.normal import normalize
+from qcompile.errors import ConfigError, SpecError, StrictError
 from qcompile.quant.granularity import PerGroup, PerRow
 from qcompile.quant.spec import QSpec
-from qcompile.step import capture_call
-
-# A linear smaller than this saves nothing worth a kernel.
-TINY = 1024
+from qcompile.roles import Names, Role, find_roles, roles_in_graph
 
 
 @dataclass(frozen=True)
@@ -112,30 +107,20 @@ def make_plan(model: nn.Module, config: Config, example: Mapping[str, Any] | Non
     modules = [name for name, _ in model.named_modules()]
     if unmatched := config.unmatched(modules):
         raise ConfigError(f"no module matches {', '.join(map(repr, unmatched))}")
-    roles, source = _roles(model, names, example)
+    roles, source = find_roles(model, names, example_inputs(model) if example is None else example)
     return _plan(names, roles, config, source)
 
 
 def plan_graph(weights: Mapping[Node, Tensor], config: Config) -> Plan:
     """The plan for a captured, normalized graph whose weight inputs are these nodes, named by meta["input_path"]."""
     names = [(tensor, (node.meta["input_path"],)) for node, tensor in weights.items()]
-    roles = _roles_in_graph({node.meta["input_path"]: node for node in weights}, names)
+    roles = roles_in_graph({node.meta["input_path"]: node for node in weights}, names)
     return _plan(names, roles, config, "graph")
 
 
-@dataclass(frozen=True)
-class _Role:
-    name: str
-    transposed: bool = False
-    reads: Any = None  # what siblings must have in common, or None
-
-
-Names = Sequence[tuple[Tensor, tuple[str, ...]]]
-
-
-def _plan(names: Names, roles: Mapping[str, _Role], config: Config, source: str) -> Plan:
+def _plan(names: Names, roles: Mapping[str, Role], config: Config, source: str) -> Plan:
     entries = [
-        _entry(path, tuple(aliases), tensor, roles.get(path, _Role("other")), config)
+        _entry(path, tuple(aliases), tensor, roles.get(path, Role("other")), config)
         for tensor, (path, *aliases) in names
     ]
     return Plan(_group(entries, roles, config), source)
@@ -149,7 +134,7 @@ def _names(model: nn.Module) -> Names:
     return [(tensor, tuple(paths)) for tensor, paths in names.values()]
 
 
-def _entry(path: str, aliases: tuple[str, ...], tensor: Tensor, role: _Role, config: Config) -> Entry:
+def _entry(path: str, aliases: tuple[str, ...], tensor: Tensor, role: Role, config: Config) -> Entry:
     size = tensor.numel() * tensor.element_size()
     dense = Entry(
         path, tuple(tensor.shape), tensor.dtype, role.name, None, "", size, size, None, role.transposed, aliases
@@ -170,128 +155,7 @@ def _entry(path: str, aliases: tuple[str, ...], tensor: Tensor, role: _Role, con
     return replace(dense, spec=chosen, after=after)
 
 
-def _roles(model: nn.Module, names: Names, example: Mapping[str, Any] | None) -> tuple[dict[str, _Role], str]:
-    example = example_inputs(model) if example is None else example
-    if example is None:
-        return _roles_by_type(model, names), "module types: pass example inputs to find sibling layers"
-    try:
-        captured, _, _ = capture_call(model, model.forward, example)
-    except (CaptureError, UnsupportedError) as error:
-        return _roles_by_type(model, names), f"module types: {error}"
-    normalize(captured.gm)
-    inputs = {n.meta["input_path"]: n for n in captured.gm.graph.find_nodes(op="placeholder") if "input_path" in n.meta}
-    return _roles_in_graph(inputs, names), "graph"
-
-
-def _roles_in_graph(inputs: Mapping[str, Node], names: Names) -> dict[str, _Role]:
-    tables = {value(n).shape[0] for n in inputs.values() if any(_use(n, user) == "embedding" for user in n.users)}
-    roles = {}
-    for tensor, paths in names:
-        node = next((inputs[path] for path in paths if path in inputs), None)
-        roles[paths[0]] = _Role("unused") if node is None else _role(node, tensor, tables)
-    return roles
-
-
-def _role(weight: Node, tensor: Tensor, tables: set[int]) -> _Role:
-    transposed, users = False, list(weight.users)
-    if len(users) == 1 and is_call(users[0], aten.transpose.int):
-        transposed, users, weight = True, list(users[0].users), users[0]
-    uses = {_use(weight, user) for user in users}
-    if "embedding" in uses:
-        return _Role("embedding")
-    if uses != {"linear"} or tensor.dim() != 2:
-        return _Role(_dense_role(uses, tensor))
-    (linear, *more) = users
-    rows = tensor.shape[1] if transposed else tensor.shape[0]
-    has_bias = argument(linear, 2, "bias") is not None
-    reads = (linear.args[0], has_bias, tensor.device) if not more else None
-    if _is_router(linear):
-        return _Role("router", transposed)
-    if tensor.numel() < TINY:
-        return _Role("tiny", transposed)
-    if rows in tables and _reaches_output(linear):
-        return _Role("lm_head", transposed)
-    return _Role("linear", transposed, reads)
-
-
-def _use(weight: Node, user: Node) -> str:
-    """How `user` uses a weight."""
-    if is_call(user, aten.linear.default):
-        return "linear" if user.args[1] is weight else "bias"
-    if is_call(user, aten.embedding.default):
-        return "embedding"
-    name = str(user.target)
-    if "conv" in name:
-        return "conv"
-    # A stack of matrices: multiplied as a batch, or one of them picked and multiplied.
-    picked = is_call(user, aten.select.int, aten.index.Tensor, aten.transpose.int)
-    return "experts" if picked or any(word in name for word in ("bmm", "matmul", "grouped_mm")) else "other"
-
-
-def _dense_role(uses: set[str], tensor: Tensor) -> str:
-    if tensor.dim() >= 3 and uses <= {"conv", "experts"}:
-        return uses.pop()
-    if tensor.dim() <= 1:
-        return "bias" if uses <= {"bias", "conv"} else "norm"
-    return uses.pop() if len(uses) == 1 else "other"
-
-
-_POINTWISE = {
-    aten.mul.Tensor,
-    aten.div.Tensor,
-    aten.tanh.default,
-    aten.reshape.default,
-    aten.to.dtype,
-    aten.narrow.default,
-}
-
-
-def _reaches_output(node: Node) -> bool:
-    """Whether a node's value is an output of the graph, apart from scaling, capping and reshaping."""
-    return any(user.op == "output" or (user.target in _POINTWISE and _reaches_output(user)) for user in node.users)
-
-
-def _is_router(linear: Node) -> bool:
-    """Whether the values decide which experts run: they reach a top-k through pointwise steps."""
-    frontier, seen = [linear], set()
-    while frontier:
-        node = frontier.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        for user in node.users:
-            if is_call(user, aten.topk.default, aten.argsort.default, aten.one_hot.default):
-                return True
-            if user.target in _POINTWISE or is_call(user, aten.softmax.int, aten.sigmoid.default, aten.add.Tensor):
-                frontier.append(user)
-    return False
-
-
-def _roles_by_type(model: nn.Module, names: Names) -> dict[str, _Role]:
-    """Roles where there is no graph: by the class of the owning module."""
-    roles = {}
-    for tensor, paths in names:
-        owners = [model.get_submodule(path.rpartition(".")[0]) for path in paths]
-        if any(isinstance(owner, nn.Embedding) for owner in owners):
-            name = "embedding"
-        elif isinstance(owners[0], nn.Linear) and tensor.dim() == 2:
-            name = "tiny" if tensor.numel() < TINY else "linear"
-        else:
-            use = "conv" if "Conv" in type(owners[0]).__name__ else "experts" if tensor.dim() >= 3 else "other"
-            name = _dense_role({use}, tensor)
-        roles[paths[0]] = _Role(name)
-    if (head := _output_embedding(model)) in roles:
-        roles[head] = _Role("lm_head" if roles[head].name == "linear" else roles[head].name)
-    return roles
-
-
-def _output_embedding(model: nn.Module) -> str:
-    find = getattr(model, "get_output_embeddings", None)
-    head = find() if callable(find) else None
-    return next((f"{name}.weight" for name, module in model.named_modules() if module is head), "")
-
-
-def _group(entries: list[Entry], roles: Mapping[str, _Role], config: Config) -> tuple[Entry, ...]:
+def _group(entries: list[Entry], roles: Mapping[str, Role], config: Config) -> tuple[Entry, ...]:
     """Number the siblings: linears that read one value and agree in spec, width, dtype and device."""
     candidates: dict[Any, list[int]] = defaultdict(list)
     for index, entry in enumerate(entries):

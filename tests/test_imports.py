@@ -21,6 +21,7 @@ LAYERS = [
     {"config", "normal"},
     {"storage", "calls"},
     {"step", "caches"},
+    {"roles"},
     {"plan"},
     {"pipeline"},
     {"explain"},
