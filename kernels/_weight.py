@@ -9,16 +9,20 @@ import torch
 from torch import Tensor
 
 from qcompile.kernels._tiles import FLOATS
-from qcompile.quant.granularity import PerGroup, PerOutputGroup, PerTensor
+from qcompile.quant.granularity import PerBlock, PerGroup, PerOutputGroup, PerTensor
 from qcompile.quant.packing import PLANES
-from qcompile.quant.spec import QSpec
+from qcompile.quant.spec import QSpec, Zero
 
 
 def refuses_weight(scale: Tensor, zero: Tensor | None, spec: str, columns: int) -> str | None:
     """Why the Triton kernels cannot read this weight of `columns` inputs, or None."""
     parsed = QSpec.parse(spec)
     granularity = parsed.granularity
-    if isinstance(granularity, PerOutputGroup):
+    if parsed.element.is_float:
+        return f"{spec}: codes of {parsed.element} are not handled, integers are"
+    if parsed.zero is Zero.SHIFT:
+        return f"{spec}: zero points that are added after scaling are not handled"
+    if isinstance(granularity, PerOutputGroup | PerBlock):
         return f"{spec}: groups along the output are not handled"
     if isinstance(granularity, PerGroup):
         if granularity.size % 16:

@@ -14,10 +14,11 @@ from qcompile.config import Config
 from qcompile.errors import ConfigError, WeightError
 from qcompile.explain import Report
 from qcompile.generate import Generate
+from qcompile.load import load
 from qcompile.plan import Entry, Plan, example_inputs, make_plan
 from qcompile.quant.tensor import QTensor
 from qcompile.runtime import Runner, runner_of
-from qcompile.storage import PackedWeight, Slot, install, packed_parameters, packed_tensor
+from qcompile.storage import Parameter, packed_parameters, packed_tensor, put
 
 
 def plan(model: nn.Module, config: Any = None, example: Mapping[str, Any] | None = None, **options: Any) -> Plan:
@@ -96,7 +97,7 @@ def dequantize(model: nn.Module) -> dict[str, Tensor]:
                 packed[path] = getattr(module, name).float()
             else:
                 weight = packed_tensor(module, name).dequantize()
-                packed[path] = weight.t().contiguous() if slot.transposed else weight
+                packed[path] = weight.transpose(-1, -2).contiguous() if slot.transposed else weight
     state = {}
     for key, tensor in model.state_dict().items():
         owner = next((path for path in packed if key == path or key.startswith(f"{path}.")), None)
@@ -147,19 +148,10 @@ def _pack(model: nn.Module, group: tuple[Entry, ...], config: Config, bar: Any) 
         if len(group) > 1 and bias is not None:
             biases.append(bias.detach())
         bar.update()
-    store, start = PackedWeight(parts, biases), 0
-    for entry, part in zip(group, parts, strict=True):
-        # An empty tensor remembers the dtype to unpack to, and follows `.to(dtype)`.
-        like = torch.empty(0, dtype=entry.dtype, device=part.data.device)
-        for path in (entry.path, *entry.aliases):
-            owner, _, name = path.rpartition(".")
-            place = f"packed_{name}"
-            slots = {name: Slot(place, start, part.rows, entry.shape, entry.transposed, like)}
-            if biases:
-                slots["bias"] = Slot(place, start, part.rows, (part.rows,), False, like, bias=True)
-            if name not in packed_parameters(module := model.get_submodule(owner)):  # one module may have many names
-                install(module, slots, {place: store})
-        start += part.rows
+    parameters = [
+        Parameter((entry.path, *entry.aliases), entry.shape, entry.dtype, entry.transposed) for entry in group
+    ]
+    put(model, parameters, parts, biases)
 
 
 def _numerics(model: nn.Module, reference: nn.Module, inputs: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -178,4 +170,4 @@ def _numerics(model: nn.Module, reference: nn.Module, inputs: Mapping[str, Any] 
     return {"sqnr_db": sqnr, "kl": float((p.exp() * (p - q)).sum(-1).mean())}
 
 
-__all__ = ["dequantize", "dump", "example_inputs", "explain", "optimize", "plan"]
+__all__ = ["dequantize", "dump", "example_inputs", "explain", "load", "optimize", "plan"]

@@ -17,6 +17,10 @@ class FormatError(QCompileError, ValueError):
     """Quantized tensors that disagree with their spec or with each other."""
 
 
+class CheckpointError(FormatError):
+    """Files of a checkpoint that are missing, malformed, or say what cannot be; the message names file and tensor."""
+
+
 class WeightError(QCompileError, ValueError):
     """A weight that cannot be quantized: NaN, inf, on the meta device, of a dtype without a meaning."""
 

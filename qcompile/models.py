@@ -82,6 +82,41 @@ def skeleton(source: Source, dtype: str = "auto", device: str = "cpu") -> nn.Mod
         return make(config, dtype=chosen).eval()
 
 
+def fetch(source: Source) -> Path:
+    """The folder that holds the model; a hub's is downloaded, except for its code and its pickles of float weights."""
+    if source.local:
+        return Path(source.place)
+    from huggingface_hub import snapshot_download
+
+    with _errors(source):
+        offline = not _hub_resolves()
+        return Path(snapshot_download(source.place, allow_patterns=_WANTED, local_files_only=offline))
+
+
+_WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "qmodel.pt"]
+
+
+def empty(source: Source, dtype: torch.dtype | str = "auto", device: str = "cpu") -> nn.Module:
+    """The model with its parameters on the meta device, and what it computes for itself, such as rope tables, real."""
+    from accelerate import init_empty_weights
+
+    config = _read_config(source)
+    chosen = dtype if isinstance(dtype, torch.dtype) else resolve_dtype(dtype, config, device)
+    # How the weights are stored is our business; transformers would look for the library that wrote them.
+    for part in (config, config.get_text_config()):
+        part.__dict__.pop("quantization_config", None)
+    kind = _class_of(config)
+    make = kind.from_config if hasattr(kind, "from_config") else kind._from_config
+    with _errors(source), _quiet(source), init_empty_weights(include_buffers=False):
+        model = make(config, dtype=chosen)
+    if (Path(source.place) / "generation_config.json").is_file():
+        from transformers import GenerationConfig
+
+        with _errors(source), _quiet(source):
+            model.generation_config = GenerationConfig.from_pretrained(source.place)
+    return model.eval()
+
+
 def load(source: Source, dtype: str = "auto", device: str = "cpu") -> nn.Module:
     """The float model on `device`, for inference. Raises LoadError, also for a checkpoint that is quantized already."""
     import transformers

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from qcompile.errors import FormatError
-from qcompile.ops.linear import dequantize
+from qcompile.ops.linear import dequantize, reorder
 from qcompile.quant.spec import QSpec
 from qcompile.quant.tensor import QTensor
 
@@ -25,11 +25,12 @@ from qcompile.quant.tensor import QTensor
 class PackedWeight(nn.Module):
     """Codes, scales and zero points of one weight or of several stored side by side, as buffers.
 
-    Buffers: data (rows, bytes) uint8, scale, zero; quantized scales nest as submodules of the same kind. `bias` holds
-    the siblings' biases side by side, if they have any.
+    Buffers: data (rows, bytes) uint8, scale, zero, order; quantized scales nest as submodules of the same kind. `bias`
+    holds the siblings' biases side by side, if they have any.
     """
 
     data: Tensor
+    order: Tensor | None
     bias: Tensor | None
 
     def __init__(self, parts: Sequence[QTensor], biases: Sequence[Tensor] = ()):
@@ -37,10 +38,14 @@ class PackedWeight(nn.Module):
         first = parts[0]
         self.spec = str(first.spec)
         self.columns = first.columns
+        self.register_buffer("order", None)
         for name, piece in first.parts().items():
             if isinstance(piece, QTensor):
                 assert len(parts) == 1, "quantized scales are not stored side by side"
                 self.add_module(name, PackedWeight([piece]))
+            elif name == "order":
+                assert len(parts) == 1, "columns in an order of their own are not stored side by side"
+                self.order = piece
             else:
                 pieces = [tensor for part in parts if isinstance(tensor := part.parts()[name], Tensor)]
                 self.register_buffer(name, torch.cat(pieces) if len(pieces) > 1 else piece)
@@ -60,12 +65,13 @@ class PackedWeight(nn.Module):
         total = self.data.shape[0]
         rows = total if rows is None else rows
         data, scale, zero = (self.part(name, start, rows, total) for name in ("data", "scale", "zero"))
-        return dequantize(data, scale, zero, self.spec, [rows, self.columns], dtype)
+        weight = dequantize(data, scale, zero, self.spec, [rows, self.columns], dtype)
+        return weight if self.order is None else reorder(weight, self.order)
 
     def tensor(self, start: int, rows: int, shape: Sequence[int]) -> QTensor:
         """A QTensor over the same memory."""
         total = self.data.shape[0]
-        parts = {}
+        parts: dict[str, Any] = {"order": self.order}
         for name in ("data", "scale", "zero"):
             piece = getattr(self, name, None)
             if isinstance(piece, PackedWeight):
@@ -84,7 +90,7 @@ class PackedWeight(nn.Module):
                 found.update({f"{name}.{key}": tensor for key, tensor in nested.items()})
             elif piece is not None:
                 found[name] = self.part(name, start, rows, total)
-        return found
+        return found if self.order is None else {**found, "order": self.order}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedWeight:
         # `.to(dtype)`, `.half()` and `.float()` change what the weight is unpacked to, never the stored numbers.
@@ -177,8 +183,42 @@ def packed_parameters(module: nn.Module) -> dict[str, Slot]:
 def packed_tensor(module: nn.Module, name: str) -> QTensor:
     """The QTensor behind a packed parameter, as stored: (out_features, in_features) also for a transposed one."""
     slot = packed_parameters(module)[name]
-    shape = slot.shape[::-1] if slot.transposed else slot.shape
+    shape = (*slot.shape[:-2], slot.shape[-1], slot.shape[-2]) if slot.transposed else slot.shape
     return getattr(module, slot.store).tensor(slot.start, slot.rows, shape)
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter that is packed: all its names, the first one first, and what the module sees of it.
+
+    `shape` is the module's own, `transposed` says that it is that of the stored weight with its last two dimensions
+    exchanged, `dtype` is what it is unpacked to.
+    """
+
+    paths: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    transposed: bool = False
+
+
+def put(
+    model: nn.Module, parameters: Sequence[Parameter], parts: Sequence[QTensor], biases: Sequence[Tensor] = ()
+) -> None:
+    """Store weights side by side and put them in the places of these parameters, each under all its names."""
+    store, start = PackedWeight(parts, biases), 0
+    for parameter, part in zip(parameters, parts, strict=True):
+        # An empty tensor remembers the dtype to unpack to, and follows `.to(dtype)`.
+        like = torch.empty(0, dtype=parameter.dtype, device=part.data.device)
+        for path in parameter.paths:
+            owner, _, name = path.rpartition(".")
+            place = f"packed_{name}"
+            slots = {name: Slot(place, start, part.rows, parameter.shape, parameter.transposed, like)}
+            if biases:
+                slots["bias"] = Slot(place, start, part.rows, (part.rows,), False, like, bias=True)
+            module = model.get_submodule(owner)
+            if name in module._parameters:  # one module may have many names
+                install(module, slots, {place: store})
+        start += part.rows
 
 
 def install(module: nn.Module, slots: Mapping[str, Slot], stores: Mapping[str, PackedWeight]) -> None:
@@ -215,5 +255,6 @@ def _read(module: nn.Module, name: str) -> Tensor:
         return store.bias.narrow(0, slot.start, slot.rows)
     weight = store.dequantize(slot.like.dtype, slot.start, slot.rows)
     if slot.transposed:
-        return weight.t()
+        weight = weight.reshape((*slot.shape[:-2], slot.shape[-1], slot.shape[-2]))
+        return weight.transpose(-1, -2)
     return weight if weight.dim() == len(slot.shape) else weight.reshape(slot.shape)

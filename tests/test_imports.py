@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     {"_torch", "errors"},
     {"quant"},
-    {"ops", "graph"},
+    {"ops", "graph", "files"},
     {"passes", "kernels", "formats", "algorithms"},
     # what is to happen, how it is stored, and the account of it
     {"checks", "patterns"},
@@ -28,11 +28,12 @@ LAYERS = [
     # what a user calls
     {"program"},
     {"runtime"},
-    {"backend", "generate"},
+    {"backend", "generate", "models"},
+    {"load"},
     {"api"},
     {"__init__"},
     # the command line
-    {"models", "evaluate", "chat"},
+    {"evaluate", "chat"},
     {"demo", "doctor"},
     {"cli"},
     {"__main__"},

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from qcompile.errors import WeightError
-from qcompile.quant.spec import QSpec
+from qcompile.quant.element import Element
+from qcompile.quant.spec import QSpec, Zero
 from qcompile.quant.tensor import QTensor
 
 # Scales and float zero points are stored in the dtype of the weight.
@@ -57,12 +58,32 @@ def read(side: Tensor | QTensor) -> Tensor:
     return side.dequantize() if isinstance(side, QTensor) else side.to(torch.float32)
 
 
+def largest(element: Element) -> float:
+    """The largest number that a float element holds."""
+    return torch.finfo(element.dtype).max if element.dtype else max(element.table or ())
+
+
 def encode(values: Tensor, spec: QSpec, scale: Tensor, zero: Tensor | int) -> Tensor:
     """The nearest codes of a matrix, uint8, for scales and zero points in float32 (a scale of 0 gives code = zero)."""
 
     def spread(side: Tensor) -> Tensor:
         return spec.granularity.spread(side, *values.shape)
 
+    if spec.zero is Zero.SHIFT:
+        assert isinstance(zero, Tensor)
+        values, zero = values - spread(zero), 0
     steps = values / spread(torch.where(scale == 0, torch.inf, scale))
+    if spec.element.is_float:
+        return _encode_float(steps, spec.element)
     steps += spread(zero) if isinstance(zero, Tensor) else zero
     return steps.round_().clamp_(0, spec.element.levels - 1).to(torch.uint8)
+
+
+def _encode_float(steps: Tensor, element: Element) -> Tensor:
+    if element.dtype:
+        top = largest(element)
+        return steps.clamp_(-top, top).to(element.dtype).view(torch.uint8)
+    assert element.table is not None
+    table, order = torch.tensor(element.table, device=steps.device).sort()
+    codes = torch.bucketize(steps, (table[1:] + table[:-1]) / 2)
+    return order.to(torch.uint8).index_select(0, codes.reshape(-1)).reshape(codes.shape)

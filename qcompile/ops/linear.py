@@ -26,6 +26,12 @@ def dequantize(
     return tensor.dequantize(data, scale, zero, QSpec.parse(spec), tuple(shape), dtype)
 
 
+@op
+def reorder(weight: Tensor, order: Tensor) -> Tensor:
+    """Stored columns in their places: column order[j] of the result is column j of `weight`, see QTensor.order."""
+    return tensor.reorder(weight, order)
+
+
 def _empty_linear(
     x: Tensor, data: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, spec: str, activation: str | None
 ) -> Tensor:

@@ -4,24 +4,35 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from qcompile.errors import SpecError
 
 
 @dataclass(frozen=True)
 class Element:
-    """An integer element. Codes are stored as 0 … levels-1; the number a code stands for is `code - offset`.
+    """What the codes 0 … levels-1 stand for.
 
-    u1 … u8 have offset 0 and need a zero point; i2 … i8 are centred (offset = half the range) and have none.
-    `ternary` is three levels in two bits: -1, 0, 1 when symmetric, 0, 1, 2 with a zero point.
+    Integers: u1 … u8 are the codes themselves; i2 … i8 are centred, `code - offset` with half the range as offset, and
+    have no zero point. `ternary` is three levels in two bits: -1, 0, 1 when symmetric, 0, 1, 2 with a zero point.
+
+    Floats have no zero point either. Those of 8 bits are `dtype` seen as bytes; smaller ones look up `table`.
     """
 
     tag: str
     bits: int
     levels: int
-    offset: int
+    offset: int = 0
+    table: tuple[float, ...] | None = None
+    dtype: torch.dtype | None = None
 
     def __str__(self) -> str:
         return self.tag
+
+    @property
+    def is_float(self) -> bool:
+        return self.table is not None or self.dtype is not None
 
     @staticmethod
     def parse(tag: str) -> Element:
@@ -30,10 +41,52 @@ class Element:
             return element
         raise SpecError(f"unknown element {tag!r}; known: {', '.join(ELEMENTS)}")
 
+    def decode(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        """uint8 codes as numbers of `dtype`, float32 or float64; integers before their offset is taken off."""
+        if self.dtype is not None:
+            return codes.view(self.dtype).to(dtype)
+        if self.table is None:
+            return codes.to(dtype)
+        table = torch.tensor(self.table, dtype=dtype, device=codes.device)
+        return table.index_select(0, codes.reshape(-1).to(torch.int32)).reshape(codes.shape)
+
+
+def _minifloat(exponent: int, mantissa: int, bias: int) -> tuple[float, ...]:
+    """All values of a float of 1 + exponent + mantissa bits without inf and NaN, by code (OCP MX specification 1.0)."""
+    positive = []
+    for code in range(2 ** (exponent + mantissa)):
+        power, fraction = code >> mantissa, (code & (2**mantissa - 1)) / 2**mantissa
+        positive.append(2.0 ** (power - bias) * (1 + fraction) if power else 2.0 ** (1 - bias) * fraction)
+    return (*positive, *(-value for value in positive))
+
+
+# QLoRA (arXiv:2305.14314), appendix E.
+_NF4 = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+# bitsandbytes' own 4-bit float, in twelfths.
+_FP4_BNB = tuple(sign * value / 12 for sign in (1, -1) for value in (0, 0.0625, 8, 12, 4, 6, 2, 3))
+# ggml's IQ4_NL and IQ4_XS.
+_IQ4 = tuple(map(float, (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)))
 
 _WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8)
 ELEMENTS: dict[str, Element] = {
-    **{f"u{bits}": Element(f"u{bits}", bits, 2**bits, 0) for bits in _WIDTHS},
-    **{f"i{bits}": Element(f"i{bits}", bits, 2**bits, 2 ** (bits - 1)) for bits in _WIDTHS[1:]},
-    "ternary": Element("ternary", 2, 3, 1),
+    element.tag: element
+    for element in (
+        *(Element(f"u{bits}", bits, 2**bits) for bits in _WIDTHS),
+        *(Element(f"i{bits}", bits, 2**bits, offset=2 ** (bits - 1)) for bits in _WIDTHS[1:]),
+        Element("ternary", 2, 3, offset=1),
+        Element("fp8_e4m3", 8, 256, dtype=torch.float8_e4m3fn),
+        Element("fp8_e5m2", 8, 256, dtype=torch.float8_e5m2),
+        Element("e8m0", 8, 256, dtype=torch.float8_e8m0fnu),
+        Element("fp6_e2m3", 6, 64, table=_minifloat(2, 3, 1)),
+        Element("fp6_e3m2", 6, 64, table=_minifloat(3, 2, 3)),
+        Element("fp4_e2m1", 4, 16, table=_minifloat(2, 1, 1)),
+        Element("fp4_bnb", 4, 16, table=_FP4_BNB),
+        Element("nf4", 4, 16, table=_NF4),
+        Element("iq4", 4, 16, table=_IQ4),
+    )
 }

@@ -7,9 +7,10 @@ weight so that the elements of a group lie along one axis, which it returns too.
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from qcompile.errors import SpecError
 
@@ -93,19 +94,52 @@ class PerOutputGroup:
         return weight.reshape(self.size, -1), 0
 
 
-Granularity = PerTensor | PerRow | PerGroup | PerOutputGroup
+@dataclass(frozen=True)
+class PerBlock:
+    """Tiles of `height` rows and `width` columns share a scale; the last ones may be cut off:
+    scale is (ceil(rows / height), ceil(columns / width))."""
+
+    height: int
+    width: int
+
+    def __str__(self) -> str:
+        return f"b{self.height}x{self.width}"
+
+    def scale_shape(self, rows: int, columns: int) -> tuple[int, int]:
+        return (-(-rows // self.height), -(-columns // self.width))
+
+    def spread(self, scale: Tensor, rows: int, columns: int) -> Tensor:
+        down, across = scale.shape
+        tiles = scale.reshape(down, 1, across, 1).expand(-1, self.height, -1, self.width)
+        return tiles.reshape(down * self.height, across * self.width)[:rows, :columns]
+
+    def fold(self, weight: Tensor) -> tuple[Tensor, int]:
+        rows, columns = weight.shape
+        down, across = self.scale_shape(rows, columns)
+        # Repeated edges change no minimum, no maximum and no mean enough to matter: a cut tile holds its own values.
+        padded = nn.functional.pad(
+            weight[None, None], (0, across * self.width - columns, 0, down * self.height - rows), mode="replicate"
+        )
+        tiles = padded.reshape(down, self.height, across, self.width).transpose(1, 2)
+        return tiles.reshape(down * across, -1), 1
+
+
+Granularity = PerTensor | PerRow | PerGroup | PerOutputGroup | PerBlock
 
 
 def parse_granularity(tag: str) -> Granularity:
-    """`tensor`, `row`, `g64` (64 inputs), `o64` (64 parts along the output)."""
+    """`tensor`, `row`, `g64` (64 inputs), `o64` (64 parts along the output), `b128x128` (tiles)."""
     if tag == "tensor":
         return PerTensor()
     if tag == "row":
         return PerRow()
+    if tile := re.fullmatch(r"b([1-9]\d{0,8})x([1-9]\d{0,8})", tag, re.ASCII):
+        return PerBlock(int(tile[1]), int(tile[2]))
     kinds = {"g": PerGroup, "o": PerOutputGroup}
     if tag[:1] in kinds and len(tag) < 12 and tag[1:].isdecimal() and int(tag[1:]) > 0 and tag[1] != "0":
         return kinds[tag[0]](int(tag[1:]))
-    raise SpecError(f"unknown granularity {tag!r}; known: tensor, row, g<inputs> such as g64, o<outputs> such as o64")
+    known = "tensor, row, g<inputs> such as g64, o<outputs> such as o64, b<outputs>x<inputs> such as b128x128"
+    raise SpecError(f"unknown granularity {tag!r}; known: {known}")
 
 
 def _flat_groups(granularity: PerGroup | PerOutputGroup, rows: int, columns: int) -> int:

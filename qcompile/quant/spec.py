@@ -14,19 +14,26 @@ from qcompile.quant.packing import row_bytes
 
 
 class Zero(enum.Enum):
-    """The zero point: none, a float in units of codes (HQQ), or an integer code (RTN, AWQ, GPTQ)."""
+    """The zero point: none, a float in units of codes (HQQ), an integer code (RTN, AWQ, GPTQ), or a float in units of
+    the weight that is added after scaling (GGUF's minimum, quanto's shift)."""
 
     NONE = "sym"
     FLOAT = "asym"
     INT = "asym_int"
+    SHIFT = "shift"
+
+    @property
+    def is_float(self) -> bool:
+        return self in (Zero.FLOAT, Zero.SHIFT)
 
 
 @dataclass(frozen=True)
 class QSpec:
-    """`value = (code - zero) * scale`, element by element.
+    """`value = (code - zero) * scale`, element by element; `code * scale + zero` where the zero point is a shift.
 
     Spelled `element/granularity/zero`, for example `u4/g64/asym` or `i8/row/sym`. Scales and zero points that are
-    quantized themselves follow in parentheses: `u4/g64/asym/scale(u8/o128/asym)/zero(u8/tensor/asym)`.
+    quantized themselves follow in parentheses: `u4/g64/asym/scale(u8/o128/asym)/zero(u8/tensor/asym)`. Unsigned codes
+    without a zero point, `u6/g8/sym`, are for scales, which are positive.
     """
 
     element: Element
@@ -36,14 +43,13 @@ class QSpec:
     zero_spec: QSpec | None = None
 
     def __post_init__(self) -> None:
-        tag, symmetric = self.element.tag, self.zero is Zero.NONE
-        if tag[0] == "u" and symmetric:
-            other = f"i{self.element.bits}" if self.element.bits > 1 else "ternary"
-            raise SpecError(f"{tag} has no symmetric form; write {other}/{self.granularity}/sym")
-        if tag[0] == "i" and not symmetric:
-            raise SpecError(f"{tag} has no zero point; write u{self.element.bits}/{self.granularity}/{self.zero.value}")
-        if self.zero_spec and self.zero is not Zero.FLOAT:
-            raise SpecError(f"zero({self.zero_spec}) quantizes a float zero point, and {self.zero.value} has none")
+        tag, kind = self.element.tag, self.zero.value
+        if self.element.is_float and self.zero is not Zero.NONE:
+            raise SpecError(f"{tag} is a float and has no zero point; write {tag}/{self.granularity}/sym")
+        if tag[0] == "i" and tag != "iq4" and self.zero is not Zero.NONE:
+            raise SpecError(f"{tag} has no zero point; write u{self.element.bits}/{self.granularity}/{kind}")
+        if self.zero_spec and not self.zero.is_float:
+            raise SpecError(f"zero({self.zero_spec}) quantizes a float zero point, and {kind} has none")
 
     def __str__(self) -> str:
         parts = [str(self.element), str(self.granularity), self.zero.value]
@@ -89,7 +95,8 @@ def _parse(text: str) -> QSpec:
     try:
         zero = Zero(parts[2])
     except ValueError:
-        raise SpecError(f"{text!r}: unknown zero point {parts[2]!r}; known: sym, asym, asym_int") from None
+        known = ", ".join(zero.value for zero in Zero)
+        raise SpecError(f"{text!r}: unknown zero point {parts[2]!r}; known: {known}") from None
     sides = {f"{name}_spec": _parse(inner[1:-1]) for name, inner in nested.items()}
     spec = QSpec(Element.parse(parts[0]), parse_granularity(parts[1]), zero, **sides)
     if str(spec) != text:

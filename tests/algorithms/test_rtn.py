@@ -25,10 +25,25 @@ def sqnr(weight: Tensor, q: QTensor) -> float:
 # dB for normal weights in groups of 64; a few tenths below what was measured.
 ASYM = {"u1": -4.4, "u2": 6.9, "u3": 14.3, "u4": 20.9, "u5": 27.2, "u6": 33.4, "u7": 39.5, "u8": 45.5, "ternary": 3.5}
 SYM = {"i2": 3.5, "i3": 12.6, "i4": 19.8, "i5": 26.2, "i6": 32.3, "i7": 38.4, "i8": 44.5, "ternary": 2.8}
+FLOATS = {
+    "fp8_e4m3": 30,
+    "fp8_e5m2": 24,
+    "fp6_e2m3": 30,
+    "fp6_e3m2": 24,
+    "fp4_e2m1": 18,
+    "nf4": 20,
+    "iq4": 20,
+    "fp4_bnb": 17,
+}
 CASES = [
     *((f"{tag}/g64/asym", db) for tag, db in ASYM.items()),
     *((f"{tag}/g64/sym", db) for tag, db in SYM.items()),
     *((f"{tag}/g64/asym_int", db - 0.2) for tag, db in ASYM.items()),
+    *((f"{tag}/g64/shift", db - 0.2) for tag, db in ASYM.items()),
+    *((f"{tag}/g64/sym", db) for tag, db in FLOATS.items()),
+    ("fp8_e4m3/b32x64/sym", 30),
+    ("fp4_e2m1/g16/sym/scale(fp8_e4m3/tensor/sym)", 19),
+    ("u4/g32/shift/scale(u6/g8/sym)", 20),
 ]
 
 
@@ -210,3 +225,16 @@ def test_the_default_algorithm(spec: str, algorithm: str) -> None:
     assert choose(QSpec.parse(spec)) == algorithm
     want = ALGORITHMS[algorithm](weight, QSpec.parse(spec))
     assert torch.equal(quantize(weight, QSpec.parse(spec)).dequantize(), want.dequantize())
+
+
+@pytest.mark.parametrize(
+    ("spec", "reason"),
+    [
+        ("u4/g64/sym", "u4 has no symmetric form; write i4/g64/sym"),
+        ("u1/row/sym", "u1 has no symmetric form; write ternary/row/sym"),
+        ("e8m0/row/sym", "e8m0 holds powers of two, for scales"),
+    ],
+)
+def test_specs_that_are_for_scales_only(spec: str, reason: str) -> None:
+    with pytest.raises(SpecError, match=re.escape(reason)):
+        make(torch.randn(8, 64), spec)

@@ -26,6 +26,7 @@ def make(text: str, shape: tuple[int, ...] = (8, 128), dtype: torch.dtype = torc
     zeros = {
         "sym": lambda: None,
         "asym": lambda: side(spec.zero_spec),
+        "shift": lambda: side(spec.zero_spec),
         "asym_int": lambda: torch.randint(0, spec.element.levels, groups, dtype=torch.uint8),
     }
     return QTensor.from_codes(spec, codes, side(spec.scale_spec), zeros[spec.zero.value]())
@@ -37,20 +38,40 @@ def elements(side: Tensor | QTensor | None, spec: QSpec, rows: int, columns: int
     assert side is not None
     flat, tag = side.double().flatten(), str(spec.granularity)
     n = torch.arange(rows * columns)
+    if tag[0] == "b":
+        height, width = map(int, tag[1:].split("x"))
+        return flat[n // columns // height * -(-columns // width) + n % columns // width].reshape(rows, columns)
     size = int(tag[1:]) if tag[0] in "go" else 1
     group = {"t": n * 0, "r": n // columns, "g": n // size, "o": n % (n.numel() // size)}[tag[0]]
     return flat[group].reshape(rows, columns)
 
 
-@pytest.mark.parametrize("element", ELEMENTS)
-@pytest.mark.parametrize("granularity", ["tensor", "row", "g16", "g192", "o4"])
+INTEGERS = [tag for tag, element in ELEMENTS.items() if not element.is_float]
+
+
+@pytest.mark.parametrize("element", INTEGERS)
+@pytest.mark.parametrize("granularity", ["tensor", "row", "g16", "g192", "o4", "b5x32"])
 def test_dequantize_is_code_minus_zero_times_scale(element: str, granularity: str) -> None:
-    for zero in {"u": ["asym", "asym_int"], "i": ["sym"], "t": ["sym", "asym", "asym_int"]}[element[0]]:
+    for zero in {"u": ["sym", "asym", "asym_int"], "i": ["sym"], "t": ["sym", "asym", "asym_int"]}[element[0]]:
         q = make(f"{element}/{granularity}/{zero}", (12, 80))
         shift = q.spec.offset if q.zero is None else elements(q.zero, q.spec, 12, 80)
         want = (q.codes().double() - shift) * elements(q.scale, q.spec, 12, 80)
         torch.testing.assert_close(q.dequantize(torch.float64), want, rtol=0, atol=0)
         torch.testing.assert_close(q.dequantize().double(), want, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("granularity", ["row", "g16"])
+def test_dequantize_adds_a_shift_after_scaling(granularity: str) -> None:
+    q = make(f"u4/{granularity}/shift", (12, 80))
+    want = q.codes().double() * elements(q.scale, q.spec, 12, 80) + elements(q.zero, q.spec, 12, 80)
+    torch.testing.assert_close(q.dequantize(torch.float64), want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("element", [tag for tag in ELEMENTS if tag not in INTEGERS])
+def test_dequantize_of_floats_is_number_times_scale(element: str) -> None:
+    q = make(f"{element}/g16/sym", (12, 80))
+    want = q.spec.element.decode(q.codes(), torch.float64) * elements(q.scale, q.spec, 12, 80)
+    torch.testing.assert_close(q.dequantize(torch.float64), want, rtol=0, atol=0, equal_nan=True)
 
 
 def test_nested_scales_and_zeros() -> None:
@@ -120,3 +141,38 @@ ASYM, INT, SYM = "u4/g64/asym", "u4/g64/asym_int", "i4/g64/sym"
 def test_disagreement_names_both_sides(text: str, change: dict[str, Any], message: str) -> None:
     with pytest.raises(FormatError, match=re.escape(message)):
         replace(make(text), **change)
+
+
+def test_stored_columns_go_back_to_their_places() -> None:
+    q, order = make("u4/g32/asym_int", (6, 96)), torch.randperm(96)
+    permuted = replace(q, order=order)
+    assert torch.equal(permuted.dequantize()[:, order], q.dequantize())
+    assert torch.equal(permuted.codes(), q.codes())
+    assert permuted.nbytes == q.nbytes + order.nbytes
+
+
+@pytest.mark.parametrize(
+    ("order", "message"),
+    [
+        (torch.arange(95), "needs order (96,), got (95,)"),
+        (torch.arange(96, dtype=torch.int32), "order is torch.int32, not torch.int64"),
+        (torch.zeros(96, dtype=torch.long), "order is no permutation of its 96 columns"),
+        (torch.arange(96) + 1, "order is no permutation of its 96 columns"),
+    ],
+)
+def test_order_is_a_permutation(order: Tensor, message: str) -> None:
+    with pytest.raises(FormatError, match=re.escape(message)):
+        replace(make("u4/g32/asym_int", (6, 96)), order=order)
+
+
+@pytest.mark.parametrize("spec", ["u3/g32/asym", "i8/row/sym"])
+def test_codes_given_in_slices_of_rows(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qcompile.quant.tensor.SLICE", 96 * 4)
+    q, seen = make(spec, (10, 96)), []
+
+    def codes(start: int, stop: int) -> Tensor:
+        seen.append((start, stop))
+        return q.codes()[start:stop]
+
+    assert torch.equal(QTensor.from_rows(q.spec, (10, 96), codes, q.scale, q.zero).data, q.data)
+    assert seen == [(0, 4), (4, 8), (8, 10)]

@@ -1,0 +1,147 @@
+"""A checkpoint: the files of a folder as one set of named tensors, and its configuration."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qcompile.errors import CheckpointError
+from qcompile.files.safetensors_file import SafetensorsFile
+from qcompile.files.tensor_file import TensorFile, TensorInfo
+
+# A configuration is text that people read; one larger than this is something else.
+LARGEST_JSON = 64 << 20
+
+INDEX = "model.safetensors.index.json"
+
+
+class Checkpoint:
+    """Named tensors of one or several files.
+
+    folder    where it lies
+    config    config.json; empty where there is none
+    metadata  the strings that the files' headers carry, together
+    tensors   every tensor's dtype, shape and file
+
+    Raises CheckpointError for files that are missing, malformed, or hold one name twice.
+    """
+
+    def __init__(self, folder: Path, files: list[TensorFile]):
+        self.folder = folder
+        self.files = files
+        self.config: dict[str, Any] = self.json("config.json") or {}
+        self.metadata: dict[str, str] = {}
+        self._homes: dict[str, TensorFile] = {}
+        for file in files:
+            self.metadata.update(file.metadata)
+            for name in file.tensors:
+                if name in self._homes:
+                    raise CheckpointError(f"{name} is in {self._homes[name].path.name} and in {file.path.name}")
+                self._homes[name] = file
+
+    @functools.cached_property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """By name."""
+        return {name: file.tensors[name] for name, file in self._homes.items()}
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, on the CPU."""
+        if name not in self._homes:
+            raise CheckpointError(f"{self.folder.name} has no tensor {name}")
+        return self._homes[name].read(name)
+
+    def modules(self, kind: str) -> list[str]:
+        """The modules that have a tensor of this name: for "qweight" all X with a tensor X.qweight, in their order."""
+        return [name.removesuffix(f".{kind}") for name in self._homes if name.endswith(f".{kind}")]
+
+    def need(
+        self, name: str, shape: int | tuple[int, ...] | None = None, dtypes: torch.dtype | Collection[torch.dtype] = ()
+    ) -> TensorInfo:
+        """What is known of a tensor that must be there, of this shape or number of dimensions and one of these dtypes.
+
+        Raises CheckpointError, naming the tensor and what was expected.
+        """
+        if name not in self._homes:
+            raise CheckpointError(f"{name} is missing")
+        info = self._homes[name].tensors[name]
+        if isinstance(shape, tuple) and info.shape != shape:
+            raise CheckpointError(f"{name} is {info.shape}, not {shape}. Does the configuration belong to these files?")
+        if isinstance(shape, int) and len(info.shape) != shape:
+            raise CheckpointError(f"{name} is {info.shape}, which is not of {shape} dimensions")
+        allowed = {dtypes} if isinstance(dtypes, torch.dtype) else dtypes
+        if allowed and info.dtype not in allowed:
+            known = " or ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+            raise CheckpointError(f"{name} is {str(info.dtype).removeprefix('torch.')}, not {known}")
+        return info
+
+    def json(self, name: str) -> dict[str, Any] | None:
+        """A JSON file of the folder; None if there is none. Raises CheckpointError if it is not a JSON object."""
+        path = self.folder / name
+        if not path.is_file():
+            return None
+        if path.stat().st_size > LARGEST_JSON:
+            raise CheckpointError(f"{name} has {path.stat().st_size} bytes, too many for a configuration")
+        try:
+            value = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{name} is not JSON: {error}") from error
+        if not isinstance(value, dict):
+            raise CheckpointError(f"{name} holds a {type(value).__name__}, not an object")
+        return value
+
+    @property
+    def quantization(self) -> dict[str, Any]:
+        """What the configuration says of the quantization; empty if it says nothing."""
+        places = [self.config, self.config.get("text_config")]
+        for place in places:
+            for key in ("quantization_config", "compression_config"):
+                if isinstance(place, dict) and isinstance(place.get(key), dict):
+                    return place[key]
+        for side in ("quantize_config.json", "quant_config.json"):
+            if found := self.json(side):
+                return found
+        return {}
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint in a folder. Only headers are read. Raises CheckpointError, naming the file."""
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is not a folder")
+    return Checkpoint(path, [SafetensorsFile(file) for file in _safetensors(path)])
+
+
+def _safetensors(folder: Path) -> list[Path]:
+    if (folder / INDEX).is_file():
+        return _indexed(folder)
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    files = sorted(folder.glob("*.safetensors"))
+    shards = [file for file in files if re.search(r"-\d{5}-of-\d{5}\.", file.name)]
+    if shards:
+        raise CheckpointError(f"{folder} holds {shards[0].name} and no {INDEX}, which names all shards")
+    if len(files) != 1:
+        names = ", ".join(file.name for file in files)
+        raise CheckpointError(f"{folder} holds {len(files) or 'no'} .safetensors files and no {INDEX}: {names}")
+    return files
+
+
+def _indexed(folder: Path) -> list[Path]:
+    """The files that the index names, each inside the folder."""
+    try:
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        shards = sorted(set(index["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{INDEX} has no weight_map from tensor to file: {error}") from error
+    for shard in shards:
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise CheckpointError(f"{INDEX} names the file {shard!r}, which does not lie in the folder")
+        if not (folder / shard).is_file():
+            raise CheckpointError(f"{INDEX} names {shard}, which is missing")
+    return [folder / shard for shard in shards]

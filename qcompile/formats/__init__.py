@@ -1,0 +1,26 @@
+"""The ways in which checkpoints store quantized weights: one file a method."""
+
+from qcompile.errors import CheckpointError
+from qcompile.files.checkpoint import Checkpoint
+from qcompile.formats.awq import Awq
+from qcompile.formats.stored import Format, Stored
+
+# The first that claims a checkpoint reads it.
+FORMATS: tuple[Format, ...] = (Awq(),)
+
+
+def find(checkpoint: Checkpoint) -> Format | None:
+    """Who reads this checkpoint; None for a float one. Raises CheckpointError for a method that nobody here reads."""
+    for candidate in FORMATS:
+        if candidate.claims(checkpoint):
+            return candidate
+    if method := checkpoint.quantization.get("quant_method"):
+        known = ", ".join(candidate.name for candidate in FORMATS)
+        raise CheckpointError(
+            f"{checkpoint.folder.name} is quantized by {method!r}, which qcompile does not read (it reads {known}); "
+            "take the model's float original and quantize it with qcompile.optimize"
+        )
+    return None
+
+
+__all__ = ["FORMATS", "Format", "Stored", "find"]

@@ -1,0 +1,62 @@
+"""What a format reader says about a checkpoint, before any weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from qcompile.files.checkpoint import Checkpoint
+from qcompile.quant.spec import QSpec
+from qcompile.quant.tensor import QTensor
+
+# Reads a tensor of the checkpoint onto the device where the weight is to lie.
+Read = Callable[[str], Tensor]
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How a checkpoint wants activations rounded: an ActivationSpec as text, and the tensors with the scale and the zero
+    point if it is static."""
+
+    spec: str
+    scale: str | None = None
+    zero: str | None = None
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One quantized weight of a checkpoint.
+
+    path     the parameter that it is, by the checkpoint's own module names, such as "model.layers.0.mlp.up_proj.weight"
+    spec     how its numbers are read
+    shape    (out_features, in_features)
+    tensors  the tensors that it is made of, and those that merely describe it
+    read     makes it: the checkpoint's own codes and scales, in packed form. Raises CheckpointError
+    input    how the linear's input is rounded before it is multiplied, if it is
+    output   how the linear's output is rounded, if it is
+    """
+
+    path: str
+    spec: QSpec
+    shape: tuple[int, ...]
+    tensors: tuple[str, ...]
+    read: Callable[[Read], QTensor]
+    input: Rounding | None = None
+    output: Rounding | None = None
+
+
+class Format(Protocol):
+    """One way of storing quantized weights."""
+
+    name: str
+
+    def claims(self, checkpoint: Checkpoint) -> bool:
+        """Whether this checkpoint is written so. Tensors decide before the configuration does."""
+        ...
+
+    def weights(self, checkpoint: Checkpoint) -> Iterable[Stored]:
+        """Every quantized weight. Raises CheckpointError where tensors and configuration contradict each other."""
+        ...

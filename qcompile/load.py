@@ -1,0 +1,176 @@
+"""Open a checkpoint as a model: its own codes and scales, packed, with nothing dequantized on the way.
+
+The model is made without memory for its weights. Tensors are then read one at a time and go straight to their final
+place on the target device.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from qcompile import formats, models
+from qcompile.errors import CheckpointError, FormatError
+from qcompile.files.checkpoint import Checkpoint, open_checkpoint
+from qcompile.formats import Stored
+from qcompile.storage import Parameter, put
+
+
+def load(
+    name: str,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | str = "auto",
+    quantize_inputs: bool = True,
+    strict: bool = True,
+    progress: bool = True,
+) -> nn.Module:
+    """The model of a checkpoint in a folder, a .gguf file or on the hub, float or quantized, for inference.
+
+    dtype     what weights are unpacked to and dense ones are kept in; "auto" takes the checkpoint's own, or what this
+              device is fast in
+    quantize_inputs
+              whether activations are rounded where the checkpoint asks for it; False multiplies them as they are
+    strict    whether a tensor that nothing reads, or a parameter that nothing fills, is an error or a warning
+    progress  whether to show a progress bar
+
+    The library that wrote the checkpoint is not needed, and no code from the checkpoint runs.
+    Raises LoadError where there is no model, CheckpointError where its files are not what they should be.
+    """
+    source = models.find(name)
+    folder = models.fetch(source)
+    checkpoint = open_checkpoint(folder / source.gguf if source.gguf else folder)
+    method = formats.find(checkpoint)
+    stored = list(method.weights(checkpoint)) if method else []
+    model = models.empty(source, dtype, str(device))
+    filler = Filler(model, checkpoint, stored, torch.device(device))
+    with tqdm(total=len(filler.places), desc="load", disable=not progress, leave=False) as bar, torch.no_grad():
+        filler.fill(bar)
+    if left := filler.left():
+        if strict:
+            raise CheckpointError(f"{source}: " + "\n".join(left) + "\nstrict=False loads all the same")
+        warnings.warn(f"qcompile: {source}: " + "; ".join(left), stacklevel=2)
+    return model.requires_grad_(False).eval()
+
+
+@dataclass(frozen=True)
+class Place:
+    """A parameter or buffer of the model, under all its names."""
+
+    paths: tuple[str, ...]
+    tensor: Tensor
+
+
+class Filler:
+    """Puts a checkpoint's tensors into a model, and keeps account of what was read and what was filled."""
+
+    def __init__(self, model: nn.Module, checkpoint: Checkpoint, stored: Sequence[Stored], device: torch.device):
+        self.model = model
+        self.checkpoint = checkpoint
+        self.device = device
+        self.places = _places(model, {weight.path for weight in stored})
+        self.stored = stored
+        self.unread = set(checkpoint.tensors)
+        self.unfilled = {place.paths[0] for place in self.places.values()}
+
+    def fill(self, bar: Any) -> None:
+        for weight in self.stored:
+            bar.set_postfix_str(weight.path, refresh=False)
+            self._pack(weight)
+            bar.update()
+        for name in sorted(self.unread):
+            if place := self.places.get(name):
+                bar.set_postfix_str(name, refresh=False)
+                self._set(name, place)
+                bar.update()
+        for buffers in (module._buffers for module in self.model.modules()):
+            for name, buffer in buffers.items():
+                if buffer is not None and not buffer.is_meta:
+                    buffers[name] = buffer.to(self.device)
+
+    def left(self) -> list[str]:
+        """What is wrong: tensors that nothing read, parameters that nothing filled."""
+        ignored = getattr(self.model, "_keys_to_ignore_on_load_unexpected", None) or ()
+        unread = sorted(name for name in self.unread if not _matches(ignored, name))
+        lines = []
+        if unread:
+            lines.append(f"nothing reads {len(unread)} of its tensors: {_some(unread)}")
+        if self.unfilled:
+            lines.append(f"nothing fills {len(self.unfilled)} parameters: {_some(sorted(self.unfilled))}")
+        return lines
+
+    def _read(self, name: str) -> Tensor:
+        return self.checkpoint.read(name).to(self.device)
+
+    def _pack(self, weight: Stored) -> None:
+        place = self.places.get(weight.path)
+        if place is None:
+            raise CheckpointError(f"{weight.path} is quantized in the checkpoint; the model has no such parameter")
+        transposed = _orientation(weight, place)
+        try:
+            part = weight.read(self._read)
+        except FormatError as error:
+            raise CheckpointError(f"{weight.path}: {error}") from error
+        shape = tuple(place.tensor.shape)
+        put(self.model, [Parameter(place.paths, shape, place.tensor.dtype, transposed)], [part])
+        self.unread.difference_update(weight.tensors)
+        self.unfilled.discard(place.paths[0])
+
+    def _set(self, name: str, place: Place) -> None:
+        if place.paths[0] not in self.unfilled:
+            self.unread.discard(name)  # another name of a tied one
+            return
+        info = self.checkpoint.need(name)
+        if info.shape != tuple(place.tensor.shape):
+            raise CheckpointError(f"{name} is {info.shape}, the model needs {tuple(place.tensor.shape)}")
+        if info.dtype.is_floating_point != place.tensor.dtype.is_floating_point:
+            raise CheckpointError(f"{name} is {info.dtype}, the model needs {place.tensor.dtype}")
+        tensor = self._read(name).to(place.tensor.dtype)
+        value = nn.Parameter(tensor, requires_grad=False) if isinstance(place.tensor, nn.Parameter) else tensor
+        for path in place.paths:
+            owner, _, attribute = path.rpartition(".")
+            setattr(self.model.get_submodule(owner), attribute, value)
+        self.unread.discard(name)
+        self.unfilled.discard(place.paths[0])
+
+
+def _places(model: nn.Module, packed: Collection[str]) -> dict[str, Place]:
+    """Every parameter and persistent buffer by each of its names. A tie is undone where one end is packed by itself:
+    quantized heads of tied models are stored beside the float embedding."""
+    names: dict[Any, tuple[Tensor, list[str]]] = {}
+    for path, tensor in model.state_dict(keep_vars=True).items():
+        key = (id(tensor), path in packed)
+        names.setdefault(key, (tensor, []))[1].append(path)
+    found = {}
+    for tensor, paths in names.values():
+        place = Place(tuple(paths), tensor)
+        found.update(dict.fromkeys(paths, place))
+    return found
+
+
+def _orientation(weight: Stored, place: Place) -> bool:
+    """Whether the model holds this weight as (…, in_features, out_features)."""
+    shape = tuple(place.tensor.shape)
+    if shape == weight.shape:
+        return False
+    if shape == (*weight.shape[:-2], weight.shape[-1], weight.shape[-2]):
+        return True
+    raise CheckpointError(
+        f"{weight.path} is {weight.shape} as {weight.spec}; the model needs {shape}. "
+        "Does config.json belong to these files?"
+    )
+
+
+def _matches(patterns: Collection[str], name: str) -> bool:
+    return any(re.search(pattern, name) for pattern in patterns)
+
+
+def _some(names: Sequence[str], most: int = 8) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
