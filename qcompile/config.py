@@ -37,7 +37,8 @@ class Config:
     do_fuse, fuse_max_seq_len, modules_to_fuse
                  AWQ's explicit fusing. modules_to_fuse: {"attention": [q, k, v, o], "mlp": [gate, up, down],
                  "layernorm": [names], "use_alibi": bool, "num_attention_heads", "num_key_value_heads", "hidden_size",
-                 "rope_theta"}, where [] fuses none of a kind. Without it everything fuses that can.
+                 "rope_theta"}, where [] fuses none of a kind. Without it everything fuses that can. Numbers have to be
+                 the model's; with use_alibi no rope is fused.
 
     Patterns are compared with dotted module names. They match whole components, anywhere in the name: "lm_head",
     "self_attn.q_proj", "layers.0", "vision.*.fc?"; `*` also runs over dots. "tag:self_attn.q_proj" matches by HQQ's

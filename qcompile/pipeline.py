@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 from collections.abc import Callable, Sequence
@@ -72,7 +73,7 @@ def default_passes(config: Config) -> list[Rule[Any]]:
     fusing: list[tuple[str, Rule[Any]]] = [
         ("any", FuseSiblings()),
         # Before norms: a rotation is a sum too, and a norm behind it would take it for its residual.
-        ("attention", FuseRope()),
+        ("rope", FuseRope()),
         ("layernorm", FuseNorm()),
         # After siblings: gate and up are halves of one tensor, and a linear with an activation is no sibling.
         ("mlp", FuseMlp()),
@@ -80,22 +81,22 @@ def default_passes(config: Config) -> list[Rule[Any]]:
     ]
     if named is None:
         return passes + [rule for _, rule in fusing]
-    return passes + [Confined(rule, config.fusing.may_fuse_in(kind)) for kind, rule in fusing]
+    return passes + [Confined(rule, functools.partial(config.fusing.why_not, kind)) for kind, rule in fusing]
 
 
 class Confined:
-    """A pass that works only where `allows(module path)` says so; elsewhere its matches become misses."""
+    """A pass that works only where `why_not(module path)` is None; elsewhere it is the reason of a miss."""
 
-    def __init__(self, rule: Rule[Any], allows: Callable[[str], bool]):
+    def __init__(self, rule: Rule[Any], why_not: Callable[[str], str | None]):
         self.rule = rule
         self.name = rule.name
-        self.allows = allows
+        self.why_not = why_not
 
     def match(self, node: Node) -> Any:
         found = self.rule.match(node)
-        if found is None or isinstance(found, Miss) or self.allows(module_path(node)):
+        if found is None or isinstance(found, Miss) or (reason := self.why_not(module_path(node))) is None:
             return found
-        return Miss("the module is not named in modules_to_fuse", node)
+        return Miss(reason, node)
 
     def rewrite(self, g: Rewriter, match: Any) -> None:
         self.rule.rewrite(g, match)

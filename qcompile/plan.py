@@ -17,6 +17,7 @@ from torch.fx import Node
 
 from qcompile.config import Config
 from qcompile.errors import ConfigError, SpecError, StrictError
+from qcompile.patterns import first
 from qcompile.quant.granularity import PerGroup, PerRow
 from qcompile.quant.spec import QSpec
 from qcompile.roles import Names, Role, find_roles, roles_in_graph
@@ -101,14 +102,19 @@ class Plan:
 def make_plan(model: nn.Module, config: Config, example: Mapping[str, Any] | None = None) -> Plan:
     """The plan for a model. `example` are keyword arguments of its forward; Transformers models need none.
 
-    Nothing is computed: parameters may be on the meta device. Raises ConfigError for patterns that match no module.
+    Nothing is computed: parameters may be on the meta device. Raises ConfigError for patterns that match no module
+    and for sizes in modules_to_fuse that are not the model's.
     """
     names = _names(model)
     modules = [name for name, _ in model.named_modules()]
     if unmatched := config.unmatched(modules):
         raise ConfigError(f"no module matches {', '.join(map(repr, unmatched))}")
-    roles, source = find_roles(model, names, example_inputs(model) if example is None else example)
-    return _plan(names, roles, config, source)
+    example = example_inputs(model) if example is None else example
+    roles, source = find_roles(model, names, example, config.fusing.reads)
+    plan = _plan(names, roles, config, source)
+    for module in [name for name in modules if first(config.fusing.named("attention"), name)] or [""]:
+        config.fusing.check_config(_config_over(model, module), module or type(model).__name__)
+    return plan
 
 
 def plan_graph(weights: Mapping[Node, Tensor], config: Config) -> Plan:
@@ -123,7 +129,20 @@ def _plan(names: Names, roles: Mapping[str, Role], config: Config, source: str) 
         _entry(path, tuple(aliases), tensor, roles.get(path, Role("other")), config)
         for tensor, (path, *aliases) in names
     ]
+    linears = {entry.module: entry.matrix for entry in entries if entry.role in ("linear", "tiny")}
+    config.fusing.check_linears(linears)
     return Plan(_group(entries, roles, config), source)
+
+
+def _config_over(model: nn.Module, module: str) -> Any:
+    """The config of the nearest module at or above this one that has any; of several in one, that of the text model."""
+    found = getattr(model.get_submodule(module), "config", None)
+    if found is None and module:
+        return _config_over(model, module.rpartition(".")[0])
+    try:
+        return find() if callable(find := getattr(found, "get_text_config", None)) else found
+    except ValueError:  # it has two text models
+        return found
 
 
 def _names(model: nn.Module) -> Names:

@@ -6,7 +6,7 @@ forward cannot be captured (no example inputs, say), the module tree decides and
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ TINY = 1024
 
 # Parameters in the model's order, each with all its names.
 Names = Sequence[tuple[Tensor, tuple[str, ...]]]
+Stated = Callable[[str], Any]
 
 
 @dataclass(frozen=True)
@@ -34,17 +35,26 @@ class Role:
     reads: Any = None
 
 
-def find_roles(model: nn.Module, names: Names, example: Mapping[str, Any] | None) -> tuple[dict[str, Role], str]:
-    """The role of every parameter, by the first of its names, and where the roles come from."""
-    if example is None:
-        return roles_by_type(model, names), "module types: pass example inputs to find sibling layers"
-    try:
-        captured, _, _ = capture_call(model, model.forward, example)
-    except (CaptureError, UnsupportedError) as error:
-        return roles_by_type(model, names), f"module types: {error}"
-    normalize(captured.gm)
-    inputs = {n.meta["input_path"]: n for n in captured.gm.graph.find_nodes(op="placeholder") if "input_path" in n.meta}
-    return roles_in_graph(inputs, names), "graph"
+def find_roles(
+    model: nn.Module, names: Names, example: Mapping[str, Any] | None, stated: Stated = lambda module: None
+) -> tuple[dict[str, Role], str]:
+    """The role of every parameter, by the first of its names, and where the roles come from.
+
+    `stated(module)` is what someone says that a linear reads; it counts where there is no graph.
+    """
+    why = "pass example inputs to find sibling layers"
+    if example is not None:
+        try:
+            captured, _, _ = capture_call(model, model.forward, example)
+        except (CaptureError, UnsupportedError) as error:
+            why = str(error)
+        else:
+            normalize(captured.gm)
+            nodes = captured.gm.graph.find_nodes(op="placeholder")
+            return roles_in_graph({n.meta["input_path"]: n for n in nodes if "input_path" in n.meta}, names), "graph"
+    roles = roles_by_type(model, names, stated)
+    by_hand = " and modules_to_fuse" if any(role.reads for role in roles.values()) else ""
+    return roles, f"module types{by_hand}: {why}"
 
 
 def roles_in_graph(inputs: Mapping[str, Node], names: Names) -> dict[str, Role]:
@@ -132,19 +142,22 @@ def _is_router(linear: Node) -> bool:
     return False
 
 
-def roles_by_type(model: nn.Module, names: Names) -> dict[str, Role]:
+def roles_by_type(model: nn.Module, names: Names, stated: Stated) -> dict[str, Role]:
     """Roles where there is no graph: by the class of the owning module."""
     roles = {}
     for tensor, paths in names:
+        module, reads = paths[0].rpartition(".")[0], None
         owners = [model.get_submodule(path.rpartition(".")[0]) for path in paths]
         if any(isinstance(owner, nn.Embedding) for owner in owners):
             name = "embedding"
         elif isinstance(owners[0], nn.Linear) and tensor.dim() == 2:
             name = "tiny" if tensor.numel() < TINY else "linear"
+            if name == "linear" and (value_read := stated(module)) is not None:
+                reads = (value_read, owners[0].bias is not None, tensor.device)
         else:
             use = "conv" if "Conv" in type(owners[0]).__name__ else "experts" if tensor.dim() >= 3 else "other"
             name = _dense_role({use}, tensor)
-        roles[paths[0]] = Role(name)
+        roles[paths[0]] = Role(name, reads=reads)
     if (head := _output_embedding(model)) in roles:
         roles[head] = Role("lm_head" if roles[head].name == "linear" else roles[head].name)
     return roles

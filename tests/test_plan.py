@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -98,3 +100,115 @@ def test_planning_changes_nothing(tiny_llama: Callable[..., nn.Module]) -> None:
     state = copy.deepcopy(model.state_dict())
     qcompile.plan(model, "u4/g32/asym")
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+class TestStatedByHand:
+    """modules_to_fuse."""
+
+    names = {"attention": ["q", "k", "v", "o"], "mlp": ["gate", "up", "down"]}
+
+    class Layer(nn.Module):
+        def __init__(self, q: int = 64) -> None:
+            super().__init__()
+            self.attn, self.mlp = nn.ModuleDict(), nn.ModuleDict()
+            for name in ("q", "k", "v", "o"):
+                self.attn[name] = nn.Linear(q if name == "q" else 64, 64)
+            for name in ("gate", "up", "down"):
+                self.mlp[name] = nn.Linear(64, 64)
+
+    def groups(self, *layers: nn.Module, **options: Any) -> list[list[str]]:
+        plan = qcompile.plan(nn.Sequential(*layers), "u4/g32/asym", modules_to_fuse=self.names, **options)
+        return [[entry.module for entry in group] for group in plan.groups if len(group) > 1]
+
+    def test_siblings_without_a_graph(self) -> None:
+        layers = [self.Layer(), self.Layer()]
+        want = [[f"{i}.attn.q", f"{i}.attn.k", f"{i}.attn.v"] for i in (0, 1)]
+        want += [[f"{i}.mlp.gate", f"{i}.mlp.up"] for i in (0, 1)]
+        assert sorted(self.groups(*layers)) == sorted(want)
+        plan = qcompile.plan(layers[0], "u4/g32/asym", modules_to_fuse=self.names)
+        assert plan.source == "module types and modules_to_fuse: pass example inputs to find sibling layers"
+
+    def test_siblings_have_to_agree(self) -> None:
+        assert self.groups(self.Layer(q=128)) == [["0.attn.k", "0.attn.v"], ["0.mlp.gate", "0.mlp.up"]]
+        layer = self.Layer()
+        layer.attn["v"] = nn.Linear(64, 64, bias=False)
+        assert self.groups(layer)[0] == ["0.attn.q", "0.attn.k"]
+        layer.attn["k"].half()
+        layer.mlp["up"].to("meta")
+        assert self.groups(layer) == []
+        mixed = self.groups(self.Layer(), specs={"attn.q": "u8/g32/asym", "gate": None})
+        assert mixed == [["0.attn.k", "0.attn.v"]]
+
+    def test_a_graph_knows_better(self) -> None:
+        class Crossed(self.Layer):
+            def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+                attn = self.attn
+                return attn["o"](attn["q"](x) + attn["k"](y) + attn["v"](y))
+
+        options = {"modules_to_fuse": {"attention": self.names["attention"]}}
+        example = {"x": torch.randn(2, 64), "y": torch.randn(2, 64)}
+        plan = qcompile.plan(Crossed(), "u4/g32/asym", example=example, **options)
+        assert [[e.module for e in group] for group in plan.groups if len(group) > 1] == [["attn.k", "attn.v"]]
+
+    @pytest.mark.parametrize(
+        ("sizes", "message"),
+        [
+            ({"hidden_size": 128}, r"hidden_size is 128, but model\.layers\.0\.self_attn\.q_proj reads 64 features"),
+            ({"num_attention_heads": 8, "num_key_value_heads": 2}, "q_proj heads of 8 .* and .*k_proj heads of 16"),
+            ({"num_attention_heads": 8}, r"num_attention_heads is 8, but LlamaConfig, the config of .*q_proj, has 4"),
+            ({"num_key_value_heads": 4}, "num_key_value_heads is 4, but LlamaConfig, the config of .*, has 2"),
+            ({"rope_theta": 5e5}, r"rope_theta is 500000\.0, but LlamaConfig, the config of .*, has 10000\.0"),
+        ],
+    )
+    def test_sizes_are_those_of_the_model(self, tiny_llama: Callable[..., nn.Module], sizes: Any, message: str) -> None:
+        model, attention = tiny_llama(num_hidden_layers=1), ["q_proj", "k_proj", "v_proj"]
+        right = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 64, "rope_theta": 10000.0}
+        qcompile.plan(model, "u4/g32/asym", modules_to_fuse={"attention": attention, **right})
+        with pytest.raises(ConfigError, match=message):
+            qcompile.plan(model, "u4/g32/asym", modules_to_fuse={"attention": attention, **sizes})
+
+    def test_sizes_are_those_of_the_nearest_config(self) -> None:
+        model = nn.ModuleDict({"text": self.Layer(), "vision": self.Layer()})
+        text = SimpleNamespace(num_attention_heads=4)
+        model.config = SimpleNamespace(num_attention_heads=1, get_text_config=lambda: text)
+        model["vision"].config = SimpleNamespace(num_attention_heads=2)
+
+        def plan(where: str, heads: int) -> None:
+            names = [f"{where}{name}" for name in ("q", "k", "v")]
+            qcompile.plan(model, "u4/g32/asym", modules_to_fuse={"attention": names, "num_attention_heads": heads})
+
+        plan("text.attn.", 4)
+        plan("vision.attn.", 2)
+        with pytest.raises(ConfigError, match=r"is 4, but SimpleNamespace, the config of vision\.attn\.q, has 2"):
+            plan("", 4)
+        with pytest.raises(ConfigError, match=r"is 2, but SimpleNamespace, the config of text\.attn\.q, has 4"):
+            plan("text.*.", 2)
+        # Without attention it is the model's own, where it has one text model.
+        for find in (lambda: text, None):
+            model.config.get_text_config = find
+            has = 4 if find else 1
+            with pytest.raises(ConfigError, match=f"is 8, but SimpleNamespace, the config of ModuleDict, has {has}"):
+                qcompile.plan(model, "u4/g32/asym", modules_to_fuse={"num_attention_heads": 8})
+
+    def test_one_group_one_linear_and_equal_numbers(self, interpreted: None) -> None:
+        class Attention(self.Layer):
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                q, k, v = (self.attn[name](x).unflatten(-1, (4, 16)).transpose(1, 2) for name in ("q", "k", "v"))
+                y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+                return self.attn["o"](y.transpose(1, 2).flatten(2))
+
+        model, x = Attention(), torch.randn(2, 5, 64)
+        del model.mlp
+        fast = qcompile.optimize(
+            copy.deepcopy(model), "u4/g32/asym", modules_to_fuse={"attention": self.names["attention"]}, progress=False
+        )
+        assert fast.attn["q"].packed_weight is fast.attn["k"].packed_weight is fast.attn["v"].packed_weight
+        assert fast.attn["q"].packed_weight is not fast.attn["o"].packed_weight
+        model.load_state_dict(qcompile.dequantize(fast))
+        with torch.no_grad():
+            torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
+        assert not fast.forward.eager
+        assert qcompile.dump(fast).count("= qcompile.linear(") == 2
+        report = qcompile.explain(fast)
+        assert "q+k+v" in str(report)
+        assert sum(low.op == "linear" for low in report.outcomes[0].lowered) == 2
