@@ -2,6 +2,10 @@
 
 The model stays float. The compiled callable exchanges the float parameters among its inputs for packed ones; a
 parameter that was edited or replaced since is packed again before the call.
+
+Edits in place are noticed by a tensor's version counter. Tensors made under torch.inference_mode() have none, and a
+checksum would read every float weight at every call, which is what packing saves. So of those only the exchange is
+noticed, of the tensor or of its memory, and a warning says so.
 """
 
 from __future__ import annotations
@@ -57,6 +61,12 @@ def qcompile_backend(
     if config.strict:
         plan.insist()
     inputs, packed = _exchange(normal, plan, config, example_inputs, placeholders)
+    if uncounted := sum(weight.is_inference() for group in packed for weight, _ in group.seen):
+        warnings.warn(
+            f"qcompile: {uncounted} weights were made under torch.inference_mode(), so edits of them in place will not "
+            "be noticed; load the model outside of it, or call torch.compiler.reset() after an edit",
+            stacklevel=2,
+        )
     users = [node.meta["val"] for index, node in enumerate(placeholders) if index not in weights]
     symbols: dict[str, str] = {}
     outcome = Pipeline.of(config).transform(normal, " ".join(type_text(user, symbols) for user in users))
@@ -68,24 +78,22 @@ def qcompile_backend(
 
 @dataclass
 class _Packed:
-    """A store and the float parameters it was made of: their places among the caller's inputs, and their versions."""
+    """A store and the float parameters it was made of: their places among the caller's inputs, and their states."""
 
     entries: tuple[Entry, ...]
     places: list[int]
     store: PackedWeight
     config: Config
-    seen: list[tuple[Tensor, int]]
+    seen: list[tuple[Tensor, tuple[int, int]]]
 
     def refresh(self, args: Sequence[Any]) -> None:
         """Pack again if a parameter is another tensor than last time or was written to."""
-        if all(
-            args[i] is tensor and tensor._version == version for i, (tensor, version) in zip(self.places, self.seen)
-        ):
+        if all(args[i] is tensor and _state(tensor) == state for i, (tensor, state) in zip(self.places, self.seen)):
             return
         fresh = _pack(self.entries, [args[i] for i in self.places], self.config)
         for name, buffer in fresh.named_buffers():
             self.store.get_buffer(name).copy_(buffer)
-        self.seen = [(args[i], args[i]._version) for i in self.places]
+        self.seen = [(args[i], _state(args[i])) for i in self.places]
 
 
 @dataclass
@@ -101,6 +109,11 @@ class _Exchanged:
             packed.refresh(args)
         with torch.no_grad():
             return self.run(*[args[given] if isinstance(given, int) else given for given in self.inputs])
+
+
+def _state(tensor: Tensor) -> tuple[int, int]:
+    """What changes when a tensor is written to (unless it counts no writes), and when its `.data` is exchanged."""
+    return (-1 if tensor.is_inference() else tensor._version), tensor.data_ptr()
 
 
 def _pack(entries: Sequence[Entry], weights: Sequence[Tensor], config: Config) -> PackedWeight:
@@ -124,7 +137,7 @@ def _exchange(
         places = [index_of[entry.path] for entry in entries]
         weights = [example_inputs[place] for place in places]
         store = _pack(entries, weights, config)
-        packed.append(_Packed(entries, places, store, config, [(w, w._version) for w in weights]))
+        packed.append(_Packed(entries, places, store, config, [(weight, _state(weight)) for weight in weights]))
         nodes = {}
         for name, buffer in store.named_buffers():
             with gm.graph.inserting_before(placeholders[places[0]]):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -97,3 +98,40 @@ def test_the_environment_names_a_dump_folder(
     names = {file.name for file in tmp_path.glob("*/*.txt")}
     assert "000-captured.txt" in names
     assert any(name.endswith("-quantize_linear.txt") for name in names)
+
+
+@torch.no_grad()
+def test_exchanged_data_is_seen(interpreted: None) -> None:
+    model, x = nn.Sequential(nn.Linear(64, 64)), torch.randn(2, 64)
+    fast = torch.compile(model, backend="qcompile", options=SPEC)
+    close(fast(x), quantized_twin(model)(x))
+    model[0].weight.data = torch.randn(64, 64)
+    close(fast(x), quantized_twin(model)(x))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_weights_made_under_inference_mode(mode: Callable[..., Any], interpreted: None) -> None:
+    """They count no writes: a warning says that edits in place are not seen. Exchanged ones are."""
+    normal, x = nn.Sequential(nn.Linear(64, 64)), torch.randn(2, 64)
+    with torch.inference_mode():
+        model = copy.deepcopy(normal)
+        assert model[0].weight.is_inference()
+    fast = torch.compile(model, backend="qcompile", options=SPEC)
+    with mode():
+        with pytest.warns(UserWarning, match=r"1 weights were made under torch.inference_mode\(\), so edits of them"):
+            close(fast(x), quantized_twin(normal)(x))
+        normal[0].weight.data = torch.randn(64, 64)
+        with torch.inference_mode():
+            model[0].weight.data = normal[0].weight.data.clone()
+        close(fast(x), quantized_twin(normal)(x))
+
+
+def test_edits_under_inference_mode_are_seen(interpreted: None) -> None:
+    model, x = nn.Sequential(nn.Linear(64, 64)), torch.randn(2, 64)
+    fast = torch.compile(model, backend="qcompile", options=SPEC)
+    for _ in range(2):
+        with torch.inference_mode():
+            close(fast(x), quantized_twin(model)(x))
+            model[0].weight.mul_(-2)
+        with torch.no_grad():
+            close(fast(x), quantized_twin(model)(x))
