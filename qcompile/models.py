@@ -83,17 +83,22 @@ def skeleton(source: Source, dtype: str = "auto", device: str = "cpu") -> nn.Mod
 
 
 def fetch(source: Source) -> Path:
-    """The folder that holds the model; a hub's is downloaded, except for its code and its pickles of float weights."""
+    """The folder that holds the model; a hub's is downloaded, except for its code, and for pickles where it has
+    safetensors files."""
     if source.local:
         return Path(source.place)
     from huggingface_hub import snapshot_download
 
     with _errors(source):
         offline = not _hub_resolves()
-        return Path(snapshot_download(source.place, allow_patterns=_WANTED, local_files_only=offline))
+        folder = Path(snapshot_download(source.place, allow_patterns=_WANTED, local_files_only=offline))
+        if not any(folder.glob("*.safetensors")):
+            snapshot_download(source.place, allow_patterns=_PICKLES, local_files_only=offline)
+        return folder
 
 
-_WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "qmodel.pt"]
+_WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+_PICKLES = ["qmodel.pt", "pytorch_model*.bin", "gptq_model*.bin"]
 
 
 def empty(source: Source, dtype: torch.dtype | str = "auto", device: str = "cpu") -> nn.Module:

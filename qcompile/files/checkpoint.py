@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 
 from qcompile.errors import CheckpointError
+from qcompile.files.pickle_file import PickleFile
 from qcompile.files.safetensors_file import SafetensorsFile
 from qcompile.files.tensor_file import TensorFile, TensorInfo
 
 # A configuration is text that people read; one larger than this is something else.
 LARGEST_JSON = 64 << 20
-
-INDEX = "model.safetensors.index.json"
 
 
 class Checkpoint:
@@ -114,34 +113,55 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """The checkpoint in a folder. Only headers are read. Raises CheckpointError, naming the file."""
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a folder")
-    return Checkpoint(path, [SafetensorsFile(file) for file in _safetensors(path)])
+    return Checkpoint(path, [_OPENS[file.suffix](file) for file in _files(path)])
 
 
-def _safetensors(folder: Path) -> list[Path]:
-    if (folder / INDEX).is_file():
-        return _indexed(folder)
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
-    files = sorted(folder.glob("*.safetensors"))
-    shards = [file for file in files if re.search(r"-\d{5}-of-\d{5}\.", file.name)]
-    if shards:
-        raise CheckpointError(f"{folder} holds {shards[0].name} and no {INDEX}, which names all shards")
-    if len(files) != 1:
-        names = ", ".join(file.name for file in files)
-        raise CheckpointError(f"{folder} holds {len(files) or 'no'} .safetensors files and no {INDEX}: {names}")
-    return files
+_OPENS: dict[str, Callable[[Path], TensorFile]] = {
+    ".safetensors": SafetensorsFile,
+    ".bin": PickleFile,
+    ".pt": PickleFile,
+}
+# The usual names, the preferred one first.
+_USUAL = ("model.safetensors", "pytorch_model.bin", "qmodel.pt")
 
 
-def _indexed(folder: Path) -> list[Path]:
+def _files(folder: Path) -> list[Path]:
+    """The files with the weights: all that an index names, the one with the usual name, or the only one of its kind.
+    Pickles are read where there is no safetensors file."""
+    for usual in _USUAL:
+        suffix = Path(usual).suffix
+        indices = [folder / f"{usual}.index.json"]
+        if not indices[0].is_file():
+            indices = list(folder.glob(f"*{suffix}.index.json"))
+        if len(indices) == 1:
+            return _indexed(indices[0])
+        if (folder / usual).is_file():
+            return [folder / usual]
+        files = sorted(file for file in folder.glob(f"*{suffix}") if file.name not in _TRAINING)
+        shards = [file for file in files if re.search(r"-\d{5}-of-\d{5}\.", file.name)]
+        if shards:
+            raise CheckpointError(f"{folder} holds {shards[0].name} and no {usual}.index.json, which names all shards")
+        if len(files) > 1:
+            names = ", ".join(file.name for file in files)
+            raise CheckpointError(f"{folder} holds {len(files)} {suffix} files and no {usual}.index.json: {names}")
+        if files:
+            return files
+    raise CheckpointError(f"{folder} holds no .safetensors, .bin or .pt file")
+
+
+# What trainers leave beside the weights.
+_TRAINING = {"training_args.bin", "optimizer.bin", "scheduler.bin", "optimizer.pt", "scheduler.pt"}
+
+
+def _indexed(index: Path) -> list[Path]:
     """The files that the index names, each inside the folder."""
     try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        shards = sorted(set(index["weight_map"].values()))
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{INDEX} has no weight_map from tensor to file: {error}") from error
+        raise CheckpointError(f"{index.name} has no weight_map from tensor to file: {error}") from error
     for shard in shards:
-        if not isinstance(shard, str) or Path(shard).name != shard:
-            raise CheckpointError(f"{INDEX} names the file {shard!r}, which does not lie in the folder")
-        if not (folder / shard).is_file():
-            raise CheckpointError(f"{INDEX} names {shard}, which is missing")
-    return [folder / shard for shard in shards]
+        if not isinstance(shard, str) or Path(shard).name != shard or Path(shard).suffix not in _OPENS:
+            raise CheckpointError(f"{index.name} names the file {shard!r}, which is no file of weights in the folder")
+        if not (index.parent / shard).is_file():
+            raise CheckpointError(f"{index.name} names {shard}, which is missing")
+    return [index.parent / shard for shard in shards]
