@@ -222,7 +222,9 @@ def check(case: dict[str, Any]) -> dict[str, Any]:
         error = check_linear(case) if case["kind"] == "linear" else check_light(case)
         # The tolerance is for many values; of a few, each may be off by half a unit in the last place.
         dtype, few = getattr(torch, case["dtype"]), math.prod(case["shape"]) < 256
-        good = error <= max(TOLERANCE[dtype], torch.finfo(dtype).eps / 2 if few else 0)
+        # Behind a product that cuBLAS has rounded, an activation rounds again.
+        twice = case.get("way") == "dequantize" and case["activation"]
+        good = error <= max(TOLERANCE[dtype] * (2 if twice else 1), torch.finfo(dtype).eps / 2 if few else 0)
         return {**case, "error": error, "verdict": "ok" if good else "WRONG"}
     except Exception as failure:
         return {**case, "verdict": "FAILED", "why": f"{type(failure).__name__}: {failure}"[-600:]}
