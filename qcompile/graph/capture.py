@@ -130,7 +130,10 @@ class Inliner:
                 args, kwargs = tree_unflatten(full, spec)
                 return function(*args, **kwargs)
 
-            self._traces[key] = _torch.trace(on_values, [flat[index].meta["val"] for index in places])
+            # Calls of one trace share its fake values, and a value that is given twice would be one argument.
+            values = (flat[index].meta["val"] for index in places)
+            given = [value.detach() if isinstance(value, Tensor) else value for value in values]
+            self._traces[key] = _torch.trace(on_values, given)
         return self._splice(node, self._traces[key], [flat[index] for index in places])
 
     def _splice(self, node: Node, traced: GraphModule, arguments: Sequence[Node]) -> list[Node]:

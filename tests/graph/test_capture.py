@@ -200,3 +200,19 @@ def test_inline():
     assert made and all(module_path(node) == "here" and node.meta["val"] is not None for node in made)
     x = torch.randn(3, 4)
     torch.testing.assert_close(gm(x)[0], (x.relu() + 1).sin())
+
+
+def test_inline_of_calls_that_share_a_trace():
+    class Model(nn.Module):
+        def forward(self, a, b):
+            return a.exp() * b.exp()
+
+    inputs = torch.randn(2, 4), torch.randn(2, 4)
+    gm = capture.export(Model(), inputs).gm
+    inliner = capture.Inliner(gm)
+    for exp in gm.graph.find_nodes(op="call_function", target=aten.exp.default):
+        inliner.inline(exp, torch.sin)
+    (product,) = gm.graph.find_nodes(op="call_function", target=aten.mul.Tensor)
+    inliner.inline(product, torch.sub)
+    gm.recompile()
+    torch.testing.assert_close(gm(*inputs)[0], inputs[0].sin() - inputs[1].sin())
