@@ -6,6 +6,8 @@ place on the target device.
 
 from __future__ import annotations
 
+import math
+import math
 import re
 import warnings
 from collections.abc import Collection, Sequence
@@ -19,7 +21,7 @@ from tqdm.auto import tqdm
 from qcompile import formats, models
 from qcompile.errors import CheckpointError, FormatError
 from qcompile.files.checkpoint import Checkpoint, open_checkpoint
-from qcompile.formats import Stored
+from qcompile.formats import Dense, Stored
 from qcompile.storage import Parameter, put
 
 
@@ -49,7 +51,7 @@ def load(
     method = formats.find(checkpoint)
     stored = list(method.weights(checkpoint)) if method else []
     model = models.empty(source, dtype, str(device))
-    filler = Filler(model, checkpoint, stored, torch.device(device))
+    filler = Filler(model, checkpoint, stored, torch.device(device), quantize_inputs)
     with tqdm(total=len(filler.places), desc="load", disable=not progress, leave=False) as bar, torch.no_grad():
         filler.fill(bar)
     if left := filler.left():
@@ -70,11 +72,13 @@ class Place:
 class Filler:
     """Puts a checkpoint's tensors into a model, and keeps account of what was read and what was filled."""
 
-    def __init__(self, model: nn.Module, checkpoint: Checkpoint, stored: Sequence[Stored], device: torch.device):
+    def __init__(
+        self, model: nn.Module, checkpoint: Checkpoint, stored: Sequence[Stored | Dense], device: torch.device
+    ):
         self.model = model
         self.checkpoint = checkpoint
         self.device = device
-        self.places = _places(model, {weight.path for weight in stored})
+        self.places = _places(model, checkpoint, stored)
         self.stored = stored
         self.unread = set(checkpoint.tensors)
         self.unfilled = {place.paths[0] for place in self.places.values()}
@@ -82,12 +86,15 @@ class Filler:
     def fill(self, bar: Any) -> None:
         for weight in self.stored:
             bar.set_postfix_str(weight.path, refresh=False)
-            self._pack(weight)
+            if isinstance(weight, Stored):
+                self._pack(weight)
+            else:
+                self._set(weight)
             bar.update()
         for name in sorted(self.unread):
-            if place := self.places.get(name):
+            if name in self.places:
                 bar.set_postfix_str(name, refresh=False)
-                self._set(name, place)
+                self._set(Dense(name, name))
                 bar.update()
         for buffers in (module._buffers for module in self.model.modules()):
             for name, buffer in buffers.items():
@@ -119,19 +126,56 @@ class Filler:
             raise CheckpointError(f"{weight.path}: {error}") from error
         shape = tuple(place.tensor.shape)
         put(self.model, [Parameter(place.paths, shape, place.tensor.dtype, transposed)], [part])
+        if self.quantize_inputs:
+            for name, rounding in ((INPUT_ROUNDING, weight.input), (OUTPUT_ROUNDING, weight.output)):
+                if rounding is not None:
+                    self._round(name, rounding, place)
         self.unread.difference_update(weight.tensors)
         self.unfilled.discard(place.paths[0])
 
-    def _set(self, name: str, place: Place) -> None:
+    def _round(self, name: str, rounding: Rounding, place: Place) -> None:
+        """Let the modules of a packed weight round what they read or return."""
+        spec = ActivationSpec.parse(rounding.spec)
+        scale = None if rounding.scale is None else self._number(rounding.scale)
+        zero = None if rounding.zero is None else self._number(rounding.zero)
+        if scale is not None and not (scale.is_floating_point() and 0 < scale < math.inf):
+            raise CheckpointError(f"{rounding.scale} is {scale.item()} ({scale.dtype}), not a positive float")
+        if zero is not None and not spec.is_asymmetric:
+            if zero != 0:
+                raise CheckpointError(f"{rounding.zero} is {zero.item()}; {spec} is symmetric")
+            zero = None
+        if zero is not None and zero.dtype == torch.int8:
+            zero = (zero.to(torch.int16) + 128).to(torch.uint8)  # our codes start at 0
+        for path in place.paths:
+            owner, _, attribute = path.rpartition(".")
+            module = self.model.get_submodule(owner)
+            if attribute != "weight" or place.tensor.dim() != 2:
+                raise CheckpointError(
+                    f"{path} of {type(module).__name__} is to be multiplied by activations rounded as {spec}; "
+                    "quantize_inputs=False loads it without"
+                )
+            put_rounding(module, name, ActivationRounding(spec, scale, zero))
+
+    def _number(self, name: str) -> Tensor:
+        if math.prod(self.checkpoint.need(name).shape) != 1:
+            raise CheckpointError(f"{name} is {self.checkpoint.need(name).shape}; activations have one static scale")
+        return self._read(name).reshape(())
+
+    def _set(self, entry: Dense) -> None:
+        name, place = entry.tensor, self.places.get(entry.path)
+        if place is None:
+            raise CheckpointError(f"{name} is {entry.path} in the checkpoint; the model has no such parameter")
         if place.paths[0] not in self.unfilled:
             self.unread.discard(name)  # another name of a tied one
             return
         info = self.checkpoint.need(name)
-        if info.shape != tuple(place.tensor.shape):
+        if math.prod(info.shape) != place.tensor.numel():
             raise CheckpointError(f"{name} is {info.shape}, the model needs {tuple(place.tensor.shape)}")
         if info.dtype.is_floating_point != place.tensor.dtype.is_floating_point:
             raise CheckpointError(f"{name} is {info.dtype}, the model needs {place.tensor.dtype}")
-        tensor = self._read(name).to(place.tensor.dtype)
+        tensor = entry.value(self._read(name)).to(place.tensor.dtype)
+        if tensor.shape != place.tensor.shape:
+            raise CheckpointError(f"{name} is {tuple(tensor.shape)}, the model needs {tuple(place.tensor.shape)}")
         value = nn.Parameter(tensor, requires_grad=False) if isinstance(place.tensor, nn.Parameter) else tensor
         for path in place.paths:
             owner, _, attribute = path.rpartition(".")
@@ -140,17 +184,25 @@ class Filler:
         self.unfilled.discard(place.paths[0])
 
 
-def _places(model: nn.Module, packed: Collection[str]) -> dict[str, Place]:
-    """Every parameter and persistent buffer by each of its names. A tie is undone where one end is packed by itself:
-    quantized heads of tied models are stored beside the float embedding."""
-    names: dict[Any, tuple[Tensor, list[str]]] = {}
+def _places(model: nn.Module, checkpoint: Checkpoint, stored: Sequence[Stored | Dense]) -> dict[str, Place]:
+    """What is to be filled, by each of its names: parameters, persistent buffers, and other buffers that `stored` names.
+
+    A tie is undone where one end is packed and the other has a tensor of its own: quantized heads of tied models are
+    stored beside the float embedding.
+    """
+    packed = {weight.path for weight in stored if isinstance(weight, Stored)}
+    dense = {entry.path for entry in stored if isinstance(entry, Dense)} | set(checkpoint.tensors)
+    names: dict[int, tuple[Tensor, list[str]]] = {}
     for path, tensor in model.state_dict(keep_vars=True).items():
-        key = (id(tensor), path in packed)
-        names.setdefault(key, (tensor, []))[1].append(path)
+        names.setdefault(id(tensor), (tensor, []))[1].append(path)
+    for path, buffer in model.named_buffers():
+        if path in dense:
+            names.setdefault(id(buffer), (buffer, [path]))
     found = {}
     for tensor, paths in names.values():
-        place = Place(tuple(paths), tensor)
-        found.update(dict.fromkeys(paths, place))
+        ends = [[path for path in paths if path in packed], [path for path in paths if path not in packed]]
+        for end in ends if ends[0] and not dense.isdisjoint(ends[1]) else [paths]:
+            found.update(dict.fromkeys(end, Place(tuple(end), tensor)))
     return found
 
 

@@ -3,7 +3,7 @@
 from qcompile.errors import CheckpointError
 from qcompile.files.checkpoint import Checkpoint
 from qcompile.formats.awq import Awq
-from qcompile.formats.stored import Format, Stored
+from qcompile.formats.stored import Dense, Format, Stored
 
 # The first that claims a checkpoint reads it.
 FORMATS: tuple[Format, ...] = (Awq(),)
@@ -23,4 +23,4 @@ def find(checkpoint: Checkpoint) -> Format | None:
     return None
 
 
-__all__ = ["FORMATS", "Format", "Stored", "find"]
+__all__ = ["FORMATS", "Dense", "Format", "Stored", "find"]

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from qcompile.errors import CheckpointError
 from qcompile.files.checkpoint import Checkpoint
 from qcompile.quant.spec import QSpec
 from qcompile.quant.tensor import QTensor
@@ -48,6 +49,28 @@ class Stored:
     output: Rounding | None = None
 
 
+def finite(name: str, numbers: Tensor) -> Tensor:
+    """The same numbers. Raises CheckpointError, naming the tensor, if some are infinite or not a number."""
+    # Some 8-bit floats know no isfinite.
+    if not (numbers if numbers.dtype.itemsize > 1 else numbers.float()).isfinite().all():
+        raise CheckpointError(f"{name} holds numbers that are infinite or NaN, which no scale is; is the file damaged?")
+    return numbers
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A float tensor of a checkpoint that the model has under another name or with another value.
+
+    path     the parameter or buffer that it becomes
+    tensor   its name in the checkpoint
+    value    makes the one of the other
+    """
+
+    path: str
+    tensor: str
+    value: Callable[[Tensor], Tensor] = lambda tensor: tensor
+
+
 class Format(Protocol):
     """One way of storing quantized weights."""
 
@@ -57,6 +80,9 @@ class Format(Protocol):
         """Whether this checkpoint is written so. Tensors decide before the configuration does."""
         ...
 
-    def weights(self, checkpoint: Checkpoint) -> Iterable[Stored]:
-        """Every quantized weight. Raises CheckpointError where tensors and configuration contradict each other."""
+    def weights(self, checkpoint: Checkpoint) -> Iterable[Stored | Dense]:
+        """Every quantized weight, and the float tensors that are not the parameters of their own names.
+
+        Raises CheckpointError where tensors and configuration contradict each other.
+        """
         ...
