@@ -7,7 +7,6 @@ place on the target device.
 from __future__ import annotations
 
 import math
-import math
 import re
 import warnings
 from collections.abc import Collection, Sequence
@@ -51,7 +50,7 @@ def load(
     method = formats.find(checkpoint)
     stored = list(method.weights(checkpoint)) if method else []
     model = models.empty(source, dtype, str(device))
-    filler = Filler(model, checkpoint, stored, torch.device(device), quantize_inputs)
+    filler = Filler(model, checkpoint, stored, torch.device(device))
     with tqdm(total=len(filler.places), desc="load", disable=not progress, leave=False) as bar, torch.no_grad():
         filler.fill(bar)
     if left := filler.left():
@@ -126,40 +125,8 @@ class Filler:
             raise CheckpointError(f"{weight.path}: {error}") from error
         shape = tuple(place.tensor.shape)
         put(self.model, [Parameter(place.paths, shape, place.tensor.dtype, transposed)], [part])
-        if self.quantize_inputs:
-            for name, rounding in ((INPUT_ROUNDING, weight.input), (OUTPUT_ROUNDING, weight.output)):
-                if rounding is not None:
-                    self._round(name, rounding, place)
         self.unread.difference_update(weight.tensors)
         self.unfilled.discard(place.paths[0])
-
-    def _round(self, name: str, rounding: Rounding, place: Place) -> None:
-        """Let the modules of a packed weight round what they read or return."""
-        spec = ActivationSpec.parse(rounding.spec)
-        scale = None if rounding.scale is None else self._number(rounding.scale)
-        zero = None if rounding.zero is None else self._number(rounding.zero)
-        if scale is not None and not (scale.is_floating_point() and 0 < scale < math.inf):
-            raise CheckpointError(f"{rounding.scale} is {scale.item()} ({scale.dtype}), not a positive float")
-        if zero is not None and not spec.is_asymmetric:
-            if zero != 0:
-                raise CheckpointError(f"{rounding.zero} is {zero.item()}; {spec} is symmetric")
-            zero = None
-        if zero is not None and zero.dtype == torch.int8:
-            zero = (zero.to(torch.int16) + 128).to(torch.uint8)  # our codes start at 0
-        for path in place.paths:
-            owner, _, attribute = path.rpartition(".")
-            module = self.model.get_submodule(owner)
-            if attribute != "weight" or place.tensor.dim() != 2:
-                raise CheckpointError(
-                    f"{path} of {type(module).__name__} is to be multiplied by activations rounded as {spec}; "
-                    "quantize_inputs=False loads it without"
-                )
-            put_rounding(module, name, ActivationRounding(spec, scale, zero))
-
-    def _number(self, name: str) -> Tensor:
-        if math.prod(self.checkpoint.need(name).shape) != 1:
-            raise CheckpointError(f"{name} is {self.checkpoint.need(name).shape}; activations have one static scale")
-        return self._read(name).reshape(())
 
     def _set(self, entry: Dense) -> None:
         name, place = entry.tensor, self.places.get(entry.path)
