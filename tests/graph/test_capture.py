@@ -204,8 +204,8 @@ def test_inline():
 
 def test_inline_of_calls_that_share_a_trace():
     class Model(nn.Module):
-        def forward(self, a, b):
-            return a.exp() * b.exp()
+        def forward(self, *tensors):
+            return tensors[0].exp() * tensors[1].exp()
 
     inputs = torch.randn(2, 4), torch.randn(2, 4)
     gm = capture.export(Model(), inputs).gm
