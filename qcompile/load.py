@@ -21,7 +21,9 @@ from qcompile import formats, models
 from qcompile.errors import CheckpointError, FormatError
 from qcompile.files.checkpoint import Checkpoint, open_checkpoint
 from qcompile.formats import Dense, Stored
-from qcompile.storage import Parameter, put
+from qcompile.formats.stored import Rounding
+from qcompile.quant.activation import ActivationSpec
+from qcompile.storage import INPUT_ROUNDING, OUTPUT_ROUNDING, ActivationRounding, Parameter, put, put_rounding
 
 
 def load(
@@ -50,7 +52,7 @@ def load(
     method = formats.find(checkpoint)
     stored = list(method.weights(checkpoint)) if method else []
     model = models.empty(source, dtype, str(device))
-    filler = Filler(model, checkpoint, stored, torch.device(device))
+    filler = Filler(model, checkpoint, stored, torch.device(device), quantize_inputs)
     with tqdm(total=len(filler.places), desc="load", disable=not progress, leave=False) as bar, torch.no_grad():
         filler.fill(bar)
     if left := filler.left():
@@ -72,9 +74,15 @@ class Filler:
     """Puts a checkpoint's tensors into a model, and keeps account of what was read and what was filled."""
 
     def __init__(
-        self, model: nn.Module, checkpoint: Checkpoint, stored: Sequence[Stored | Dense], device: torch.device
+        self,
+        model: nn.Module,
+        checkpoint: Checkpoint,
+        stored: Sequence[Stored | Dense],
+        device: torch.device,
+        quantize_inputs: bool,
     ):
         self.model = model
+        self.quantize_inputs = quantize_inputs
         self.checkpoint = checkpoint
         self.device = device
         self.places = _places(model, checkpoint, stored)
@@ -125,8 +133,40 @@ class Filler:
             raise CheckpointError(f"{weight.path}: {error}") from error
         shape = tuple(place.tensor.shape)
         put(self.model, [Parameter(place.paths, shape, place.tensor.dtype, transposed)], [part])
+        if self.quantize_inputs:
+            for name, rounding in ((INPUT_ROUNDING, weight.input), (OUTPUT_ROUNDING, weight.output)):
+                if rounding is not None:
+                    self._round(name, rounding, place)
         self.unread.difference_update(weight.tensors)
         self.unfilled.discard(place.paths[0])
+
+    def _round(self, name: str, rounding: Rounding, place: Place) -> None:
+        """Let the modules of a packed weight round what they read or return."""
+        spec = ActivationSpec.parse(rounding.spec)
+        scale = None if rounding.scale is None else self._number(rounding.scale)
+        zero = None if rounding.zero is None else self._number(rounding.zero)
+        if scale is not None and not (scale.is_floating_point() and 0 < scale < math.inf):
+            raise CheckpointError(f"{rounding.scale} is {scale.item()} ({scale.dtype}), not a positive float")
+        if zero is not None and not spec.is_asymmetric:
+            if zero != 0:
+                raise CheckpointError(f"{rounding.zero} is {zero.item()}; {spec} is symmetric")
+            zero = None
+        if zero is not None and zero.dtype == torch.int8:
+            zero = (zero.to(torch.int16) + 128).to(torch.uint8)  # our codes start at 0
+        for path in place.paths:
+            owner, _, attribute = path.rpartition(".")
+            module = self.model.get_submodule(owner)
+            if attribute != "weight" or place.tensor.dim() != 2:
+                raise CheckpointError(
+                    f"{path} of {type(module).__name__} is to be multiplied by activations rounded as {spec}; "
+                    "quantize_inputs=False loads it without"
+                )
+            put_rounding(module, name, ActivationRounding(spec, scale, zero))
+
+    def _number(self, name: str) -> Tensor:
+        if math.prod(self.checkpoint.need(name).shape) != 1:
+            raise CheckpointError(f"{name} is {self.checkpoint.need(name).shape}; activations have one static scale")
+        return self._read(name).reshape(())
 
     def _set(self, entry: Dense) -> None:
         name, place = entry.tensor, self.places.get(entry.path)

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from qcompile.errors import FormatError
+from qcompile.ops.activation_rounding import round_activation
 from qcompile.ops.linear import dequantize, reorder
+from qcompile.quant.activation import ActivationSpec
 from qcompile.quant.spec import QSpec
 from qcompile.quant.tensor import QTensor
 
@@ -93,13 +95,8 @@ class PackedWeight(nn.Module):
         return found if self.order is None else {**found, "order": self.order}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedWeight:
-        # `.to(dtype)`, `.half()` and `.float()` change what the weight is unpacked to, never the stored numbers.
-        def keep_dtype(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
         bias = self.bias
-        super()._apply(keep_dtype, recurse)
+        super()._apply(_keeping_dtype(fn), recurse)
         if bias is not None:
             self.bias = fn(bias)
         return self
@@ -113,6 +110,45 @@ class PackedWeight(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.spec}, rows={self.data.shape[0]}, columns={self.columns}"
+
+
+class ActivationRounding(nn.Module):
+    """Rounds what a module reads or returns: an ActivationSpec, and its scale and zero point if they are static."""
+
+    scale: Tensor | None
+    zero: Tensor | None
+
+    def __init__(self, spec: ActivationSpec, scale: Tensor | None = None, zero: Tensor | None = None):
+        super().__init__()
+        if spec.needs_scale != (scale is not None) or (zero is not None and not spec.is_asymmetric):
+            got = ", ".join(name for name, given in (("scale", scale), ("zero", zero)) if given is not None)
+            raise FormatError(f"activations as {spec} with {got or 'no scale'}")
+        self.spec = str(spec)
+        self.register_buffer("scale", scale)
+        self.register_buffer("zero", zero)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return round_activation(x, self.scale, self.zero, self.spec)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ActivationRounding:
+        return super()._apply(_keeping_dtype(fn), recurse)
+
+    def extra_repr(self) -> str:
+        return self.spec
+
+
+def _keeping_dtype(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """`.to(dtype)`, `.half()` and `.float()` change what a weight is unpacked to, never the stored numbers."""
+
+    def move(tensor: Tensor) -> Tensor:
+        moved = fn(tensor)
+        return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+    return move
+
+
+# The names under which a module has its roundings, if it has any.
+INPUT_ROUNDING, OUTPUT_ROUNDING = "input_rounding", "output_rounding"
 
 
 @dataclass
@@ -138,8 +174,7 @@ class _Packed:
     _slots: dict[str, Slot]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        base = type(self).__mro__[2]
-        return _rebuild, (base, tuple(self._slots)), self.__dict__
+        return _rebuild, (_base(self), tuple(self._slots), bool(roundings(self))), self.__dict__
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         for slot in self._slots.values():
@@ -216,34 +251,100 @@ def put(
             if biases:
                 slots["bias"] = Slot(place, start, part.rows, (part.rows,), False, like, bias=True)
             module = model.get_submodule(owner)
-            if name in module._parameters:  # one module may have many names
+            if getattr(module._modules.get(place), "data", None) is not store.data:  # one module may have many names
                 install(module, slots, {place: store})
         start += part.rows
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A packed parameter of a model: where it is, how it is stored, how much that takes, and whether its rows may lie
+    beside those of siblings."""
+
+    parameter: Parameter
+    spec: str
+    nbytes: int
+    stacks: bool
+
+
+def packed_in(model: nn.Module) -> list[Packed]:
+    """Every packed weight of a model, under all its names."""
+    names: dict[Any, tuple[nn.Module, str, list[str]]] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for name, slot in packed_parameters(module).items():
+            if not slot.bias:
+                path = f"{prefix}.{name}" if prefix else name
+                key = (id(getattr(module, slot.store)), slot.start)
+                names.setdefault(key, (module, name, []))[2].append(path)
+    found = []
+    for module, name, paths in names.values():
+        slot = packed_parameters(module)[name]
+        store = getattr(module, slot.store)
+        parameter = Parameter(tuple(paths), slot.shape, slot.like.dtype, slot.transposed)
+        nbytes = sum(piece.nbytes for piece in store.pieces(slot.start, slot.rows).values())
+        found.append(Packed(parameter, store.spec, nbytes, getattr(store, "order", None) is None))
+    return found
+
+
+def data_path(path: str) -> str:
+    """The buffer with the codes of a packed parameter."""
+    owner, dot, name = path.rpartition(".")
+    return f"{owner}{dot}packed_{name}.data"
 
 
 def install(module: nn.Module, slots: Mapping[str, Slot], stores: Mapping[str, PackedWeight]) -> None:
     """Replace parameters of `module` by packed ones, in place. The module's class becomes a subclass of itself."""
     for name, slot in slots.items():
-        if name not in module._parameters:
+        if name not in module._parameters and name not in packed_parameters(module):
             raise FormatError(f"{type(module).__name__} has no parameter {name!r} to replace")
-        del module._parameters[name]
+        module._parameters.pop(name, None)
         module._modules[slot.store] = stores[slot.store]
     every = {**packed_parameters(module), **slots}
-    base = type(module).__mro__[2] if isinstance(module, _Packed) else type(module)
-    object.__setattr__(module, "__class__", _packed_class(base, tuple(every)))
-    module.__dict__["_slots"] = every
+    _become(module, every, bool(roundings(module)))
+
+
+def put_rounding(module: nn.Module, name: str, rounding: ActivationRounding) -> None:
+    """Round what a packed module reads (INPUT_ROUNDING) or returns (OUTPUT_ROUNDING) from now on."""
+    module._modules[name] = rounding
+    _become(module, packed_parameters(module), True)
+
+
+def roundings(module: nn.Module) -> dict[str, ActivationRounding]:
+    """The activation roundings of a module, by INPUT_ROUNDING and OUTPUT_ROUNDING."""
+    found = {name: module._modules.get(name) for name in (INPUT_ROUNDING, OUTPUT_ROUNDING)}
+    return {name: rounding for name, rounding in found.items() if isinstance(rounding, ActivationRounding)}
+
+
+def _base(module: nn.Module) -> type[nn.Module]:
+    """The class that a module had before anything of it was packed."""
+    return type(module).__mro__[2] if isinstance(module, _Packed) else type(module)
+
+
+def _become(module: nn.Module, slots: dict[str, Slot], rounds: bool) -> None:
+    object.__setattr__(module, "__class__", _packed_class(_base(module), tuple(slots), rounds))
+    module.__dict__["_slots"] = slots
 
 
 @functools.cache
-def _packed_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
-    properties = {name: property(functools.partial(_read, name=name)) for name in names}
-    body = {**properties, "__module__": base.__module__, "__qualname__": base.__qualname__}
+def _packed_class(base: type[nn.Module], names: tuple[str, ...], rounds: bool) -> type[nn.Module]:
+    body: dict[str, Any] = {name: property(functools.partial(_read, name=name)) for name in names}
+    body |= {"__module__": base.__module__, "__qualname__": base.__qualname__}
+    if rounds:
+        body["forward"] = _rounding_forward(base)
     return type(base.__name__, (_Packed, base), body)
 
 
-def _rebuild(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
-    module = _packed_class(base, names).__new__(_packed_class(base, names))
-    return module
+def _rounding_forward(base: type[nn.Module]) -> Callable[[nn.Module, Tensor], Tensor]:
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        before, after = (self._modules.get(name) for name in (INPUT_ROUNDING, OUTPUT_ROUNDING))
+        y = base.forward(self, x if before is None else before(x))
+        return y if after is None else after(y)
+
+    return forward
+
+
+def _rebuild(base: type[nn.Module], names: tuple[str, ...], rounds: bool = False) -> nn.Module:
+    return _packed_class(base, names, rounds).__new__(_packed_class(base, names, rounds))
 
 
 def _read(module: nn.Module, name: str) -> Tensor:
