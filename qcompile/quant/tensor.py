@@ -136,9 +136,9 @@ class QTensor:
         return unpack(self.data, self.spec.element.bits, self.columns).reshape(self.shape)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight in its logical shape; computed in float32 (float64 for a float64 result), rounded once."""
+        """The weight in its logical shape; in float32 (float64 for a float64 result or scale), rounded once."""
         compute = torch.float64 if dtype == torch.float64 else torch.float32
-        scale = self.scale.dequantize(compute) if isinstance(self.scale, QTensor) else self.scale.to(compute)
+        scale = self.scale.dequantize(compute) if isinstance(self.scale, QTensor) else self.scale
         zero = self.zero.dequantize(compute) if isinstance(self.zero, QTensor) else self.zero
         weight = dequantize(self.data, scale, zero, self.spec, self.shape, dtype)
         return weight if self.order is None else reorder(weight, self.order)
@@ -166,9 +166,9 @@ def reorder(weight: Tensor, order: Tensor) -> Tensor:
 def dequantize(
     data: Tensor, scale: Tensor, zero: Tensor | None, spec: QSpec, shape: tuple[int, ...], dtype: torch.dtype
 ) -> Tensor:
-    """The numbers in float32 (float64 for float64), then rounded to `dtype`; result has `shape`."""
+    """The numbers in float32 (float64 for a float64 result or scale), then rounded to `dtype`; result has `shape`."""
     rows, columns = data.shape[0], shape[-1]
-    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    compute = torch.float64 if torch.float64 in (dtype, scale.dtype) else torch.float32
     values = spec.element.decode(unpack(data, spec.element.bits, columns), compute)
 
     def spread(side: Tensor) -> Tensor:

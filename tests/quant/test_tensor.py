@@ -81,6 +81,14 @@ def test_nested_scales_and_zeros() -> None:
     assert {name: part.shape[-1] for name, part in q.parts().items()} == {"data": 64, "scale": 2, "zero": 2}
 
 
+def test_a_float64_scale_makes_a_product_a_quotient() -> None:
+    codes = torch.arange(127, dtype=torch.uint8).reshape(1, -1)
+    for divisor in torch.rand(200).mul(1000):
+        scale = 1 / divisor.double().reshape(1, 1)
+        q = QTensor.from_codes(QSpec.parse("fp8_e4m3/tensor/sym"), codes, scale, None)
+        assert torch.equal(q.dequantize(), codes.view(torch.float8_e4m3fn).float() / divisor)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rounded_once(dtype: torch.dtype) -> None:
     q = make("u4/g64/asym", dtype=dtype)
