@@ -3,10 +3,11 @@
 from qcompile.errors import CheckpointError
 from qcompile.files.checkpoint import Checkpoint
 from qcompile.formats.awq import Awq
+from qcompile.formats.gptq import Gptq
 from qcompile.formats.stored import Dense, Format, Stored
 
 # The first that claims a checkpoint reads it.
-FORMATS: tuple[Format, ...] = (Awq(),)
+FORMATS: tuple[Format, ...] = (Awq(), Gptq())
 
 
 def find(checkpoint: Checkpoint) -> Format | None:

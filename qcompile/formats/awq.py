@@ -16,6 +16,7 @@ from torch import Tensor
 
 from qcompile.errors import CheckpointError
 from qcompile.files.checkpoint import Checkpoint
+from qcompile.formats import _qweight
 from qcompile.formats._bits import fields
 from qcompile.formats.stored import Read, Stored
 from qcompile.quant.element import Element
@@ -31,7 +32,7 @@ class Awq:
     name = "awq"
 
     def claims(self, checkpoint: Checkpoint) -> bool:
-        return checkpoint.quantization.get("quant_method") == "awq" or "w_bit" in checkpoint.quantization
+        return _qweight.method(checkpoint) == "awq"
 
     def weights(self, checkpoint: Checkpoint) -> Iterator[Stored]:
         for module in checkpoint.modules("qweight"):

@@ -1,15 +1,21 @@
 """Checkpoints that the real libraries wrote, and what loading them must give."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import qcompile
+from qcompile import formats
+from qcompile.files.checkpoint import open_checkpoint
+from qcompile.formats import Stored
 from qcompile.load import load
+from qcompile.quant.tensor import QTensor
 
 CHECKPOINTS = Path(__file__).resolve().parent.parent / "checkpoints"
 INPUT_IDS = torch.tensor([[1, 5, 9, 42, 7, 3, 100, 200]])
@@ -50,6 +56,23 @@ def check_compiled(check: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
         model = qcompile.optimize(model, progress=False)
         assert error(model(INPUT_IDS).logits, eager) < 1e-5
         return model
+
+    return run
+
+
+@pytest.fixture
+def weights_of(tmp_path: Path) -> Callable[..., dict[str, QTensor]]:
+    """`weights_of(tensors, config)` writes a checkpoint of these tensors and this quantization_config, and reads its
+    quantized weights back, by path."""
+
+    def run(tensors: dict[str, Tensor], config: dict[str, Any]) -> dict[str, QTensor]:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "model.safetensors")
+        (tmp_path / "config.json").write_text(json.dumps({"quantization_config": config}))
+        checkpoint = open_checkpoint(tmp_path)
+        method = formats.find(checkpoint)
+        assert method is not None
+        stored = [weight for weight in method.weights(checkpoint) if isinstance(weight, Stored)]
+        return {weight.path: weight.read(checkpoint.read) for weight in stored}
 
     return run
 
