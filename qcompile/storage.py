@@ -174,6 +174,7 @@ class _Packed:
     _slots: dict[str, Slot]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        assert isinstance(self, nn.Module)
         return _rebuild, (_base(self), tuple(self._slots), bool(roundings(self))), self.__dict__
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:

@@ -11,7 +11,17 @@ import torch
 from torch import nn
 
 import qcompile
-from qcompile.storage import packed_parameters, packed_tensor
+from qcompile.errors import FormatError
+from qcompile.ops.activation_rounding import round_activation
+from qcompile.quant.activation import ActivationSpec
+from qcompile.storage import (
+    INPUT_ROUNDING,
+    OUTPUT_ROUNDING,
+    ActivationRounding,
+    packed_parameters,
+    packed_tensor,
+    put_rounding,
+)
 
 
 class Block(nn.Module):
@@ -102,3 +112,46 @@ def test_moving_to_meta_keeps_sharing(tiny_llama: Callable[..., nn.Module]) -> N
     attention = model.model.layers[0].self_attn
     assert attention.q_proj.packed_weight is attention.v_proj.packed_weight
     assert attention.q_proj.weight.is_meta
+
+
+@pytest.fixture
+def rounding(block: nn.Module) -> nn.Module:
+    """A block whose o reads rounded values, and whose k returns them."""
+    static = ActivationRounding(ActivationSpec.parse("i8/tensor/static"), torch.tensor(0.01))
+    put_rounding(block.o, INPUT_ROUNDING, ActivationRounding(ActivationSpec.parse("i8/token/dynamic")))
+    put_rounding(block.k, OUTPUT_ROUNDING, static)
+    return block
+
+
+def test_roundings_are_part_of_the_forward(rounding: nn.Module) -> None:
+    q, k = (nn.functional.linear(X, m.weight, m.bias) for m in (rounding.q, rounding.k))
+    hidden = round_activation(torch.relu(q), None, None, "i8/token/dynamic")
+    returned = round_activation(k, torch.tensor(0.01), None, "i8/tensor/static")
+    want = hidden @ rounding.o.weight.T + returned.sum(-1, keepdim=True)
+    assert torch.equal(plain(rounding), want)
+    assert isinstance(rounding.o, nn.Linear) and "input_rounding" not in dict(rounding.q.named_modules())
+    assert torch.allclose(rounding(X), want, atol=1e-5)
+
+
+def test_roundings_are_copied_saved_and_moved(rounding: nn.Module) -> None:
+    file = io.BytesIO()
+    torch.save(rounding, file)
+    file.seek(0)
+    want = plain(rounding)
+    for twin in (torch.load(file, weights_only=False), copy.deepcopy(rounding)):
+        assert torch.equal(plain(twin), want)
+        twin.k.output_rounding.scale.fill_(1)
+        assert not torch.equal(plain(twin), want)
+        twin.load_state_dict(rounding.state_dict())
+        assert torch.equal(plain(twin), want)
+    assert "k.output_rounding.scale" in rounding.state_dict()
+    rounding.to(torch.bfloat16)
+    assert rounding.k.output_rounding.scale.dtype == torch.float32
+    assert set(qcompile.dequantize(rounding)) == set(Block().state_dict())
+
+
+def test_a_static_rounding_needs_its_scale() -> None:
+    with pytest.raises(FormatError, match="i8/tensor/static with no scale"):
+        ActivationRounding(ActivationSpec.parse("i8/tensor/static"))
+    with pytest.raises(FormatError, match="i8/token/dynamic with scale"):
+        ActivationRounding(ActivationSpec.parse("i8/token/dynamic"), torch.tensor(1.0))

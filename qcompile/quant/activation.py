@@ -155,8 +155,10 @@ def round_activation(x: Tensor, scale: Tensor | None, zero: Tensor | None, spec:
     if spec.is_asymmetric:
         rounded = _asymmetric(values, scale, zero, spec)
     else:
-        static = spec.static and scale is not None
-        step = scale.to(torch.float32) if static else _symmetric_scale(values, x.dtype, scale, spec)
+        if spec.static and scale is not None:
+            step = scale.to(torch.float32)
+        else:
+            step = _symmetric_scale(values, x.dtype, scale, spec)
         rounded = spec.element.nearest(values / step) * step
         if spec.outliers is not None:
             kept = (values.abs() >= spec.outliers).reshape(-1, columns).any(0)
