@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from qcompile.errors import CheckpointError
+from qcompile.files.gguf_file import GgufFile, shards
 from qcompile.files.pickle_file import PickleFile
 from qcompile.files.safetensors_file import SafetensorsFile
 from qcompile.files.tensor_file import TensorFile, TensorInfo
@@ -26,7 +27,7 @@ class Checkpoint:
 
     folder    where it lies
     config    config.json; empty where there is none
-    metadata  the strings that the files' headers carry, together
+    metadata  what the files' headers carry beside the tensors, together; strings, and numbers where the format has them
     tensors   every tensor's dtype, shape and file
 
     Raises CheckpointError for files that are missing, malformed, or hold one name twice.
@@ -36,7 +37,7 @@ class Checkpoint:
         self.folder = folder
         self.files = files
         self.config: dict[str, Any] = self.json("config.json") or {}
-        self.metadata: dict[str, str] = {}
+        self.metadata: dict[str, Any] = {}
         self._homes: dict[str, TensorFile] = {}
         for file in files:
             self.metadata.update(file.metadata)
@@ -110,9 +111,11 @@ class Checkpoint:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint in a folder. Only headers are read. Raises CheckpointError, naming the file."""
+    """The checkpoint in a folder or in a .gguf file. Only headers are read. Raises CheckpointError, naming the file."""
+    if path.suffix == ".gguf" and path.is_file():
+        return Checkpoint(path.parent, [GgufFile(file) for file in shards(path)])
     if not path.is_dir():
-        raise CheckpointError(f"{path} is not a folder")
+        raise CheckpointError(f"{path} is neither a folder nor a .gguf file")
     return Checkpoint(path, [_OPENS[file.suffix](file) for file in _files(path)])
 
 

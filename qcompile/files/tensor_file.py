@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,11 +15,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor that has not been read."""
+    """A tensor that has not been read. `blocks` names the type of its blocks where `dtype` is only their bytes."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     file: Path
+    blocks: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -30,7 +33,7 @@ class TensorFile(ABC):
 
     path: Path
     tensors: dict[str, TensorInfo]
-    metadata: dict[str, str]
+    metadata: Mapping[str, Any]
 
     @abstractmethod
     def read(self, name: str) -> Tensor:
