@@ -16,9 +16,10 @@ from qcompile.explain import Report
 from qcompile.generate import Generate
 from qcompile.load import load
 from qcompile.plan import Entry, Plan, example_inputs, make_plan
+from qcompile.quant.spec import QSpec
 from qcompile.quant.tensor import QTensor
 from qcompile.runtime import Runner, runner_of
-from qcompile.storage import Parameter, packed_parameters, packed_tensor, put
+from qcompile.storage import ActivationRounding, Parameter, packed_parameters, packed_tensor, put
 
 
 def plan(model: nn.Module, config: Any = None, example: Mapping[str, Any] | None = None, **options: Any) -> Plan:
@@ -89,8 +90,10 @@ def dump(model: nn.Module) -> str:
 
 def dequantize(model: nn.Module) -> dict[str, Tensor]:
     """The float32 state dict under the model's own parameter names; integer buffers keep their dtype."""
-    packed = {}
+    packed, apart = {}, set()
     for prefix, module in model.named_modules():
+        if isinstance(module, ActivationRounding):
+            apart.update(f"{prefix}.{name}" for name in module.state_dict())
         for name, slot in packed_parameters(module).items():
             path = f"{prefix}.{name}" if prefix else name
             if slot.bias:
@@ -101,6 +104,8 @@ def dequantize(model: nn.Module) -> dict[str, Tensor]:
     state = {}
     for key, tensor in model.state_dict().items():
         owner = next((path for path in packed if key == path or key.startswith(f"{path}.")), None)
+        if key in apart:
+            continue
         if owner is None:
             state[key] = tensor.detach().float() if tensor.is_floating_point() else tensor.detach()
         else:
@@ -125,7 +130,7 @@ def _check(model: nn.Module, plan: Plan, config: Config) -> None:
     if config.strict:
         plan.insist()
     for entry in plan.entries:
-        if entry.spec is None:
+        if entry.spec is None or entry.packed:
             continue
         weight = model.get_parameter(entry.path)
         if weight.is_meta:
@@ -136,14 +141,21 @@ def _check(model: nn.Module, plan: Plan, config: Config) -> None:
 
 
 def _pack(model: nn.Module, group: tuple[Entry, ...], config: Config, bar: Any) -> None:
-    """Quantize one weight, or siblings into one store, and put them into their modules."""
+    """Quantize one weight, or siblings into one store, and put them into their modules. Weights that are packed already
+    are stored side by side as they are."""
+    if len(group) == 1 and group[0].packed:
+        bar.update()
+        return
     parts: list[QTensor] = []
     biases: list[Tensor] = []
     for entry in group:
         bar.set_postfix_str(entry.path, refresh=False)
-        weight = model.get_parameter(entry.path).detach()
-        assert entry.spec is not None
-        parts.append(quantize(weight.t() if entry.transposed else weight, entry.spec, config.algorithm))
+        if entry.packed:
+            parts.append(packed_tensor(model.get_submodule(entry.module), entry.path.rpartition(".")[2]))
+        else:
+            weight = model.get_parameter(entry.path).detach()
+            assert isinstance(entry.spec, QSpec)
+            parts.append(quantize(weight.t() if entry.transposed else weight, entry.spec, config.algorithm))
         bias = getattr(model.get_submodule(entry.module), "bias", None)
         if len(group) > 1 and bias is not None:
             biases.append(bias.detach())

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from qcompile import checks, patterns, transformers_config
-from qcompile.algorithms import ALGORITHMS, hqq
+from qcompile.algorithms import ALGORITHMS, hqq, rtn
 from qcompile.errors import ConfigError, QCompileError
 from qcompile.fusing import Fusing
 from qcompile.quant.spec import QSpec
@@ -78,7 +78,7 @@ class Config:
         if not isinstance(self.dump, (str, Path, type(None))):
             raise ConfigError(f"dump={self.dump!r} is not a path")
         put("dump", None if self.dump is None else Path(self.dump))
-        self._check_algorithm()
+        self._check_specs()
         if self.include and self.weights is None and not any(self.specs.values()):
             raise ConfigError(f"include={list(self.include)} without weights: there is no spec to quantize them to")
         if self.fuse_max_seq_len is not None:
@@ -90,13 +90,15 @@ class Config:
         """do_fuse and modules_to_fuse, as passes and plan ask for them."""
         return Fusing(self.do_fuse, self.modules_to_fuse)
 
-    def _check_algorithm(self) -> None:
+    def _check_specs(self) -> None:
         if self.algorithm is not None and self.algorithm not in list(ALGORITHMS):
             raise ConfigError(f"unknown algorithm {self.algorithm!r}{checks.hint(self.algorithm, ALGORITHMS)}")
-        if self.algorithm != "hqq":
-            return
         for key, spec in [("weights", self.weights), *((f"specs[{p!r}]", spec) for p, spec in self.specs.items())]:
-            if isinstance(spec, QSpec) and (reason := hqq.refuses(spec)):
+            if not isinstance(spec, QSpec):
+                continue
+            if reason := rtn.refuses(spec):
+                raise ConfigError(f"{key}: {reason}")
+            if self.algorithm == "hqq" and (reason := hqq.refuses(spec)):
                 raise ConfigError(f"{key}={str(spec)!r} with algorithm='hqq': {reason}; algorithm='rtn' takes it")
 
     @classmethod

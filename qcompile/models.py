@@ -114,6 +114,7 @@ def empty(source: Source, dtype: torch.dtype | str = "auto", device: str = "cpu"
     make = kind.from_config if hasattr(kind, "from_config") else kind._from_config
     with _errors(source), _quiet(source), init_empty_weights(include_buffers=False):
         model = make(config, dtype=chosen)
+    model.tie_weights()  # inside, each end of a tie got a parameter of its own
     if (Path(source.place) / "generation_config.json").is_file():
         from transformers import GenerationConfig
 

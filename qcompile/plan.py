@@ -6,8 +6,9 @@ one value, are stored side by side.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -21,6 +22,7 @@ from qcompile.patterns import first
 from qcompile.quant.granularity import PerGroup, PerRow
 from qcompile.quant.spec import QSpec
 from qcompile.roles import Names, Role, find_roles, roles_in_graph
+from qcompile.storage import Packed, packed_in
 
 
 @dataclass(frozen=True)
@@ -29,13 +31,14 @@ class Entry:
 
     `group` numbers the siblings that are stored side by side; `aliases` are the other names of a tied parameter.
     `decided` is False where a dense parameter is nobody's choice: not of the config, not of a role that is kept.
+    `packed` says that it is quantized already, as its checkpoint stores it.
     """
 
     path: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     role: str
-    spec: QSpec | None
+    spec: QSpec | str | None
     reason: str
     before: int
     after: int
@@ -43,6 +46,7 @@ class Entry:
     transposed: bool = False
     aliases: tuple[str, ...] = ()
     decided: bool = True
+    packed: bool = False
 
     @property
     def module(self) -> str:
@@ -111,7 +115,8 @@ def make_plan(model: nn.Module, config: Config, example: Mapping[str, Any] | Non
         raise ConfigError(f"no module matches {', '.join(map(repr, unmatched))}")
     example = example_inputs(model) if example is None else example
     roles, source = find_roles(model, names, example, config.fusing.reads)
-    plan = _plan(names, roles, config, source)
+    packed = {weight.parameter.paths[0]: weight for weight in packed_in(model)}
+    plan = _plan(names, roles, config, source, packed)
     for module in [name for name in modules if first(config.fusing.named("attention"), name)] or [""]:
         config.fusing.check_config(_config_over(model, module), module or type(model).__name__)
     return plan
@@ -124,14 +129,20 @@ def plan_graph(weights: Mapping[Node, Tensor], config: Config) -> Plan:
     return _plan(names, roles, config, "graph")
 
 
-def _plan(names: Names, roles: Mapping[str, Role], config: Config, source: str) -> Plan:
-    entries = [
-        _entry(path, tuple(aliases), tensor, roles.get(path, Role("other")), config)
-        for tensor, (path, *aliases) in names
-    ]
+def _plan(
+    names: Names, roles: Mapping[str, Role], config: Config, source: str, packed: Mapping[str, Packed] | None = None
+) -> Plan:
+    entries = []
+    for tensor, (path, *aliases) in names:
+        role = roles.get(path, Role("other"))
+        if packed and path in packed:
+            entries.append(_packed_entry(packed[path], role))
+        else:
+            entries.append(_entry(path, tuple(aliases), tensor, role, config))
     linears = {entry.module: entry.matrix for entry in entries if entry.role in ("linear", "tiny")}
     config.fusing.check_linears(linears)
-    return Plan(_group(entries, roles, config), source)
+    apart = {path for path, weight in (packed or {}).items() if not weight.stacks}
+    return Plan(_group(entries, roles, config, apart), source)
 
 
 def _config_over(model: nn.Module, module: str) -> Any:
@@ -150,7 +161,34 @@ def _names(model: nn.Module) -> Names:
     names: dict[int, tuple[Tensor, list[str]]] = {}
     for path, tensor in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(tensor), (tensor, []))[1].append(path)
-    return [(tensor, tuple(paths)) for tensor, paths in names.values()]
+    plain = [(tensor, tuple(paths)) for tensor, paths in names.values()]
+    packed = [weight.parameter for weight in packed_in(model)]
+    return plain + [(torch.empty(each.shape, dtype=each.dtype, device="meta"), each.paths) for each in packed]
+
+
+def _packed_entry(weight: Packed, role: Role) -> Entry:
+    parameter = weight.parameter
+    path, *aliases = parameter.paths
+    try:
+        spec: QSpec | str = QSpec.parse(weight.spec)
+    except SpecError:  # vector codebooks have a spelling of their own
+        spec = weight.spec
+    before = math.prod(parameter.shape) * parameter.dtype.itemsize
+    kind = "linear" if role.name in ("unused", "other") and len(parameter.shape) == 2 else role.name
+    return Entry(
+        path,
+        parameter.shape,
+        parameter.dtype,
+        kind,
+        spec,
+        "",
+        before,
+        weight.nbytes,
+        None,
+        parameter.transposed,
+        tuple(aliases),
+        packed=True,
+    )
 
 
 def _entry(path: str, aliases: tuple[str, ...], tensor: Tensor, role: Role, config: Config) -> Entry:
@@ -174,14 +212,16 @@ def _entry(path: str, aliases: tuple[str, ...], tensor: Tensor, role: Role, conf
     return replace(dense, spec=chosen, after=after)
 
 
-def _group(entries: list[Entry], roles: Mapping[str, Role], config: Config) -> tuple[Entry, ...]:
+def _group(
+    entries: list[Entry], roles: Mapping[str, Role], config: Config, apart: Collection[str]
+) -> tuple[Entry, ...]:
     """Number the siblings: linears that read one value and agree in spec, width, dtype and device."""
     candidates: dict[Any, list[int]] = defaultdict(list)
     for index, entry in enumerate(entries):
         role = roles.get(entry.path)
-        if role is None or role.reads is None or entry.transposed or not _stacks(entry):
+        if role is None or role.reads is None or entry.transposed or entry.path in apart or not _stacks(entry):
             continue
-        candidates[role.reads, entry.spec, entry.shape[1], entry.dtype].append(index)
+        candidates[role.reads, entry.spec, entry.shape[1], entry.dtype, entry.packed].append(index)
     numbered = list(entries)
     groups = [indices for indices in candidates.values() if len(indices) > 1]
     for number, indices in enumerate(groups):
@@ -194,7 +234,7 @@ def _group(entries: list[Entry], roles: Mapping[str, Role], config: Config) -> t
 def _stacks(entry: Entry) -> bool:
     """Whether rows of this weight carry their own scales, so that weights can lie side by side."""
     spec = entry.spec
-    if spec is None or spec.scale_spec or spec.zero_spec or entry.aliases:
+    if not isinstance(spec, QSpec) or spec.scale_spec or spec.zero_spec or entry.aliases:
         return False
     rows, columns = entry.matrix
     flat = isinstance(spec.granularity, PerGroup) and columns % spec.granularity.size

@@ -16,7 +16,9 @@ from torch.fx import Node
 from qcompile.errors import CaptureError, UnsupportedError
 from qcompile.graph.match import argument, aten, is_call, value
 from qcompile.normal import normalize
+from qcompile.ops.linear import dequantize, reorder
 from qcompile.step import capture_call
+from qcompile.storage import data_path
 
 # A linear smaller than this saves nothing worth a kernel.
 TINY = 1024
@@ -51,10 +53,26 @@ def find_roles(
         else:
             normalize(captured.gm)
             nodes = captured.gm.graph.find_nodes(op="placeholder")
-            return roles_in_graph({n.meta["input_path"]: n for n in nodes if "input_path" in n.meta}, names), "graph"
+            inputs = {n.meta["input_path"]: n for n in nodes if "input_path" in n.meta}
+            return roles_in_graph(_weights(inputs, names), names), "graph"
     roles = roles_by_type(model, names, stated)
     by_hand = " and modules_to_fuse" if any(role.reads for role in roles.values()) else ""
     return roles, f"module types{by_hand}: {why}"
+
+
+def _weights(inputs: Mapping[str, Node], names: Names) -> dict[str, Node]:
+    """Where each parameter's float weight is in the graph: an input, or what is unpacked from one."""
+    found = {}
+    for path in (path for _, paths in names for path in paths):
+        if node := inputs.get(path):
+            found[path] = node
+        elif node := inputs.get(data_path(path)):
+            unpacked = [user for user in node.users if is_call(user, dequantize.overload)]
+            for user in [
+                user for each in unpacked for user in each.users if is_call(user, reorder.overload)
+            ] or unpacked:
+                found[path] = user
+    return found
 
 
 def roles_in_graph(inputs: Mapping[str, Node], names: Names) -> dict[str, Role]:

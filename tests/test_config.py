@@ -79,6 +79,7 @@ def test_which_rule_wins(fields: dict[str, Any], module: str, role: str, want: Q
         ({"exclude": {"a": 1}}, "exclude={'a': 1} is not a list of names"),
         ({"specs": ["q_proj"]}, "specs=['q_proj'] is not a mapping from pattern to spec"),
         ({"specs": {"q_proj": "u4/g64"}}, "specs['q_proj']: 'u4/g64' is not a spec"),
+        ({"specs": {"q_proj": "u4/g64/sym"}}, "specs['q_proj']: u4 has no symmetric form; write i4/g64/sym"),
         ({"keep": ["lmhead"]}, "keep: unknown role 'lmhead'; did you mean 'lm_head'?"),
         ({"strict": 1}, "strict=1 is neither True nor False"),
         ({"do_fuse": None}, "do_fuse=None is neither True nor False"),

@@ -1,0 +1,89 @@
+"""load()."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import qcompile
+from qcompile.errors import CheckpointError
+
+CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
+INPUT_IDS = torch.tensor([[1, 5, 9, 42, 7, 3, 100, 200]])
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A copy of a checkpoint, to be spoiled."""
+    shutil.copytree(CHECKPOINTS / "awq-gemm-notconvert", tmp_path / "model")
+    return tmp_path / "model"
+
+
+def change(folder: Path, edit) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_siblings_are_stored_together_by_optimize() -> None:
+    model = qcompile.load(str(CHECKPOINTS / "awq-gemm-g128"), dtype=torch.float32, progress=False)
+    before, eager = qcompile.dequantize(model), model(INPUT_IDS).logits
+    qcompile.optimize(model, progress=False)
+    plan = {entry.path.removeprefix("model.layers.0."): entry for entry in model.forward.plan.entries}
+    assert plan["self_attn.q_proj.weight"].group == plan["self_attn.v_proj.weight"].group is not None
+    assert plan["mlp.gate_proj.weight"].group == plan["mlp.up_proj.weight"].group is not None
+    assert plan["mlp.down_proj.weight"].packed and plan["mlp.down_proj.weight"].group is None
+    after = qcompile.dequantize(model)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    torch.testing.assert_close(model(INPUT_IDS).logits, eager, rtol=1e-4, atol=1e-4)
+    assert "fuse_siblings" in qcompile.dump(model)
+
+
+def test_a_tensor_that_nothing_reads(folder: Path) -> None:
+    change(folder, lambda tensors: tensors.update({"model.layers.0.surplus": torch.ones(3)}))
+    with pytest.raises(CheckpointError, match=r"nothing reads 1 of its tensors: model\.layers\.0\.surplus"):
+        qcompile.load(str(folder), progress=False)
+    with pytest.warns(UserWarning, match="nothing reads 1 of its tensors"):
+        assert qcompile.load(str(folder), progress=False, strict=False) is not None
+
+
+def test_a_parameter_that_nothing_fills(folder: Path) -> None:
+    change(folder, lambda tensors: tensors.pop("model.norm.weight"))
+    with pytest.raises(CheckpointError, match=r"nothing fills 1 parameters: model\.norm\.weight"):
+        qcompile.load(str(folder), progress=False)
+
+
+def test_a_shape_that_the_model_does_not_have(folder: Path) -> None:
+    change(folder, lambda tensors: tensors.update({"model.norm.weight": torch.ones(5, dtype=torch.float16)}))
+    with pytest.raises(CheckpointError, match=re.escape("model.norm.weight is (5,), the model needs (")):
+        qcompile.load(str(folder), progress=False)
+
+
+def test_a_method_that_nobody_reads(tmp_path: Path, tiny_llama) -> None:
+    tiny_llama().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "spqr"}}))
+    with pytest.raises(CheckpointError, match=r"quantized by 'spqr', which qcompile does not read .*float original"):
+        qcompile.load(str(tmp_path), progress=False)
+
+
+def test_float_checkpoint(tmp_path: Path, tiny_llama) -> None:
+    model = tiny_llama()
+    model.save_pretrained(tmp_path / "float")
+    loaded = qcompile.load(str(tmp_path / "float"), dtype=torch.float32, progress=False)
+    torch.testing.assert_close(loaded(INPUT_IDS % 50).logits, model(INPUT_IDS % 50).logits)
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+
+
+def test_sharded_and_tied(tmp_path: Path, tiny_llama) -> None:
+    model = tiny_llama(tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
+    loaded = qcompile.load(str(tmp_path / "sharded"), dtype=torch.float32, progress=False)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    torch.testing.assert_close(loaded(INPUT_IDS % 50).logits, model(INPUT_IDS % 50).logits)
