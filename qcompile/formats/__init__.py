@@ -3,11 +3,12 @@
 from qcompile.errors import CheckpointError
 from qcompile.files.checkpoint import Checkpoint
 from qcompile.formats.awq import Awq
+from qcompile.formats.bitsandbytes import BitsAndBytes
 from qcompile.formats.gptq import Gptq
 from qcompile.formats.stored import Dense, Format, Stored
 
 # The first that claims a checkpoint reads it.
-FORMATS: tuple[Format, ...] = (Awq(), Gptq())
+FORMATS: tuple[Format, ...] = (Awq(), Gptq(), BitsAndBytes())
 
 
 def find(checkpoint: Checkpoint) -> Format | None:
