@@ -19,6 +19,7 @@ from qcompile.graph.alias import is_written
 from qcompile.graph.match import aten, is_call, is_tensor, known, named_argument, same_shape, value
 from qcompile.graph.rewrite import Rewriter
 from qcompile.graph.spelling import Build, Spelling, spell
+from qcompile.ops.activation_rounding import round_activation
 
 
 class NormalizeRows:
@@ -66,7 +67,7 @@ def _sunk(node: Node) -> Build | None:
 def _row_operands(node: Node) -> list[Any]:
     """The operands that have rows, if the op makes each row of its result from the same row of each; else none."""
     first, *rest = node.args if node.args else (None,)
-    if is_call(node, aten.linear.default, aten.to.dtype):
+    if is_call(node, aten.linear.default, aten.to.dtype, round_activation.overload):
         return [first]
     if is_call(node, aten.layer_norm.default, aten.rms_norm.default):
         return [first] if len(rest[0]) == 1 else []  # type: ignore[arg-type]

@@ -83,6 +83,7 @@ class Filler:
     ):
         self.model = model
         self.quantize_inputs = quantize_inputs
+        self.roundings: dict[Any, ActivationRounding] = {}
         self.checkpoint = checkpoint
         self.device = device
         self.places = _places(model, checkpoint, stored)
@@ -161,7 +162,14 @@ class Filler:
                     f"{path} of {type(module).__name__} is to be multiplied by activations rounded as {spec}; "
                     "quantize_inputs=False loads it without"
                 )
-            put_rounding(module, name, ActivationRounding(spec, scale, zero))
+            put_rounding(module, name, self._shared(owner.rpartition(".")[0], spec, scale, zero))
+
+    def _shared(
+        self, place: str, spec: ActivationSpec, scale: Tensor | None, zero: Tensor | None
+    ) -> ActivationRounding:
+        """Modules under one parent share a rounding of equal numbers: siblings are seen to round one value alike."""
+        numbers = tuple(None if number is None else (number.item(), number.dtype) for number in (scale, zero))
+        return self.roundings.setdefault((place, spec, numbers), ActivationRounding(spec, scale, zero))
 
     def _number(self, name: str) -> Tensor:
         if math.prod(self.checkpoint.need(name).shape) != 1:

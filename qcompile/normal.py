@@ -12,12 +12,13 @@ from qcompile.passes.normalize_linear import NormalizeLinear
 from qcompile.passes.normalize_rows import NormalizeRows
 from qcompile.passes.normalize_views import NormalizeViews
 from qcompile.passes.remove_in_place import RemoveInPlace
+from qcompile.passes.share_rounding import ShareRounding
 
 
 def normalizing_passes() -> list[Rule[Any]]:
     """Fresh passes. A value that is written in place is left alone by the others; linears are recognised by the views
     around them; rows are seen through once products are linears."""
-    return [RemoveInPlace(), Normalize(), NormalizeViews(), NormalizeLinear(), NormalizeRows()]
+    return [RemoveInPlace(), Normalize(), NormalizeViews(), NormalizeLinear(), NormalizeRows(), ShareRounding()]
 
 
 def normalize(gm: GraphModule) -> None:

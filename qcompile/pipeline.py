@@ -32,7 +32,16 @@ from qcompile.passes.recognize_attention import RecognizeAttention
 from qcompile.passes.recognize_norm import RecognizeNorm
 
 # Importing a kernel signs it up. Earlier ones are asked first.
-KERNELS = ("linear_cpu", "dequantize_cpu", "linear_cuda", "dequantize_gpu", "norm", "gated_act", "rope")
+KERNELS = (
+    "linear_cpu",
+    "dequantize_cpu",
+    "linear_cuda",
+    "dequantize_gpu",
+    "norm",
+    "gated_act",
+    "rope",
+    "round_activation",
+)
 for kernel in KERNELS:
     importlib.import_module(f"qcompile.kernels.{kernel}")
 

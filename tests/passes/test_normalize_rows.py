@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from qcompile.ops.activation_rounding import round_activation
 from qcompile.passes.normalize import Normalize
 from qcompile.passes.normalize_linear import NormalizeLinear
 from qcompile.passes.normalize_rows import NormalizeRows
@@ -52,6 +53,7 @@ def test_text(graph, golden):
         (lambda m, y: y.double().clamp(0, 1), ["to", "clamp"]),
         (lambda m, y: m.up(y).mul(m.up(y).sigmoid()), ["linear", "linear", "sigmoid", "mul"]),
         (lambda m, y: torch.where(y > 0, y, m.gain), ["gt", "where"]),
+        (lambda m, y: m.up(round_activation(y, None, None, "u8/token/dynamic")), ["round_activation", "linear"]),
     ],
 )
 def test_seen_through(graph, function, ops):
