@@ -4,11 +4,19 @@ from qcompile.errors import CheckpointError
 from qcompile.files.checkpoint import Checkpoint
 from qcompile.formats.awq import Awq
 from qcompile.formats.bitsandbytes import BitsAndBytes
+from qcompile.formats.fbgemm_fp8 import FbgemmFp8
+from qcompile.formats.fp8 import Fp8
 from qcompile.formats.gptq import Gptq
-from qcompile.formats.stored import Dense, Format, Stored
+from qcompile.formats.stored import Dense, Entry, Format, Ignored, Stored
 
 # The first that claims a checkpoint reads it.
-FORMATS: tuple[Format, ...] = (Awq(), Gptq(), BitsAndBytes())
+FORMATS: tuple[Format, ...] = (
+    Awq(),
+    Gptq(),
+    BitsAndBytes(),
+    FbgemmFp8(),
+    Fp8(),
+)
 
 
 def find(checkpoint: Checkpoint) -> Format | None:
@@ -25,4 +33,4 @@ def find(checkpoint: Checkpoint) -> Format | None:
     return None
 
 
-__all__ = ["FORMATS", "Dense", "Format", "Stored", "find"]
+__all__ = ["FORMATS", "Dense", "Entry", "Format", "Ignored", "Stored", "find"]

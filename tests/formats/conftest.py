@@ -61,18 +61,28 @@ def check_compiled(check: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
 
 
 @pytest.fixture
-def weights_of(tmp_path: Path) -> Callable[..., dict[str, QTensor]]:
-    """`weights_of(tensors, config)` writes a checkpoint of these tensors and this quantization_config, and reads its
-    quantized weights back, by path."""
+def stored_of(tmp_path: Path) -> Callable[..., dict[str, tuple[Stored, QTensor]]]:
+    """`stored_of(tensors, config)` writes a checkpoint of these tensors and this quantization_config, and reads its
+    quantized weights back, by path: what the format says of each, and the weight."""
 
-    def run(tensors: dict[str, Tensor], config: dict[str, Any]) -> dict[str, QTensor]:
+    def run(tensors: dict[str, Tensor], config: dict[str, Any]) -> dict[str, tuple[Stored, QTensor]]:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "model.safetensors")
         (tmp_path / "config.json").write_text(json.dumps({"quantization_config": config}))
         checkpoint = open_checkpoint(tmp_path)
         method = formats.find(checkpoint)
         assert method is not None
         stored = [weight for weight in method.weights(checkpoint) if isinstance(weight, Stored)]
-        return {weight.path: weight.read(checkpoint.read) for weight in stored}
+        return {weight.path: (weight, weight.read(checkpoint.read)) for weight in stored}
+
+    return run
+
+
+@pytest.fixture
+def weights_of(stored_of: Callable[..., dict[str, tuple[Stored, QTensor]]]) -> Callable[..., dict[str, QTensor]]:
+    """`stored_of`, the weights alone."""
+
+    def run(tensors: dict[str, Tensor], config: dict[str, Any]) -> dict[str, QTensor]:
+        return {path: weight for path, (_, weight) in stored_of(tensors, config).items()}
 
     return run
 
