@@ -71,6 +71,16 @@ class Dense:
     value: Callable[[Tensor], Tensor] = lambda tensor: tensor
 
 
+@dataclass(frozen=True)
+class Ignored:
+    """Tensors that no parameter needs: those that the reader has used for something else, leftovers of a calibration."""
+
+    tensors: tuple[str, ...]
+
+
+Entry = Stored | Dense | Ignored
+
+
 class Format(Protocol):
     """One way of storing quantized weights."""
 
@@ -80,7 +90,7 @@ class Format(Protocol):
         """Whether this checkpoint is written so. Tensors decide before the configuration does."""
         ...
 
-    def weights(self, checkpoint: Checkpoint) -> Iterable[Stored | Dense]:
+    def weights(self, checkpoint: Checkpoint) -> Iterable[Entry]:
         """Every quantized weight, and the float tensors that are not the parameters of their own names.
 
         Raises CheckpointError where tensors and configuration contradict each other.
