@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from qcompile import formats, models
 from qcompile.errors import CheckpointError, FormatError
 from qcompile.files.checkpoint import Checkpoint, open_checkpoint
-from qcompile.formats import Dense, Stored
+from qcompile.formats import Dense, Entry, Ignored, Stored
 from qcompile.formats.stored import Rounding
 from qcompile.quant.activation import ActivationSpec
 from qcompile.storage import INPUT_ROUNDING, OUTPUT_ROUNDING, ActivationRounding, Parameter, put, put_rounding
@@ -77,7 +77,7 @@ class Filler:
         self,
         model: nn.Module,
         checkpoint: Checkpoint,
-        stored: Sequence[Stored | Dense],
+        stored: Sequence[Entry],
         device: torch.device,
         quantize_inputs: bool,
     ):
@@ -87,8 +87,9 @@ class Filler:
         self.checkpoint = checkpoint
         self.device = device
         self.places = _places(model, checkpoint, stored)
-        self.stored = stored
-        self.unread = set(checkpoint.tensors)
+        self.stored = [entry for entry in stored if not isinstance(entry, Ignored)]
+        ignored = [entry.tensors for entry in stored if isinstance(entry, Ignored)]
+        self.unread = set(checkpoint.tensors).difference(*ignored)
         self.unfilled = {place.paths[0] for place in self.places.values()}
 
     def fill(self, bar: Any) -> None:
@@ -199,8 +200,8 @@ class Filler:
         self.unfilled.discard(place.paths[0])
 
 
-def _places(model: nn.Module, checkpoint: Checkpoint, stored: Sequence[Stored | Dense]) -> dict[str, Place]:
-    """What is to be filled, by each of its names: parameters, persistent buffers, and other buffers that `stored` names.
+def _places(model: nn.Module, checkpoint: Checkpoint, stored: Sequence[Entry]) -> dict[str, Place]:
+    """What is to be filled, by each of its names: parameters, persistent buffers, other buffers that `stored` names.
 
     A tie is undone where one end is packed and the other has a tensor of its own: quantized heads of tied models are
     stored beside the float embedding.

@@ -73,7 +73,7 @@ class Dense:
 
 @dataclass(frozen=True)
 class Ignored:
-    """Tensors that no parameter needs: those that the reader has used for something else, leftovers of a calibration."""
+    """Tensors that no parameter needs: used for something else by the reader, or left over from a calibration."""
 
     tensors: tuple[str, ...]
 
