@@ -4,6 +4,7 @@ from qcompile.errors import CheckpointError
 from qcompile.files.checkpoint import Checkpoint
 from qcompile.formats.awq import Awq
 from qcompile.formats.bitsandbytes import BitsAndBytes
+from qcompile.formats.compressed_tensors import CompressedTensors
 from qcompile.formats.fbgemm_fp8 import FbgemmFp8
 from qcompile.formats.fp8 import Fp8
 from qcompile.formats.gptq import Gptq
@@ -14,6 +15,7 @@ FORMATS: tuple[Format, ...] = (
     Awq(),
     Gptq(),
     BitsAndBytes(),
+    CompressedTensors(),
     FbgemmFp8(),
     Fp8(),
 )
