@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from qcompile import formats, models
 from qcompile.errors import CheckpointError, FormatError
 from qcompile.files.checkpoint import Checkpoint, open_checkpoint
-from qcompile.formats import Dense, Entry, Ignored, Stored
+from qcompile.formats import Dense, Entry, Gguf, Ignored, Stored
 from qcompile.formats.stored import Rounding
 from qcompile.quant.activation import ActivationSpec
 from qcompile.storage import INPUT_ROUNDING, OUTPUT_ROUNDING, ActivationRounding, Parameter, put, put_rounding
@@ -51,7 +51,9 @@ def load(
     checkpoint = open_checkpoint(folder / source.gguf if source.gguf else folder)
     method = formats.find(checkpoint)
     stored = list(method.weights(checkpoint)) if method else []
-    model = models.empty(source, dtype, str(device))
+    config = method.config(checkpoint) if isinstance(method, Gguf) else None
+    model = models.empty(source, dtype, str(device), config)
+    _scale_activations(model, checkpoint)
     filler = Filler(model, checkpoint, stored, torch.device(device), quantize_inputs)
     with tqdm(total=len(filler.places), desc="load", disable=not progress, leave=False) as bar, torch.no_grad():
         filler.fill(bar)
@@ -128,7 +130,8 @@ class Filler:
         place = self.places.get(weight.path)
         if place is None:
             raise CheckpointError(f"{weight.path} is quantized in the checkpoint; the model has no such parameter")
-        transposed = _orientation(weight, place)
+        owner = self.model.get_submodule(place.paths[0].rpartition(".")[0])
+        transposed = _orientation(weight, place, owner)
         try:
             part = weight.read(self._read)
         except FormatError as error:
@@ -222,11 +225,36 @@ def _places(model: nn.Module, checkpoint: Checkpoint, stored: Sequence[Entry]) -
     return found
 
 
-def _orientation(weight: Stored, place: Place) -> bool:
+class ScaledActivation(nn.Module):
+    """An activation whose output is divided channel by channel."""
+
+    def __init__(self, act: nn.Module, channels: int, dtype: torch.dtype):
+        super().__init__()
+        self.act = act
+        self.scales = nn.Parameter(torch.empty(channels, dtype=dtype, device="meta"), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(x) / self.scales
+
+
+def _scale_activations(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Divide the activations that have `scales` in the checkpoint: AWQ leaves them where no weight stands before a
+    linear to take its scales, as in BLOOM, Falcon, GPT-NeoX and GPT-J."""
+    modules = dict(model.named_modules())
+    for path in checkpoint.modules("scales"):
+        act, shape = modules.get(path), checkpoint.tensors[f"{path}.scales"].shape
+        if act is not None and len(shape) == 1 and not any(True for _ in act.parameters()):
+            owner, _, name = path.rpartition(".")
+            scaled = ScaledActivation(act, shape[0], next(model.parameters()).dtype)
+            setattr(model.get_submodule(owner), name, scaled)
+
+
+def _orientation(weight: Stored, place: Place, owner: nn.Module) -> bool:
     """Whether the model holds this weight as (…, in_features, out_features)."""
     shape = tuple(place.tensor.shape)
     if shape == weight.shape:
-        return False
+        # A square weight does not show it.
+        return type(owner).__name__ == "Conv1D" and shape[-1] == shape[-2]
     if shape == (*weight.shape[:-2], weight.shape[-1], weight.shape[-2]):
         return True
     raise CheckpointError(

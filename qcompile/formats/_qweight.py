@@ -28,12 +28,16 @@ def layout(checkpoint: Checkpoint, module: str) -> str | None:
         return "gemv_fast"
     rows, words = checkpoint.need(f"{module}.qweight", 2).shape
     groups, outputs = checkpoint.need(f"{module}.scales", 2, SCALES).shape
+    zeros = checkpoint.need(f"{module}.qzeros", 2).shape
+    if words == outputs and (f"{module}.g_idx" in checkpoint.tensors or _said(checkpoint) == "gptq"):
+        return "gptq"
+    # Groups of one input, or of one word, are nobody's: where the rest fits both, rows are outputs.
+    if rows == groups == zeros[0] and 8 * zeros[1] == outputs:
+        return "gemv"
     if words == outputs:
         return "gptq"
     if 8 * words == outputs:
         return "gemm"
-    if rows == groups:
-        return "gemv"
     raise CheckpointError(
         f"{module}: qweight of {(rows, words)} with scales of {(groups, outputs)} is neither AWQ's nor GPTQ's layout"
     )
@@ -44,6 +48,10 @@ def method(checkpoint: Checkpoint) -> str | None:
     for module in checkpoint.modules("qweight"):
         if found := layout(checkpoint, module):
             return "gptq" if found == "gptq" else "awq"
+    return _said(checkpoint)
+
+
+def _said(checkpoint: Checkpoint) -> str | None:
     config = checkpoint.quantization
     said = config.get("quant_method") or ("awq" if "w_bit" in config else None)
     return said if said in ("awq", "gptq") else None

@@ -1,13 +1,18 @@
 """gptq. The packer here restates the layout in plain loops."""
 
+import json
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
+import qcompile
 from qcompile.errors import CheckpointError
 
 FIXTURES = [
@@ -200,6 +205,25 @@ def test_auto_round(weights_of: Callable, config: dict[str, Any], less: int) -> 
     del tensors["m.g_idx"]
     config |= {"quant_method": "auto-round", "bits": 4, "sym": False, "group_size": 32}
     same(weights_of(tensors, {**config, "extra_config": {"m": {"group_size": 64}}}), weight)
+
+
+def test_modules_that_keep_their_weight_transposed(tmp_path: Path) -> None:
+    """GPT-2's Conv1D; its square ones too."""
+    config = GPT2Config(vocab_size=64, n_embd=64, n_layer=1, n_head=4, architectures=["GPT2LMHeadModel"])
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(config).eval()
+    state = {key: tensor.contiguous() for key, tensor in model.state_dict().items() if key != "lm_head.weight"}
+    for name, out in [("transformer.h.0.attn.c_proj", 64), ("transformer.h.0.attn.c_attn", 192)]:
+        tensors, weight = packed(4, plain(64, 32), out=out)
+        del state[f"{name}.weight"]
+        state |= {key.replace("m.", f"{name}."): tensor.contiguous() for key, tensor in tensors.items()}
+        model.get_submodule(name).weight = nn.Parameter(weight.t().float())
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    said = {**config.to_dict(), "quantization_config": {"quant_method": "gptq", "bits": 4, "sym": False}}
+    (tmp_path / "config.json").write_text(json.dumps(said))
+    ids = torch.arange(8)[None]
+    got = qcompile.load(str(tmp_path), dtype=torch.float32, progress=False)(ids).logits
+    torch.testing.assert_close(got, model(ids).logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
