@@ -1,9 +1,9 @@
 """qcompile: any PyTorch model in, a fused quantized program out."""
 
-from qcompile.api import dequantize, dump, explain, load, optimize, plan
+from qcompile.api import dequantize, dump, explain, load, optimize, plan, save
 from qcompile.config import Config
 from qcompile.errors import QCompileError
 from qcompile.quant.spec import QSpec
 from qcompile.quant.tensor import QTensor
 
-__all__ = ["Config", "QCompileError", "QSpec", "QTensor", "dequantize", "dump", "explain", "load", "optimize", "plan"]
+__all__ = ["Config", "QCompileError", "QSpec", "QTensor", "dequantize", "dump", "explain", "load", "optimize", "plan", "save"]

@@ -19,6 +19,7 @@ from qcompile.plan import Entry, Plan, example_inputs, make_plan
 from qcompile.quant.spec import QSpec
 from qcompile.quant.tensor import QTensor
 from qcompile.runtime import Runner, runner_of
+from qcompile.save import save
 from qcompile.storage import ActivationRounding, Parameter, packed_parameters, packed_tensor, put
 
 
@@ -88,8 +89,13 @@ def dump(model: nn.Module) -> str:
     return "\n".join(f"== {outcome.inputs}\n{outcome.text}" for outcome in _runner(model).outcomes())
 
 
-def dequantize(model: nn.Module) -> dict[str, Tensor]:
-    """The float32 state dict under the model's own parameter names; integer buffers keep their dtype."""
+def dequantize(model: nn.Module | str) -> dict[str, Tensor]:
+    """The float32 state dict under the model's own parameter names; integer buffers keep their dtype.
+
+    `model` is a model with packed weights, or the checkpoint of one as load() takes it.
+    """
+    if isinstance(model, str):
+        model = load(model, dtype=torch.float32, quantize_inputs=False)
     packed, apart = {}, set()
     for prefix, module in model.named_modules():
         if isinstance(module, ActivationRounding):
@@ -182,4 +188,4 @@ def _numerics(model: nn.Module, reference: nn.Module, inputs: Mapping[str, Any] 
     return {"sqnr_db": sqnr, "kl": float((p.exp() * (p - q)).sum(-1).mean())}
 
 
-__all__ = ["dequantize", "dump", "example_inputs", "explain", "load", "optimize", "plan"]
+__all__ = ["dequantize", "dump", "example_inputs", "explain", "load", "optimize", "plan", "save"]

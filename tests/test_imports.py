@@ -14,7 +14,7 @@ LAYERS = [
     {"_torch", "errors"},
     {"quant"},
     {"ops", "graph", "files"},
-    {"passes", "kernels", "formats", "algorithms"},
+    {"passes", "kernels", "formats", "writers", "algorithms"},
     # what is to happen, how it is stored, and the account of it
     {"checks", "patterns"},
     {"fusing", "transformers_config"},
@@ -29,7 +29,7 @@ LAYERS = [
     {"program"},
     {"runtime"},
     {"backend", "generate", "models"},
-    {"load"},
+    {"load", "save"},
     {"api"},
     {"__init__"},
     # the command line

@@ -7,13 +7,19 @@ from qcompile.formats.bitsandbytes import BitsAndBytes
 from qcompile.formats.compressed_tensors import CompressedTensors
 from qcompile.formats.fbgemm_fp8 import FbgemmFp8
 from qcompile.formats.fp8 import Fp8
+from qcompile.formats.gguf import Gguf
 from qcompile.formats.gptq import Gptq
+from qcompile.formats.native import Native
 from qcompile.formats.stored import Dense, Entry, Format, Ignored, Stored
+from qcompile.formats.torchao import TorchAO
 
 # The first that claims a checkpoint reads it.
 FORMATS: tuple[Format, ...] = (
+    Gguf(),
+    Native(),
     Awq(),
     Gptq(),
+    TorchAO(),
     BitsAndBytes(),
     CompressedTensors(),
     FbgemmFp8(),
@@ -35,4 +41,4 @@ def find(checkpoint: Checkpoint) -> Format | None:
     return None
 
 
-__all__ = ["FORMATS", "Dense", "Entry", "Format", "Ignored", "Stored", "find"]
+__all__ = ["FORMATS", "Dense", "Entry", "Format", "Gguf", "Ignored", "Stored", "find"]

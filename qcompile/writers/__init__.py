@@ -1,0 +1,18 @@
+"""The formats that checkpoints are written in: one file each."""
+
+from qcompile.errors import ConfigError
+from qcompile.writers.contents import ActivationRounding, Contents, Weight, Writer
+from qcompile.writers.native import Native
+
+WRITERS: tuple[Writer, ...] = (Native(),)
+
+
+def find(name: str) -> Writer:
+    """The writer of this name; ConfigError lists the known ones."""
+    for writer in WRITERS:
+        if writer.name == name:
+            return writer
+    raise ConfigError(f"unknown format {name!r}; known: {', '.join(writer.name for writer in WRITERS)}")
+
+
+__all__ = ["WRITERS", "ActivationRounding", "Contents", "Weight", "Writer", "find"]
