@@ -10,7 +10,7 @@ import re
 import socket
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,11 +101,17 @@ _WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 _PICKLES = ["qmodel.pt", "pytorch_model*.bin", "gptq_model*.bin"]
 
 
-def empty(source: Source, dtype: torch.dtype | str = "auto", device: str = "cpu") -> nn.Module:
-    """The model with its parameters on the meta device, and what it computes for itself, such as rope tables, real."""
+def empty(
+    source: Source,
+    dtype: torch.dtype | str = "auto",
+    device: str = "cpu",
+    values: Mapping[str, Any] | None = None,
+) -> nn.Module:
+    """The model with its parameters on the meta device, and what it computes for itself, such as rope tables, real.
+    `values` stand in for a config.json."""
     from accelerate import init_empty_weights
 
-    config = _read_config(source)
+    config = _read_config(source) if values is None else _make_config(source, values)
     chosen = dtype if isinstance(dtype, torch.dtype) else resolve_dtype(dtype, config, device)
     # How the weights are stored is our business; transformers would look for the library that wrote them.
     for part in (config, config.get_text_config()):
@@ -186,6 +192,13 @@ def _read_config(source: Source) -> Any:
         return AutoConfig.from_pretrained(source.place, trust_remote_code=False, **_options(source))
 
 
+def _make_config(source: Source, values: Mapping[str, Any]) -> Any:
+    from transformers import AutoConfig
+
+    with _errors(source), _quiet(source):
+        return AutoConfig.for_model(**values)
+
+
 def _options(source: Source) -> dict[str, Any]:
     if source.gguf:
         return {"gguf_file": source.gguf}
@@ -228,9 +241,11 @@ def _quant_method(config: Any) -> str | None:
 @contextlib.contextmanager
 def _errors(source: Source) -> Iterator[None]:
     """Other people's exceptions about a model as one LoadError that says what to do."""
+    from huggingface_hub.errors import StrictDataclassError
+
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, StrictDataclassError) as error:
         if isinstance(error, LoadError):
             raise
         raise LoadError(_explanation(source, error)) from error
