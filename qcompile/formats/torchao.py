@@ -1,0 +1,339 @@
+"""torchao: tensor subclasses flattened into plain tensors; the file's header says what each weight is.
+
+    header  "P.weight" -> JSON {"_type": class, "_data": {block_size, activation rule, …}, "_tensor_data_names": […]}
+    P._weight_<name>   the tensors of P.weight
+
+    Int8Tensor                qdata int8 (out, in), scale, zero_point int8 by blocks: (q - zero) * scale
+    IntxUnpackedToInt8Tensor  the same with target_dtype int1 … int8, also with a float zero_point
+    Float8Tensor              qdata float8, scale by blocks
+    Int4Tensor                qdata int8 (out, in/2), low half first, signed; scale, zero_point (in/g, out):
+                              q * scale + zero_point
+    Int4TilePackedTo4dTensor  qdata int32 (out/8, in/128, 32, 4), padded, in the order of the tinygemm kernel;
+                              scale_and_zero (in/g, out, 2): (u - 8) * scale + zero
+
+https://github.com/pytorch/ao (torchao/prototype/safetensors, torchao/quantization/quantize_/workflows)
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qcompile.errors import CheckpointError
+from qcompile.files.checkpoint import Checkpoint
+from qcompile.formats._bits import fields
+from qcompile.formats.stored import Read, Rounding, Stored, finite
+from qcompile.quant.element import Element
+from qcompile.quant.granularity import Granularity, PerBlock, PerGroup, PerRow, PerTensor
+from qcompile.quant.spec import QSpec, Zero
+from qcompile.quant.tensor import QTensor
+
+FLOAT8 = {torch.float8_e4m3fn: "fp8_e4m3", torch.float8_e5m2: "fp8_e5m2"}
+SCALES = (torch.float32, torch.float16, torch.bfloat16)
+# Offsets in a run of 32 inputs that the eight fields of a tinygemm word hold; two more a lane.
+TILE = (0, 8, 16, 24, 1, 9, 17, 25)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One flattened subclass: its parameter, its class and attributes, and where its tensors are."""
+
+    checkpoint: Checkpoint
+    path: str
+    kind: str
+    data: dict[str, Any]
+
+    def name(self, part: str) -> str:
+        module, _, parameter = self.path.rpartition(".")
+        return f"{module}._{parameter}_{part}"
+
+    def has(self, part: str) -> bool:
+        return self.name(part) in self.checkpoint.tensors
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        return tuple(name for name in self.checkpoint.tensors if name.startswith(self.name("")))
+
+    def counts(self, key: str) -> tuple[int, ...]:
+        value = self.data.get(key)
+        if not isinstance(value, list) or not all(type(n) is int and n > 0 for n in value):
+            raise CheckpointError(f"{self.path}: {key} is {str(value)[:80]}, not a list of counts")
+        return tuple(value)
+
+    def stored(
+        self, spec: QSpec, shape: tuple[int, ...], read: Callable[[Read], QTensor], rounding: Rounding | None
+    ) -> Stored:
+        if self.has("act_pre_scale"):
+            raise CheckpointError(
+                f"{self.name('act_pre_scale')} multiplies the input of the layer, which is not done here; "
+                "fold it into the layer before, or quantize the float original with qcompile.optimize"
+            )
+        return Stored(self.path, spec, shape, self.tensors, read, rounding)
+
+
+class TorchAO:
+    name = "torchao"
+
+    def claims(self, checkpoint: Checkpoint) -> bool:
+        return checkpoint.quantization.get("quant_method") == self.name or any(_weights(checkpoint))
+
+    def weights(self, checkpoint: Checkpoint) -> Iterator[Stored]:
+        found = list(_weights(checkpoint))
+        for weight in found:
+            if weight.kind not in READERS:
+                raise CheckpointError(
+                    f"{weight.path} is a torchao {weight.kind}, which is not read here (known: {', '.join(READERS)}); "
+                    "quantize the float original with qcompile.optimize, or save it again with a current torchao"
+                )
+            yield READERS[weight.kind](weight)
+        if not found:
+            said = checkpoint.quantization.get("quant_type")
+            raise CheckpointError(
+                f"config.json says torchao, {str(said)[:80]}, and no tensor is quantized: this configuration asks to "
+                "quantize at load; remove quantization_config and quantize with qcompile.optimize"
+            )
+
+
+def _weights(checkpoint: Checkpoint) -> Iterator[Weight]:
+    for path, text in checkpoint.metadata.items():
+        if "." not in path or '"_type"' not in text:
+            continue
+        try:
+            entry = json.loads(text)
+            kind, data = entry["_type"], entry.get("_data", {})
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise CheckpointError(f"the header's {path} is no torchao description: {error!r}") from error
+        if kind == "Tensor":
+            continue
+        if not isinstance(kind, str) or not isinstance(data, dict):
+            raise CheckpointError(f"the header's {path} is no torchao description: {text[:80]}")
+        yield Weight(checkpoint, path, kind, data)
+
+
+def _granularity(weight: Weight, shape: tuple[int, ...]) -> Granularity:
+    block = weight.counts("block_size") if weight.data.get("block_size") else shape
+    rows, columns = math.prod(shape[:-1]), shape[-1]
+    if block == shape:
+        return PerTensor() if rows > 1 else PerRow()
+    if len(block) == len(shape) and all(n == 1 for n in block[:-1]) and columns % block[-1] == 0:
+        return PerRow() if block[-1] == columns else PerGroup(block[-1])
+    if len(block) == len(shape) == 2 and not any(n % b for n, b in zip(shape, block, strict=True)):
+        return PerBlock(*block)
+    raise CheckpointError(f"{weight.path}: blocks of {block} do not divide {shape}")
+
+
+def _int8(weight: Weight) -> Stored:
+    return _integers(weight, 8, _int8_rounding(weight))
+
+
+def _intx(weight: Weight) -> Stored:
+    said = _plain(weight.data.get("target_dtype"))
+    if said not in {f"int{bits}" for bits in range(1, 9)}:
+        raise CheckpointError(f"{weight.path}: target_dtype is {said!r}, not int1 … int8")
+    rule = _plain(weight.data.get("activation_quantization"))
+    if rule not in (None, "int8_asym_per_token", "INT8_ASYM_PER_TOKEN"):
+        raise CheckpointError(f"{weight.path}: unknown activation_quantization {rule!r}; known: int8_asym_per_token")
+    return _integers(weight, int(said[3:]), Rounding("u8/token/dynamic") if rule else None)
+
+
+def _integers(weight: Weight, bits: int, rounding: Rounding | None) -> Stored:
+    checkpoint, qdata, scale, zero = weight.checkpoint, *(weight.name(n) for n in ("qdata", "scale", "zero_point"))
+    shape, half = checkpoint.need(qdata, dtypes=torch.int8).shape, 2 ** (bits - 1)
+    granularity = _granularity(weight, shape)
+    groups = granularity.scale_shape(math.prod(shape[:-1]), shape[-1])
+    _need_numbers(checkpoint, scale, groups, SCALES)
+    kind = Zero.NONE
+    if weight.has("zero_point"):
+        info = _need_numbers(checkpoint, zero, groups, (torch.int8, *SCALES))
+        if bool(checkpoint.read(zero).any()):
+            kind = Zero.FLOAT if info.is_floating_point else Zero.INT
+    if bits == 1 and kind is Zero.NONE:  # codes -1 and 0: no centred element
+        kind = Zero.INT
+    spec = QSpec(Element.parse(f"{'i' if kind is Zero.NONE else 'u'}{bits}"), granularity, kind)
+
+    def read(tensor: Read) -> QTensor:
+        flat = tensor(qdata).reshape(-1, shape[-1])
+
+        def codes(start: int, stop: int) -> Tensor:
+            part = flat[start:stop].to(torch.int16) + half
+            if part.min() < 0 or part.max() >= 2 * half:
+                raise CheckpointError(f"{qdata} holds codes outside {-half} … {half - 1}, as int{bits} has them")
+            return part.to(torch.uint8)
+
+        shift = None
+        if kind is Zero.FLOAT:
+            shift = finite(zero, tensor(zero)).reshape(groups).float() + half
+        elif kind is Zero.INT:
+            given = (
+                tensor(zero).reshape(groups) if weight.has("zero_point") else torch.zeros(groups, device=flat.device)
+            )
+            shift = given.to(torch.int16) + half
+            if shift.min() < 0:
+                raise CheckpointError(f"{zero} holds zero points below {-half}, the least of int{bits}")
+            shift = shift.to(torch.uint8)
+        return QTensor.from_rows(spec, shape, codes, finite(scale, tensor(scale)).reshape(groups), shift)
+
+    return weight.stored(spec, shape, read, rounding)
+
+
+def _float8(weight: Weight) -> Stored:
+    checkpoint, qdata, scale = weight.checkpoint, weight.name("qdata"), weight.name("scale")
+    info = checkpoint.need(qdata, dtypes=tuple(FLOAT8))
+    shape = info.shape
+    granularity = _granularity(weight, shape)
+    groups = granularity.scale_shape(math.prod(shape[:-1]), shape[-1])
+    _need_numbers(checkpoint, scale, groups, SCALES)
+    spec = QSpec(Element.parse(FLOAT8[info.dtype]), granularity, Zero.NONE)
+
+    def read(tensor: Read) -> QTensor:
+        flat = tensor(qdata).view(torch.uint8).reshape(-1, shape[-1])
+        numbers = finite(scale, tensor(scale)).reshape(groups)
+        return QTensor.from_rows(spec, shape, lambda start, stop: flat[start:stop], numbers)
+
+    return weight.stored(spec, shape, read, _float8_rounding(weight))
+
+
+def _int4(weight: Weight) -> Stored:
+    checkpoint, qdata, scale, zero = weight.checkpoint, *(weight.name(n) for n in ("qdata", "scale", "zero_point"))
+    shape, size = weight.counts("shape"), weight.counts("block_size")[-1]
+    if len(shape) < 2 or shape[-1] % size or shape[-1] % 2:
+        raise CheckpointError(f"{weight.path}: groups of {size} in pairs of inputs do not divide {shape}")
+    checkpoint.need(qdata, (*shape[:-1], shape[-1] // 2), torch.int8)
+    groups = (*shape[:-2], shape[-1] // size, shape[-2])
+    for name in (scale, zero):
+        checkpoint.need(name, groups, SCALES)
+    symmetric = not bool(checkpoint.read(zero).any())
+    spec = QSpec.parse(f"i4/g{size}/sym" if symmetric else f"u4/g{size}/shift")
+
+    def read(tensor: Read) -> QTensor:
+        flat = tensor(qdata).reshape(-1, shape[-1] // 2)
+
+        def rows(name: str) -> Tensor:
+            return finite(name, tensor(name)).transpose(-1, -2).reshape(-1, shape[-1] // size)
+
+        step = rows(scale)
+        shift = None if symmetric else _shift(step, rows(zero))
+        return QTensor.from_rows(spec, shape, lambda start, stop: fields(flat[start:stop], 4) ^ 8, step, shift)
+
+    # float8 activations are rounded by row.
+    rule = _plain(weight.data.get("activation_dtype"))
+    if rule not in (None, "bfloat16", "float8_e4m3fn"):
+        raise CheckpointError(f"{weight.path}: unknown activation_dtype {rule!r}; known: bfloat16, float8_e4m3fn")
+    rounding = Rounding("fp8_e4m3/token/dynamic") if rule == "float8_e4m3fn" else None
+    return weight.stored(spec, shape, read, rounding)
+
+
+def _tiles(weight: Weight) -> Stored:
+    checkpoint, qdata, pairs = weight.checkpoint, weight.name("qdata"), weight.name("scale_and_zero")
+    shape, size = weight.counts("shape"), weight.counts("block_size")[-1]
+    tiles = checkpoint.need(qdata, 4, torch.int32).shape
+    rows, columns = 8 * tiles[0], 128 * tiles[1]
+    if tiles[2:] != (32, 4) or len(shape) != 2 or shape[0] > rows or shape[1] > columns or columns % size:
+        raise CheckpointError(f"{qdata} is {tiles}; {shape} in groups of {size} needs (out/8, in/128, 32, 4)")
+    checkpoint.need(pairs, (columns // size, rows, 2), SCALES)
+    # A group that the padding shares is cut at the end of the row.
+    group = math.gcd(size, shape[1])
+    spec = QSpec.parse(f"u4/g{group}/shift")
+
+    def read(tensor: Read) -> QTensor:
+        packed = tensor(qdata)
+        lanes = torch.arange(4).reshape(4, 1) * 2 + torch.tensor(TILE)  # inputs of lane and field
+        places = torch.argsort(lanes.reshape(-1)).to(packed.device)
+
+        def codes(start: int, stop: int) -> Tensor:
+            words = packed[start // 8 : -(-stop // 8)].unflatten(2, (8, 4))  # tile, 128 inputs, row, lane, 32 inputs
+            runs = fields(words[..., None], 4).permute(0, 2, 1, 4, 3, 5).flatten(-2)[..., places]
+            return runs.reshape(-1, columns)[start % 8 : start % 8 + stop - start, : shape[1]]
+
+        numbers = finite(pairs, tensor(pairs))[:, : shape[0]].permute(2, 1, 0)
+        step, zero = numbers.repeat_interleave(size // group, dim=2)[..., : shape[1] // group].contiguous()
+        return QTensor.from_rows(spec, shape, codes, step, _shift(step, zero))
+
+    return weight.stored(spec, shape, read, None)
+
+
+def _shift(step: Tensor, zero: Tensor) -> Tensor:
+    """The value of code 0, where code 8 has the value `zero`. float32 holds it exactly unless 16-bit steps and zeros
+    are many powers of two apart."""
+    return zero.float() - 8 * step.float()
+
+
+READERS: dict[str, Callable[[Weight], Stored]] = {
+    "Int8Tensor": _int8,
+    "IntxUnpackedToInt8Tensor": _intx,
+    "Float8Tensor": _float8,
+    "Int4Tensor": _int4,
+    "Int4TilePackedTo4dTensor": _tiles,
+}
+
+
+def _int8_rounding(weight: Weight) -> Rounding | None:
+    if (rule := _rule(weight)) is None:
+        return None
+    if rule.get("reduce_range"):
+        raise CheckpointError(
+            f"{weight.path} asks for activations of reduced range, 7 bits, which are not rounded here"
+        )
+    mapping = _plain(rule.get("mapping_type")) or "SYMMETRIC"
+    if mapping not in ("SYMMETRIC", "ASYMMETRIC"):
+        raise CheckpointError(f"{weight.path}: unknown mapping_type {mapping!r} of activations")
+    element = "i8" if mapping == "SYMMETRIC" else "u8"
+    if weight.has("act_quant_scale"):
+        zero = weight.name("act_quant_zero_point") if weight.has("act_quant_zero_point") else None
+        return Rounding(f"{element}/tensor/static", weight.name("act_quant_scale"), zero)
+    return Rounding(f"{element}/{_sharing(weight, rule)}/dynamic" + ("/half" if element == "i8" else ""))
+
+
+def _float8_rounding(weight: Weight) -> Rounding | None:
+    if (rule := _rule(weight)) is None:
+        return None
+    said = _plain(rule.get("float8_dtype")) or "float8_e4m3fn"
+    elements = {str(dtype).removeprefix("torch."): element for dtype, element in FLOAT8.items()}
+    if said not in elements:
+        raise CheckpointError(f"{weight.path}: unknown float8_dtype {said!r} of activations; known: {list(elements)}")
+    text = f"{elements[said]}/{_sharing(weight, rule)}/dynamic"
+    for option, key in (("max", "hp_value_ub"), ("min", "hp_value_lb")):
+        if (bound := rule.get(key)) is not None:
+            if type(bound) not in (int, float) or not 0 <= bound < math.inf:
+                raise CheckpointError(f"{weight.path}: {key} is {bound!r}, not a magnitude")
+            text += f"/{option}({float(bound)})"
+    return Rounding(text)
+
+
+def _rule(weight: Weight) -> dict[str, Any] | None:
+    """The attributes of act_quant_kwargs; None where activations stay as they are."""
+    value = weight.data.get("act_quant_kwargs")
+    if value is None:
+        return None
+    if not isinstance(value, dict) or not isinstance(value.get("_data"), dict):
+        raise CheckpointError(f"{weight.path}: act_quant_kwargs is {str(value)[:80]}, not a description")
+    return value["_data"]
+
+
+def _sharing(weight: Weight, rule: dict[str, Any]) -> str:
+    said = rule.get("granularity")
+    kind = said.get("_type") if isinstance(said, dict) else None
+    if kind not in ("PerRow", "PerTensor"):
+        raise CheckpointError(f"{weight.path}: activations by {str(said)[:80]}; known: PerRow, PerTensor")
+    return "token" if kind == "PerRow" else "tensor"
+
+
+def _plain(value: Any) -> Any:
+    """A dtype or an enumeration by its name."""
+    return value.get("_data") if isinstance(value, dict) else value
+
+
+def _need_numbers(
+    checkpoint: Checkpoint, name: str, groups: tuple[int, int], dtypes: tuple[torch.dtype, ...]
+) -> torch.dtype:
+    """The dtype of a tensor with a number for each group, in whatever shape."""
+    info = checkpoint.need(name, dtypes=dtypes)
+    if math.prod(info.shape) != math.prod(groups):
+        raise CheckpointError(f"{name} is {info.shape}; its blocks need {groups}")
+    return info.dtype
