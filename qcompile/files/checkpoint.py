@@ -129,26 +129,26 @@ _USUAL = ("model.safetensors", "pytorch_model.bin", "qmodel.pt")
 
 
 def _files(folder: Path) -> list[Path]:
-    """The files with the weights: all that an index names, the one with the usual name, or the only one of its kind.
-    Pickles are read where there is no safetensors file."""
+    """The files with the weights: those of a usual name, safetensors before pickles, else the only one of its kind."""
     for usual in _USUAL:
-        suffix = Path(usual).suffix
-        indices = [folder / f"{usual}.index.json"]
-        if not indices[0].is_file():
-            indices = list(folder.glob(f"*{suffix}.index.json"))
-        if len(indices) == 1:
-            return _indexed(indices[0])
+        if (folder / f"{usual}.index.json").is_file():
+            return _indexed(folder / f"{usual}.index.json")
         if (folder / usual).is_file():
             return [folder / usual]
+    for usual in _USUAL:
+        suffix = Path(usual).suffix
+        indices = list(folder.glob(f"*{suffix}.index.json"))
+        if len(indices) == 1:
+            return _indexed(indices[0])
         files = sorted(file for file in folder.glob(f"*{suffix}") if file.name not in _TRAINING)
-        shards = [file for file in files if re.search(r"-\d{5}-of-\d{5}\.", file.name)]
-        if shards:
-            raise CheckpointError(f"{folder} holds {shards[0].name} and no {usual}.index.json, which names all shards")
-        if len(files) > 1:
-            names = ", ".join(file.name for file in files)
-            raise CheckpointError(f"{folder} holds {len(files)} {suffix} files and no {usual}.index.json: {names}")
-        if files:
+        if len(files) == 1 and not re.search(r"-\d{5}-of-\d{5}\.", files[0].name):
             return files
+        if files:
+            names = ", ".join(file.name for file in files[:8])
+            raise CheckpointError(
+                f"{folder} holds {len(files)} {suffix} files and no {usual}.index.json, which names those that belong "
+                f"together: {names}"
+            )
     raise CheckpointError(f"{folder} holds no .safetensors, .bin or .pt file")
 
 

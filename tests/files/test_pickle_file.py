@@ -262,12 +262,24 @@ def test_open_checkpoint(tmp_path: Path) -> None:
     shards = {name: f"pytorch_model-0000{n}-of-00002.bin" for n, name in enumerate("ab", 1)}
     (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": shards}))
     assert open_checkpoint(tmp_path).read("b").shape == (2,)
-    save_file({"c": torch.ones(3)}, tmp_path / "gptq_model-4bit-128g.safetensors")
+    save_file({"c": torch.ones(3)}, tmp_path / "model.safetensors")
     assert list(open_checkpoint(tmp_path).tensors) == ["c"]
-    (tmp_path / "gptq_model-4bit-128g.safetensors").unlink()
+    (tmp_path / "model.safetensors").unlink()
     (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"a": "../x.bin"}}))
     with pytest.raises(CheckpointError, match="no file of weights in the folder"):
         open_checkpoint(tmp_path)
+
+
+def test_files_by_names_of_their_own(tmp_path: Path) -> None:
+    save_file({"c": torch.ones(3)}, tmp_path / "gptq_model-4bit-128g.safetensors")
+    torch.save({}, tmp_path / "other.bin")
+    assert list(open_checkpoint(tmp_path).tensors) == ["c"]
+    shards = {"c": "gptq_model-4bit-128g.safetensors"}
+    (tmp_path / "gptq_model-4bit-128g.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    save_file({"d": torch.ones(3)}, tmp_path / "other.safetensors")
+    assert list(open_checkpoint(tmp_path).tensors) == ["c"]
+    torch.save({"e": torch.ones(3)}, tmp_path / "qmodel.pt")  # a usual name
+    assert list(open_checkpoint(tmp_path).tensors) == ["e"]
 
 
 def test_folder_without_weights(tmp_path: Path) -> None:
