@@ -10,6 +10,7 @@ from qcompile.formats.fp8 import Fp8
 from qcompile.formats.gguf import Gguf
 from qcompile.formats.gptq import Gptq
 from qcompile.formats.native import Native
+from qcompile.formats.quark import Quark
 from qcompile.formats.stored import Dense, Entry, Format, Ignored, Stored
 from qcompile.formats.torchao import TorchAO
 
@@ -22,6 +23,7 @@ FORMATS: tuple[Format, ...] = (
     TorchAO(),
     BitsAndBytes(),
     CompressedTensors(),
+    Quark(),
     FbgemmFp8(),
     Fp8(),
 )
