@@ -48,4 +48,4 @@ def lower(gm: GraphModule) -> tuple[Lowered, ...]:
 
 
 def _spec(node: Node) -> str:
-    return next((arg for arg in node.args if isinstance(arg, str) and "/" in arg), "")
+    return " by ".join(arg for arg in node.args if isinstance(arg, str) and "/" in arg)

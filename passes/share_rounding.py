@@ -12,7 +12,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from qcompile.graph.alias import is_written_between
+from qcompile.graph.alias import writers
 from qcompile.graph.match import is_call
 from qcompile.graph.rewrite import Rewriter
 from qcompile.graph.spelling import Spelling
@@ -28,7 +28,7 @@ class ShareRounding:
         x: Any = node.args[0]
         alike = [user for user in x.users if user.target is node.target and user.args == node.args]
         first = min(alike)
-        if first is node or is_written_between(x, node):
+        if first is node or any(first < writer < node for writer in writers(x)):
             return None
         return Spelling(node, first)
 

@@ -25,6 +25,7 @@ from qcompile.passes.fuse_norm import FuseNorm
 from qcompile.passes.fuse_rope import FuseRope
 from qcompile.passes.fuse_siblings import FuseSiblings
 from qcompile.passes.lower import Lowered, lower
+from qcompile.passes.quantize_activation import QuantizeActivation
 from qcompile.passes.quantize_embedding import QuantizeEmbedding
 from qcompile.passes.quantize_linear import QuantizeLinear
 from qcompile.passes.recognize_activation import RecognizeActivation
@@ -41,6 +42,7 @@ KERNELS = (
     "gated_act",
     "rope",
     "round_activation",
+    "linear_int8",
 )
 for kernel in KERNELS:
     importlib.import_module(f"qcompile.kernels.{kernel}")
@@ -76,8 +78,13 @@ def default_passes(config: Config) -> list[Rule[Any]]:
     # One spelling first, because captured spellings change with each release of torch and transformers.
     passes = [*normalizing_passes(), RecognizeActivation(), RecognizeNorm(), RecognizeAttention()]
     passes += [QuantizeLinear(), QuantizeEmbedding()]
-    if not config.do_fuse:
-        return passes
+    if config.do_fuse:
+        passes += _fusing_passes(config)
+    # Last: siblings and MLPs are fused while their linears are linears.
+    return [*passes, QuantizeActivation()]
+
+
+def _fusing_passes(config: Config) -> list[Rule[Any]]:
     named = config.modules_to_fuse
     fusing: list[tuple[str, Rule[Any]]] = [
         ("any", FuseSiblings()),
@@ -89,8 +96,8 @@ def default_passes(config: Config) -> list[Rule[Any]]:
         ("attention", FuseAttention()),
     ]
     if named is None:
-        return passes + [rule for _, rule in fusing]
-    return passes + [Confined(rule, functools.partial(config.fusing.why_not, kind)) for kind, rule in fusing]
+        return [rule for _, rule in fusing]
+    return [Confined(rule, functools.partial(config.fusing.why_not, kind)) for kind, rule in fusing]
 
 
 class Confined:

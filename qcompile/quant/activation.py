@@ -155,10 +155,7 @@ def round_activation(x: Tensor, scale: Tensor | None, zero: Tensor | None, spec:
     if spec.is_asymmetric:
         rounded = _asymmetric(values, scale, zero, spec)
     else:
-        if spec.static and scale is not None:
-            step = scale.to(torch.float32)
-        else:
-            step = _symmetric_scale(values, x.dtype, scale, spec)
+        step = _step(values, x.dtype, scale, spec)
         rounded = spec.element.nearest(values / step) * step
         if spec.outliers is not None:
             kept = (values.abs() >= spec.outliers).reshape(-1, columns).any(0)
@@ -166,6 +163,20 @@ def round_activation(x: Tensor, scale: Tensor | None, zero: Tensor | None, spec:
     if spec.group:
         rounded = rounded.flatten(-2).narrow(-1, 0, columns)
     return rounded.to(x.dtype).contiguous()
+
+
+def activation_codes(x: Tensor, scale: Tensor | None, spec: ActivationSpec) -> tuple[Tensor, Tensor]:
+    """The int8 codes of x (…, n) for symmetric integers by token or tensor, and the float32 scale of each token
+    (…, 1) or of all ()."""
+    values = x.to(torch.float32)
+    step = _step(values, x.dtype, scale, spec)
+    return spec.element.nearest(values / step).to(torch.int8), step
+
+
+def _step(values: Tensor, dtype: torch.dtype, scale: Tensor | None, spec: ActivationSpec) -> Tensor:
+    if spec.static and scale is not None:
+        return scale.to(torch.float32)
+    return _symmetric_scale(values, dtype, scale, spec)
 
 
 def _symmetric_scale(values: Tensor, dtype: torch.dtype, relative_to: Tensor | None, spec: ActivationSpec) -> Tensor:

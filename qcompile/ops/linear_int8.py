@@ -1,0 +1,33 @@
+"""Linear maps of 8-bit codes by 8-bit codes."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from qcompile.ops.activation_rounding import round_activation
+from qcompile.ops.linear import linear
+from qcompile.ops.registry import op_with_fake
+
+
+def _empty(x: Tensor, x_scale: Tensor | None, rounding: str, data: Tensor, *rest: object) -> Tensor:
+    return x.new_empty((*x.shape[:-1], data.shape[0]))
+
+
+@op_with_fake(_empty)
+def linear_int8(
+    x: Tensor,
+    x_scale: Tensor | None,
+    rounding: str,
+    data: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    spec: str,
+    activation: str | None,
+) -> Tensor:
+    """act(x' @ W.T + bias), where x' is x rounded to the codes of `rounding`, an ActivationSpec of symmetric i8 by token
+    or tensor, and W an i8 weight with a scale per row or for all: the product of codes can be summed as integers.
+
+    `x_scale` is the static scale of x', or None; the others are those of `linear`.
+    """
+    rounded = round_activation.meaning(x, x_scale, None, rounding)
+    return linear.meaning(rounded, data, scale, None, bias, spec, activation)

@@ -1,0 +1,86 @@
+"""quantize_activation."""
+
+import pytest
+import torch
+from torch import nn
+
+from qcompile.normal import normalizing_passes
+from qcompile.ops.linear_int8 import linear_int8
+from qcompile.passes.quantize_activation import QuantizeActivation
+from qcompile.passes.quantize_linear import QuantizeLinear
+from qcompile.quant.activation import ActivationSpec
+from qcompile.storage import INPUT_ROUNDING, ActivationRounding, put_rounding
+
+BEFORE = (*normalizing_passes(), QuantizeLinear())
+
+
+@pytest.fixture
+def rounded(graph, side_by_side):
+    """`rounded("i8/token/dynamic", "i8/row/sym")`: a linear of rounded activations, as the passes before leave it."""
+
+    def make(rounding, spec, scale=None):
+        module = nn.Linear(64, 8)
+        side_by_side(module, spec=spec)
+        put_rounding(module, INPUT_ROUNDING, ActivationRounding(ActivationSpec.parse(rounding), scale))
+        return graph(module, torch.randn(3, 64)).prepare(*BEFORE)
+
+    return make
+
+
+def test_text(rounded, golden):
+    g = rounded("i8/token/dynamic/half", "i8/row/sym")
+    before = g.text()
+    g.apply(QuantizeActivation())
+    golden("passes/quantize_activation", f"{before}\nbecomes\n\n{g.text()}")
+
+
+@pytest.mark.parametrize("spec", ["i8/row/sym", "i8/tensor/sym"])
+@pytest.mark.parametrize(
+    ("rounding", "scale"),
+    [("i8/token/dynamic", None), ("i8/tensor/dynamic/half", None), ("i8/tensor/static", torch.tensor(0.02))],
+)
+def test_quantized(rounded, rounding, spec, scale):
+    g = rounded(rounding, spec, scale)
+    result = g.apply(QuantizeActivation())
+    assert g.ops() == ["linear_int8"] and g.count(linear_int8.overload) == 1 and not result.misses
+
+
+@pytest.mark.parametrize(
+    ("rounding", "spec"),
+    [
+        ("i8/token/dynamic", "u4/g64/asym"),
+        ("u8/token/dynamic", "i8/row/sym"),
+        ("i8/g32/dynamic", "i8/row/sym"),
+        ("i8/token/dynamic/outliers(6.0)", "i8/row/sym"),
+    ],
+)
+def test_what_is_no_product_of_integers(rounded, rounding, spec):
+    result = rounded(rounding, spec).apply(QuantizeActivation())
+    assert not result.misses and not result.rewrites
+
+
+def test_miss_written_between(graph, side_by_side):
+    module = nn.Linear(64, 8)
+    side_by_side(module, spec="i8/row/sym")
+    rounding = ActivationRounding(ActivationSpec.parse("i8/token/dynamic"))
+
+    class Writes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = module
+
+        def forward(self, x):
+            y = x + 1
+            z = rounding(y)
+            y.mul_(2)
+            return y, self.inner(z)
+
+    result = graph(Writes(), torch.randn(3, 64)).prepare(*BEFORE[1:]).apply(QuantizeActivation())
+    assert [reason for reason, _ in result.misses] == ["x is written between its rounding and the linear"]
+
+
+def test_a_linear_of_float_activations_is_not_our_business(graph, side_by_side):
+    module = nn.Linear(64, 8)
+    side_by_side(module, spec="i8/row/sym")
+    result = graph(module, torch.randn(3, 64)).prepare(*BEFORE).apply(QuantizeActivation())
+    assert not result.rewrites and not result.misses
