@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from qcompile import formats, models
+from qcompile.conversion import convert
 from qcompile.errors import CheckpointError, FormatError
 from qcompile.files.checkpoint import Checkpoint, open_checkpoint
 from qcompile.formats import Dense, Entry, Gguf, Ignored, Stored
-from qcompile.formats.stored import Rounding
+from qcompile.formats.stored import Joined, Rounding
 from qcompile.quant.activation import ActivationSpec
 from qcompile.storage import INPUT_ROUNDING, OUTPUT_ROUNDING, ActivationRounding, Parameter, put, put_rounding
 
@@ -54,6 +55,8 @@ def load(
     config = method.config(checkpoint) if isinstance(method, Gguf) else None
     model = models.empty(source, dtype, str(device), config)
     _scale_activations(model, checkpoint)
+    known = {*model.state_dict(), *(name for name, _ in model.named_buffers())}
+    stored = convert(model, checkpoint, stored, known)
     filler = Filler(model, checkpoint, stored, torch.device(device), quantize_inputs)
     with tqdm(total=len(filler.places), desc="load", disable=not progress, leave=False) as bar, torch.no_grad():
         filler.fill(bar)
@@ -180,26 +183,28 @@ class Filler:
             raise CheckpointError(f"{name} is {self.checkpoint.need(name).shape}; activations have one static scale")
         return self._read(name).reshape(())
 
-    def _set(self, entry: Dense) -> None:
-        name, place = entry.tensor, self.places.get(entry.path)
+    def _set(self, entry: Dense | Joined) -> None:
+        names = (entry.tensor,) if isinstance(entry, Dense) else entry.tensors
+        name, place = names[0], self.places.get(entry.path)
         if place is None:
             raise CheckpointError(f"{name} is {entry.path} in the checkpoint; the model has no such parameter")
         if place.paths[0] not in self.unfilled:
-            self.unread.discard(name)  # another name of a tied one
+            self.unread.difference_update(names)  # another name of a tied one
             return
-        info = self.checkpoint.need(name)
-        if math.prod(info.shape) != place.tensor.numel():
-            raise CheckpointError(f"{name} is {info.shape}, the model needs {tuple(place.tensor.shape)}")
-        if info.dtype.is_floating_point != place.tensor.dtype.is_floating_point:
-            raise CheckpointError(f"{name} is {info.dtype}, the model needs {place.tensor.dtype}")
-        tensor = entry.value(self._read(name)).to(place.tensor.dtype)
+        infos = [self.checkpoint.need(each) for each in names]
+        if sum(math.prod(info.shape) for info in infos) != place.tensor.numel():
+            raise CheckpointError(f"{name} is {infos[0].shape}, the model needs {tuple(place.tensor.shape)}")
+        if any(info.dtype.is_floating_point != place.tensor.dtype.is_floating_point for info in infos):
+            raise CheckpointError(f"{name} is {infos[0].dtype}, the model needs {place.tensor.dtype}")
+        made = entry.value(self._read(name)) if isinstance(entry, Dense) else entry.read(self._read)
+        tensor = made.to(place.tensor.dtype)
         if tensor.shape != place.tensor.shape:
             raise CheckpointError(f"{name} is {tuple(tensor.shape)}, the model needs {tuple(place.tensor.shape)}")
         value = nn.Parameter(tensor, requires_grad=False) if isinstance(place.tensor, nn.Parameter) else tensor
         for path in place.paths:
             owner, _, attribute = path.rpartition(".")
             setattr(self.model.get_submodule(owner), attribute, value)
-        self.unread.discard(name)
+        self.unread.difference_update(names)
         self.unfilled.discard(place.paths[0])
 
 

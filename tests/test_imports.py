@@ -28,7 +28,7 @@ LAYERS = [
     # what a user calls
     {"program"},
     {"runtime"},
-    {"backend", "generate", "models"},
+    {"backend", "generate", "models", "conversion"},
     {"load", "save"},
     {"api"},
     {"__init__"},

@@ -19,7 +19,7 @@ Read = Callable[[str], Tensor]
 
 @dataclass(frozen=True)
 class Rounding:
-    """How a checkpoint wants activations rounded: an ActivationSpec as text, and the tensors with the scale and the zero
+    """How a checkpoint wants activations rounded: an ActivationSpec as text, and the tensors with scale and zero
     point if it is static."""
 
     spec: str
@@ -78,7 +78,16 @@ class Ignored:
     tensors: tuple[str, ...]
 
 
-Entry = Stored | Dense | Ignored
+@dataclass(frozen=True)
+class Joined:
+    """A float parameter that is made of several tensors of a checkpoint."""
+
+    path: str
+    tensors: tuple[str, ...]
+    read: Callable[[Read], Tensor]
+
+
+Entry = Stored | Dense | Joined | Ignored
 
 
 class Format(Protocol):
