@@ -3,8 +3,10 @@
 from qcompile.errors import CheckpointError
 from qcompile.files.checkpoint import Checkpoint
 from qcompile.formats.awq import Awq
+from qcompile.formats.bitnet import BitNet
 from qcompile.formats.bitsandbytes import BitsAndBytes
 from qcompile.formats.compressed_tensors import CompressedTensors
+from qcompile.formats.eetq import Eetq
 from qcompile.formats.fbgemm_fp8 import FbgemmFp8
 from qcompile.formats.fp8 import Fp8
 from qcompile.formats.gguf import Gguf
@@ -26,6 +28,8 @@ FORMATS: tuple[Format, ...] = (
     Quark(),
     FbgemmFp8(),
     Fp8(),
+    Eetq(),
+    BitNet(),
 )
 
 
