@@ -61,7 +61,9 @@ class PickleFile(TensorFile):
         if start % place.dtype.itemsize:
             data = data.clone()
         data = data[: length // place.dtype.itemsize * place.dtype.itemsize].view(place.dtype)
-        return data.as_strided(place.size, place.stride, data.storage_offset() + place.offset).contiguous()
+        return data.as_strided(place.size, place.stride, data.storage_offset() + place.offset).clone(
+            memory_format=torch.contiguous_format
+        )
 
     def _flatten(self, path: str, value: Any, depth: int = 0) -> None:
         self._count(path, depth)

@@ -11,6 +11,7 @@ from qcompile.formats.fbgemm_fp8 import FbgemmFp8
 from qcompile.formats.fp8 import Fp8
 from qcompile.formats.gguf import Gguf
 from qcompile.formats.gptq import Gptq
+from qcompile.formats.hqq import Hqq
 from qcompile.formats.native import Native
 from qcompile.formats.quark import Quark
 from qcompile.formats.stored import Dense, Entry, Format, Ignored, Stored
@@ -22,6 +23,7 @@ FORMATS: tuple[Format, ...] = (
     Native(),
     Awq(),
     Gptq(),
+    Hqq(),
     TorchAO(),
     BitsAndBytes(),
     CompressedTensors(),

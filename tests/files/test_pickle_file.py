@@ -45,6 +45,7 @@ def test_what_torch_saves(tmp_path: Path, protocol: int) -> None:
         got = file.read(name)
         assert torch.equal(got.double(), want.detach().double()), name
         assert got.dtype == want.dtype
+        assert got.is_contiguous() and got.untyped_storage().nbytes() == got.nbytes
         assert (file.tensors[name].dtype, file.tensors[name].shape) == (want.dtype, tuple(want.shape))
 
 
