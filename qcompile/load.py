@@ -51,9 +51,10 @@ def load(
     folder = models.fetch(source)
     checkpoint = open_checkpoint(folder / source.gguf if source.gguf else folder)
     method = formats.find(checkpoint)
-    stored = list(method.weights(checkpoint)) if method else []
     config = method.config(checkpoint) if isinstance(method, Gguf) else None
     model = models.empty(source, dtype, str(device), config)
+    checkpoint.shapes = {path: tuple(tensor.shape) for path, tensor in model.state_dict().items()}
+    stored = list(method.weights(checkpoint)) if method else []
     _scale_activations(model, checkpoint)
     known = {*model.state_dict(), *(name for name, _ in model.named_buffers())}
     stored = convert(model, checkpoint, stored, known)

@@ -29,6 +29,7 @@ class Checkpoint:
     config    config.json; empty where there is none
     metadata  what the files' headers carry beside the tensors, together; strings, and numbers where the format has them
     tensors   every tensor's dtype, shape and file
+    shapes    the shapes of the model's parameters, for formats that do not store them; empty while there is no model
 
     Raises CheckpointError for files that are missing, malformed, or hold one name twice.
     """
@@ -38,6 +39,7 @@ class Checkpoint:
         self.files = files
         self.config: dict[str, Any] = self.json("config.json") or {}
         self.metadata: dict[str, Any] = {}
+        self.shapes: Mapping[str, tuple[int, ...]] = {}
         self._homes: dict[str, TensorFile] = {}
         for file in files:
             self.metadata.update(file.metadata)

@@ -13,6 +13,7 @@ from qcompile.formats.gguf import Gguf
 from qcompile.formats.gptq import Gptq
 from qcompile.formats.hqq import Hqq
 from qcompile.formats.native import Native
+from qcompile.formats.quanto import Quanto
 from qcompile.formats.quark import Quark
 from qcompile.formats.stored import Dense, Entry, Format, Ignored, Stored
 from qcompile.formats.torchao import TorchAO
@@ -32,6 +33,7 @@ FORMATS: tuple[Format, ...] = (
     Fp8(),
     Eetq(),
     BitNet(),
+    Quanto(),
 )
 
 

@@ -102,7 +102,7 @@ class TorchAO:
 
 def _weights(checkpoint: Checkpoint) -> Iterator[Weight]:
     for path, text in checkpoint.metadata.items():
-        if "." not in path or '"_type"' not in text:
+        if not isinstance(text, str) or "." not in path or '"_type"' not in text:
             continue
         try:
             entry = json.loads(text)
