@@ -119,6 +119,8 @@ class Filler:
     def left(self) -> list[str]:
         """What is wrong: tensors that nothing read, parameters that nothing filled."""
         ignored = getattr(self.model, "_keys_to_ignore_on_load_unexpected", None) or ()
+        # Models compute their frequencies; files of before 2023 hold a copy a layer.
+        ignored = (*ignored, r"rotary_emb\.inv_freq$")
         unread = sorted(name for name in self.unread if not _matches(ignored, name))
         lines = []
         if unread:

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import qcompile
 from qcompile.errors import CheckpointError
 
+CHECKPOINTS = Path(__file__).resolve().parent.parent / "checkpoints"
 FIXTURES = [
     "gptq-autogptq-b4-g32-asym",
     "gptq-v1-b3-g32-asym",
@@ -224,6 +225,25 @@ def test_modules_that_keep_their_weight_transposed(tmp_path: Path) -> None:
     ids = torch.arange(8)[None]
     got = qcompile.load(str(tmp_path), dtype=torch.float32, progress=False)(ids).logits
     torch.testing.assert_close(got, model(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_quantized_head(tmp_path: Path, tied: bool) -> None:
+    """It is untied from the embedding, which stays float. Old files hold rotary frequencies too."""
+    folder = CHECKPOINTS / "gptq-v1-b4-g32-actorder"
+    state = load_file(folder / "model.safetensors")
+    tensors, weight = packed(4, plain(64, 32), out=208)
+    del state["lm_head.weight"]
+    state |= {key.replace("m.", "lm_head."): tensor.contiguous() for key, tensor in tensors.items()}
+    state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["lm_head"] = True
+    (tmp_path / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": tied}))
+    loaded = qcompile.load(str(tmp_path), dtype=torch.float32, progress=False)
+    assert torch.equal(loaded.lm_head.weight, weight.float())
+    embedding = loaded.model.embed_tokens.weight
+    assert torch.equal(embedding, state["model.embed_tokens.weight"].float())
 
 
 @pytest.mark.parametrize(
