@@ -122,3 +122,21 @@ def test_the_demo_model_comes_from_its_package_or_the_hub(monkeypatch: pytest.Mo
     assert models.find_demo() == models.Source(str(package), "small.gguf")
     monkeypatch.setattr(models, "DEMO_PACKAGE", "no_such_package_here")
     assert models.find_demo() == models.Source(models.DEMO_MODEL, local=False)
+
+
+@pytest.mark.parametrize("has", ["model.safetensors", "pytorch_model.bin"])
+def test_pickles_are_downloaded_only_where_there_is_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, has: str
+) -> None:
+    asked: list[str] = []
+
+    def download(place: str, allow_patterns: list[str], local_files_only: bool) -> str:
+        asked.extend(allow_patterns)
+        if has.endswith(".safetensors"):
+            (tmp_path / has).touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert models.fetch(models.Source("someone/model", local=False)) == tmp_path
+    assert "*.safetensors" in asked
+    assert ("pytorch_model*.bin" in asked) == (has == "pytorch_model.bin")
