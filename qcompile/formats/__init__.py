@@ -9,9 +9,11 @@ from qcompile.formats.compressed_tensors import CompressedTensors
 from qcompile.formats.eetq import Eetq
 from qcompile.formats.fbgemm_fp8 import FbgemmFp8
 from qcompile.formats.fp8 import Fp8
+from qcompile.formats.gemma import Gemma
 from qcompile.formats.gguf import Gguf
 from qcompile.formats.gptq import Gptq
 from qcompile.formats.hqq import Hqq
+from qcompile.formats.metal import Metal
 from qcompile.formats.native import Native
 from qcompile.formats.quanto import Quanto
 from qcompile.formats.quark import Quark
@@ -34,6 +36,8 @@ FORMATS: tuple[Format, ...] = (
     Eetq(),
     BitNet(),
     Quanto(),
+    Metal(),
+    Gemma(),
 )
 
 
