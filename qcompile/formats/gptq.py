@@ -98,8 +98,7 @@ def _bits(checkpoint: Checkpoint, module: str, config: dict[str, Any]) -> int:
         for bits in (2, 3, 4, 5, 6, 7, 8)
         if zeros == (groups, -(-rows * bits // 32)) and words * 32 % bits == 0 and inputs in (None, words * 32 // bits)
     ]
-    if config.get("bits") in fitting:
-        return config["bits"]
+    fitting = [bits for bits in fitting if bits == config.get("bits")] or fitting
     if len(fitting) != 1 or not words or not rows or not groups:
         raise CheckpointError(
             f"{module}: qweight {(words, rows)}, qzeros {zeros}, {groups} groups of scales, g_idx of {inputs} inputs "

@@ -261,6 +261,7 @@ def test_quantized_head(tmp_path: Path, tied: bool) -> None:
         ("m.g_idx", torch.full((64,), -5, dtype=torch.int32), r"m\.g_idx has values beyond the 4 groups"),
         ("m.g_idx", torch.zeros(63, dtype=torch.int32), "fit no number of bits"),
         ("m.g_idx", torch.zeros(64), r"m\.g_idx is float32, not int32 or int64"),
+        ("m.qweight", torch.zeros(0, 64, dtype=torch.int32), "fit no number of bits"),
         ("m.qweight", torch.zeros(64, dtype=torch.int32), r"m\.qweight is \(64,\), which is not of 2 dimensions"),
     ],
 )
