@@ -1,4 +1,4 @@
-"""A packed weight as the arguments that our C++ takes (kernels/cpu), compiled once for each width of code."""
+"""A packed weight as the arguments that our C++ takes (kernels/cpu), compiled once for each kind of code."""
 
 from __future__ import annotations
 
@@ -14,17 +14,22 @@ from torch import Tensor
 
 from qcompile.errors import FormatError
 from qcompile.kernels._cpp import load_cpp
-from qcompile.kernels._weight import refuses_weight
-from qcompile.quant.granularity import PerTensor
+from qcompile.kernels._weight import refuses_layout
+from qcompile.quant.element import Element
+from qcompile.quant.granularity import PerBlock, PerTensor
 from qcompile.quant.packing import row_bytes
-from qcompile.quant.spec import QSpec
+from qcompile.quant.spec import QSpec, Zero
 
 # Put together into one text, in this order.
 SOURCES = ("vectors.h", "codes.h", "dequantize.h", "few_rows_dot.h", "few_rows.h", "many_rows.h")
 
 # enum Kind in codes.h
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
+ADDED = 8  # beside the kind of a zero point that is added after scaling
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+# (exponent bits, mantissa bits, bias) of the floats that are no table of sixteen.
+FIELDS = {"fp8_e4m3": (4, 3, 7), "fp8_e5m2": (5, 2, 15), "fp6_e2m3": (2, 3, 1), "fp6_e3m2": (3, 2, 3)}
 
 # Fewer codes times rows than this are not worth waking a thread for.
 WORK_OF_A_THREAD = 1 << 16
@@ -38,27 +43,38 @@ def refuses(x: Tensor, dtype: torch.dtype, scale: Tensor, zero: Tensor | None, s
         return f"handles float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
     if columns == 0:
         return "no inputs"
-    return refuses_weight(scale, zero, spec, columns) or missing(QSpec.parse(spec).element.bits)
+    return refuses_layout(scale, zero, spec, columns) or missing(QSpec.parse(spec).element)
 
 
 @functools.cache
-def missing(bits: int) -> str | None:
-    """Why the library for this width cannot be had, or None. Compiles it where that was never done (seconds)."""
+def missing(element: Element) -> str | None:
+    """Why the library for this element cannot be had, or None. Compiles it where that was never done (seconds)."""
     try:
-        library(bits)
+        library(_defines(element))
     except RuntimeError as error:
         return f"C++ does not compile here: {error}"
     return None
 
 
+def _defines(element: Element) -> str:
+    """What the C++ is told about an element; integers of one width, with or without a sign, are one."""
+    lines = [f"#define BITS {element.bits}"]
+    if element.table is not None and element.bits == 4:
+        lines.append("#define TABLE {" + ", ".join(f"{number!r}f" for number in map(float, element.table)) + "}")
+    elif element.is_float:
+        names = ("EXPONENT", "MANTISSA", "BIAS")
+        lines += [f"#define {name} {number}" for name, number in zip(names, FIELDS[element.tag], strict=True)]
+    return "\n".join(lines) + "\n"
+
+
 @functools.cache
-def library(bits: int) -> ctypes.CDLL:
-    """The compiled functions for codes of `bits` bits."""
+def library(defines: str) -> ctypes.CDLL:
+    """The compiled functions for codes of an element."""
     folder = Path(__file__).parent / "cpu"
     texts = [(folder / name).read_text(encoding="utf-8") for name in SOURCES]
-    found = load_cpp(f"#define BITS {bits}\n" + "".join(texts))
+    found = load_cpp(defines + "".join(texts))
     pointer, number, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-    weight = [*[pointer] * 3, *[size] * 6, number, number, ctypes.c_float]
+    weight = [*[pointer] * 3, *[size] * 7, number, number, ctypes.c_float]
     x_and_y = [pointer, size, size, number, pointer, pointer, number, number]
     found.dequantize.argtypes, found.dequantize.restype = [*weight, pointer, number, number], None
     found.few_rows.argtypes, found.few_rows.restype = [*weight, *x_and_y], None
@@ -75,7 +91,9 @@ class Reader:
     many_rows   None where this processor has no such kernel
     has_dot     does it multiply bfloat16 in pairs?
     group       inputs that share a scale
-    by_row      does each row have its own scales?
+    height      rows that share their scales
+    by_row      does each row, or each `height` rows, have scales of their own?
+    added       is the zero point added after scaling?
     offset      the zero point of a symmetric spec
     """
 
@@ -87,7 +105,9 @@ class Reader:
     columns: int
     group: int
     groups: int
+    height: int
     by_row: bool
+    added: bool
     bytes: int
     offset: float
 
@@ -96,7 +116,7 @@ class Reader:
     def of(spec: str, columns: int) -> Reader:
         parsed = QSpec.parse(spec)
         groups = parsed.scale_shape(1, columns)[1]
-        found = library(parsed.element.bits)
+        found = library(_defines(parsed.element))
         return Reader(
             dequantize=found.dequantize,
             few_rows=found.few_rows,
@@ -106,7 +126,9 @@ class Reader:
             columns=columns,
             group=columns // groups,
             groups=groups,
+            height=parsed.granularity.height if isinstance(parsed.granularity, PerBlock) else 1,
             by_row=not isinstance(parsed.granularity, PerTensor),
+            added=parsed.zero is Zero.SHIFT,
             bytes=row_bytes(columns, parsed.element.bits),
             offset=float(parsed.offset),
         )
@@ -114,7 +136,7 @@ class Reader:
     def arguments(self, data: Tensor, scale: Tensor, zero: Tensor | None) -> tuple[Any, ...]:
         """WEIGHT_ARGUMENTS in codes.h. Raises FormatError where a shape would make them read elsewhere."""
         rows, length = data.shape
-        scales = (rows if self.by_row else 1, self.groups)
+        scales = (-(-rows // self.height) if self.by_row else 1, self.groups)
         if length != self.bytes or scale.shape != scales or (zero is not None and zero.shape != scales):
             sides = [tuple(side.shape) for side in (data, scale, zero) if side is not None]
             raise FormatError(f"data, scale and zero of ({rows}, {self.columns}) cannot be {sides}")
@@ -125,11 +147,12 @@ class Reader:
             rows,
             self.columns,
             self.group,
+            self.height,
             data.stride(0),
             scale.stride(0) if self.by_row else 0,
             zero.stride(0) if zero is not None and self.by_row else 0,
             KINDS[scale.dtype],
-            0 if zero is None else KINDS[zero.dtype],
+            0 if zero is None else KINDS[zero.dtype] | (ADDED if self.added else 0),
             self.offset,
         )
 

@@ -17,13 +17,28 @@ from qcompile.quant.spec import QSpec, Zero
 def refuses_weight(scale: Tensor, zero: Tensor | None, spec: str, columns: int) -> str | None:
     """Why the Triton kernels cannot read this weight of `columns` inputs, or None."""
     parsed = QSpec.parse(spec)
-    granularity = parsed.granularity
     if parsed.element.is_float:
         return f"{spec}: codes of {parsed.element} are not handled, integers are"
     if parsed.zero is Zero.SHIFT:
         return f"{spec}: zero points that are added after scaling are not handled"
-    if isinstance(granularity, PerOutputGroup | PerBlock):
+    if isinstance(parsed.granularity, PerBlock):
+        return f"{spec}: tiles that share a scale are not handled"
+    return refuses_layout(scale, zero, spec, columns)
+
+
+def refuses_layout(scale: Tensor, zero: Tensor | None, spec: str, columns: int) -> str | None:
+    """Why no kernel of ours can read this weight of `columns` inputs, or None."""
+    parsed = QSpec.parse(spec)
+    granularity = parsed.granularity
+    if parsed.element.tag == "e8m0":
+        return f"{spec}: codes of e8m0 are scales"
+    if isinstance(granularity, PerOutputGroup):
         return f"{spec}: groups along the output are not handled"
+    if isinstance(granularity, PerBlock):
+        if granularity.width % 16:
+            return f"{spec}: the width of a tile must be a multiple of 16"
+        if columns % granularity.width and granularity.width < columns:
+            return f"{spec}: the last tiles are cut off, {granularity.width} does not divide {columns}"
     if isinstance(granularity, PerGroup):
         if granularity.size % 16:
             return f"{spec}: the group size must be a multiple of 16"

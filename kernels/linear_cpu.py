@@ -99,11 +99,13 @@ def _multiply_copy(
     x: Tensor, data: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, spec: str, y: Tensor
 ) -> None:
     columns, outputs = x.shape[1], data.shape[0]
-    slab = max(1, SLAB_BYTES // (columns * x.itemsize))
+    height = packed.Reader.of(spec, columns).height
+    slab = -(-max(1, SLAB_BYTES // (columns * x.itemsize)) // height) * height
     for first in range(0, outputs, slab):
         count = min(slab, outputs - first)
         # One scale for the whole weight is not narrowed with it.
-        sides = [side if side is None or side.shape[0] == 1 else side.narrow(0, first, count) for side in (scale, zero)]
+        tiles = (first // height, -(-count // height))
+        sides = [side if side is None or side.shape[0] == 1 else side.narrow(0, *tiles) for side in (scale, zero)]
         assert sides[0] is not None
         weight = dequantize_packed(data.narrow(0, first, count), sides[0], sides[1], spec, [count, columns], x.dtype)
         added = None if bias is None else bias.narrow(0, first, count).to(x.dtype)

@@ -54,6 +54,39 @@ struct Row {
     }
 };
 
+// What a code stands for: itself, or one of the table's sixteen numbers, or a float of EXPONENT and MANTISSA bits.
+#ifdef TABLE
+alignas(64) constexpr float NUMBERS[16] = TABLE;
+#endif
+#if defined(TABLE) || defined(MANTISSA)
+constexpr bool IS_FLOAT = true;
+#else
+constexpr bool IS_FLOAT = false;
+#endif
+
+INLINE f32x16 numbers(i32x16 codes) {
+#if defined(TABLE) && defined(HAS_AVX512)
+    return bits_of<f32x16>(_mm512_permutexvar_ps(bits_of<__m512i>(codes), _mm512_load_ps(NUMBERS)));
+#elif defined(TABLE)
+    int32_t code[16];
+    float number[16];
+    std::memcpy(code, &codes, sizeof code);
+    for (int i = 0; i < 16; i++) number[i] = NUMBERS[code[i] & 15];
+    return load<f32x16>(number);
+#elif defined(MANTISSA)
+    // Both forms are computed: as bits of a float32 subnormal, a flushing processor would make zeros of small ones.
+    const i32x16 size = codes & ((1 << (EXPONENT + MANTISSA)) - 1);
+    const i32x16 sign = (codes & (1 << (EXPONENT + MANTISSA))) << (31 - EXPONENT - MANTISSA);
+    const f32x16 small = to_floats(size) * splat(2.0f / (1 << MANTISSA) / (1 << BIAS));
+    const i32x16 large = (size << (23 - MANTISSA)) + ((127 - BIAS) << 23);
+    const u32x16 is_small = bits_of<u32x16>(size) < (1 << MANTISSA);
+    return bits_of<f32x16>((is_small & bits_of<u32x16>(small)) | (~is_small & bits_of<u32x16>(large)) |
+                           bits_of<u32x16>(sign));
+#else
+    return to_floats(codes);
+#endif
+}
+
 #ifdef HAS_AVX512
 constexpr int64_t UNIT = 64;  // codes in a vector of bytes
 
@@ -84,23 +117,33 @@ template <bool LAST> INLINE __m512i codes64(const Row& row, int64_t unit, int64_
 }
 #endif
 
-// The weight as the caller passes it. `group` inputs share a scale; a stride of 0 repeats one row of scales.
+// The weight as the caller passes it. `group` inputs of `height` rows share a scale; a stride of 0 repeats one row of
+// scales. Zeros of a kind with the bit ADDED are added after scaling.
+constexpr int ADDED = 8;
+
 struct Weight {
     const uint8_t* data;
     const void *scale, *zero;
-    int64_t rows, columns, group, data_stride, scale_stride, zero_stride;
+    int64_t rows, columns, group, height, data_stride, scale_stride, zero_stride;
     int scale_kind, zero_kind;
     float offset;
 
     INLINE int64_t groups() const { return columns / group; }
     INLINE int64_t blocks() const { return whole(columns) / LANES; }
     INLINE Row row(int64_t n) const { return Row(data + n * data_stride, columns); }
-    INLINE void scales(float* to, int64_t n) const {
-        to_floats(to, (const char*)scale + n * scale_stride * size_of(scale_kind), groups(), scale_kind);
-    }
-    INLINE void zeros(float* to, int64_t n) const {
-        if (zero) to_floats(to, (const char*)zero + n * zero_stride * size_of(zero_kind), groups(), zero_kind);
-        else std::fill(to, to + whole(groups()), offset);
+    // The scales and zero points of row n: a number is (code - zero) * scale.
+    INLINE void sides(float* s, float* z, int64_t n) const {
+        const int64_t at = height == 1 ? n : n / height;
+        const int kind = zero_kind & ~ADDED;
+        to_floats(s, (const char*)scale + at * scale_stride * size_of(scale_kind), groups(), scale_kind);
+        if (!zero) return std::fill(z, z + whole(groups()), offset);
+        to_floats(z, (const char*)zero + at * zero_stride * size_of(kind), groups(), kind);
+        if (zero_kind & ADDED)
+            for (int64_t g = 0; g < groups(); g++) {
+                // A group of one number has scale 0 and the number added: codes must not matter, the sum must.
+                if (s[g] == 0) s[g] = 0x1p-100f;
+                z[g] = -z[g] / s[g];
+            }
     }
 };
 
@@ -139,9 +182,9 @@ struct Scratch {
 
 #define WEIGHT_ARGUMENTS                                                                                            \
     const void *data, const void *scale, const void *zero, int64_t rows, int64_t columns, int64_t group,            \
-        int64_t data_stride, int64_t scale_stride, int64_t zero_stride, int scale_kind, int zero_kind, float offset
+        int64_t height, int64_t data_stride, int64_t scale_stride, int64_t zero_stride, int scale_kind, int zero_kind, float offset
 #define WEIGHT                                                                                                      \
     {                                                                                                               \
-        (const uint8_t*)data, scale, zero, rows, columns, group, data_stride, scale_stride, zero_stride,            \
+        (const uint8_t*)data, scale, zero, rows, columns, group, height, data_stride, scale_stride, zero_stride,            \
             scale_kind, zero_kind, offset                                                                           \
     }

@@ -1,11 +1,12 @@
-// (code - zero) * scale, written row after row in float32, bfloat16 or float16: bit for bit what the meaning gives.
+// (code - zero) * scale, written row after row in float32, bfloat16 or float16: bit for bit what the meaning gives,
+// except where the zero point is added after scaling.
 
 namespace {
 
 #ifdef HAS_AVX512
 // Up to four bits have at most sixteen values a group: those are computed, and each code looks its own up.
-constexpr bool TABLE = BITS <= 4;
-constexpr f32x16 FIRST_CODES = {{{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}}};
+constexpr bool FEW_VALUES = BITS <= 4;
+constexpr i32x16 FIRST_CODES = {{{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}}};
 #endif
 
 // What the codes of a group stand for.
@@ -17,18 +18,18 @@ template <int KIND> struct Values {
 
     INLINE Values(float s, float z) : scale(splat(s)), zero(splat(z)) {
 #ifdef HAS_AVX512
-        if (TABLE && KIND != F32) store16(&table, 0, KIND, (FIRST_CODES - zero) * scale);
+        if (FEW_VALUES && KIND != F32) store16(&table, 0, KIND, (numbers(FIRST_CODES) - zero) * scale);
 #endif
     }
 
     INLINE void write(void* out, int64_t index, const Row& row, int64_t block, int phase) const {
 #ifdef HAS_AVX512
-        if (TABLE && KIND != F32) {
+        if (FEW_VALUES && KIND != F32) {
             const __m256i places = _mm256_cvtepu8_epi16(bits_of<__m128i>(row.bytes(block, phase)));
             return store((char*)out + index * size_of(KIND), _mm256_permutexvar_epi16(places, table));
         }
 #endif
-        store16(out, index, KIND, (to_floats(row.words(block, phase)) - zero) * scale);
+        store16(out, index, KIND, (numbers(row.words(block, phase)) - zero) * scale);
     }
 };
 
@@ -65,8 +66,7 @@ template <int KIND> void dequantize(const Weight& w, void* out, int threads) {
 #pragma omp for schedule(dynamic)
         for (int64_t first = 0; first < w.rows; first += step)
             for (int64_t n = first; n < std::min(first + step, w.rows); n++) {
-                w.scales(scale, n);
-                w.zeros(zero, n);
+                w.sides(scale, zero, n);
                 dequantize_row<KIND>(w, n, (char*)out + n * w.columns * size_of(KIND), scale, zero);
             }
     }

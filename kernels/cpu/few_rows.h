@@ -15,7 +15,7 @@ void few_rows_f32(const Weight& w, int64_t n, const float* x, int64_t x_stride, 
         const f32x16 s = splat(scale[g]), z = splat(shift[g]);
         const int64_t last = first + per_group;
         auto add = [&](int64_t b, int phase, int i) __attribute__((always_inline)) {
-            const f32x16 value = multiply_add(to_floats(row.words(b, phase)), s, z);
+            const f32x16 value = multiply_add(numbers(row.words(b, phase)), s, z);
             for (int m = 0; m < M; m++) {
                 f32x16& to = total[m][i % CHAINS];
                 to = multiply_add(value, load<f32x16>(x + m * x_stride + b * LANES), to);
@@ -57,8 +57,7 @@ void few_rows_f32(const Weight& w, const float* x, int64_t rows, const Output& o
         float* scale = scratch.get<float>(2 * whole(w.groups()));
         float* shift = scale + whole(w.groups());
         auto prepare = [&](int64_t n) {  // value = code * scale + shift
-            w.scales(scale, n);
-            w.zeros(shift, n);
+            w.sides(scale, shift, n);
             for (int64_t g = 0; g < w.groups(); g += LANES)
                 store(shift + g, f32x16{} - load<f32x16>(shift + g) * load<f32x16>(scale + g));
         };
@@ -91,7 +90,7 @@ extern "C" void few_rows(WEIGHT_ARGUMENTS, const void* x, int64_t x_rows, int64_
     const Weight w = WEIGHT;
     const Output out = {y, bias, rows, kind, bias_kind};
 #ifdef HAS_BF16_DOT
-    if (kind == BF16) return few_rows_dot(w, x, x_rows, x_stride, out, threads);
+    if (kind == BF16 && !IS_FLOAT) return few_rows_dot(w, x, x_rows, x_stride, out, threads);
 #endif
     few_rows_f32(w, floats(x, x_rows, columns, x_stride, kind), x_rows, out, threads);
 }

@@ -128,8 +128,7 @@ void few_rows_dot(const Weight& w, const Dotted& x, int64_t rows, const Output& 
         // shift = scale * (zero + MAGIC), and the scales spread over their blocks where they need to be.
         auto prepare = [&](int64_t n, int r) {
             float *s = scale + r * stride, *z = shift + r * stride;
-            w.scales(s, n);
-            w.zeros(z, n);
+            w.sides(s, z, n);
             for (int64_t g = 0; g < groups; g += LANES)
                 store(z + g, (load<f32x16>(z + g) + MAGIC) * load<f32x16>(s + g));
             if (LANEWISE)

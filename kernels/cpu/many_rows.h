@@ -51,7 +51,7 @@ void fill_panel(const Weight& w, int64_t n, int64_t first, int64_t last, const f
     __m512 scale{}, shift{};
     int64_t next = first;  // the block at which the scales change
     auto value = [&](__m512i codes) __attribute__((always_inline)) {
-        return _mm512_fmadd_ps(_mm512_cvtepi32_ps(codes), scale, shift);
+        return _mm512_fmadd_ps(bits_of<__m512>(numbers(bits_of<i32x16>(codes))), scale, shift);
     };
     auto write = [&](__m512i v) __attribute__((always_inline)) {
         _mm512_store_si512(to, v);
@@ -191,8 +191,7 @@ void many_rows(const Weight& w, const void* x, int64_t x_rows, int64_t x_stride,
                 const int64_t m1 = std::min(m0 + part, x_rows), count = std::min(TILE, w.rows - first);
                 const int vectors = (count + LANES - 1) / LANES;
                 for (int64_t n = 0; n < vectors * LANES; n++) {
-                    w.scales(scale + n * groups, std::min(first + n, w.rows - 1));
-                    w.zeros(zero + n * groups, std::min(first + n, w.rows - 1));
+                    w.sides(scale + n * groups, zero + n * groups, std::min(first + n, w.rows - 1));
                 }
                 std::memset(sums, 0, (m1 - m0) * TILE * sizeof(float));
                 for (int64_t b = 0; b < blocks; b += DEPTH / PER_BLOCK) {
@@ -229,7 +228,7 @@ extern "C" int has_many_rows() {
 
 extern "C" int has_dot() {
 #ifdef HAS_BF16_DOT
-    return 1;
+    return !IS_FLOAT;
 #else
     return 0;
 #endif

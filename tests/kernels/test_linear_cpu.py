@@ -17,7 +17,7 @@ from qcompile.kernels.dequantize_cpu import dequantize_packed
 from qcompile.kernels.linear_cpu import linear_packed
 from qcompile.ops.linear import dequantize, linear
 from qcompile.ops.registry import MEANING
-from qcompile.quant.granularity import PerGroup
+from qcompile.quant.granularity import PerBlock, PerGroup
 from qcompile.quant.spec import QSpec, Zero
 from qcompile.quant.tensor import QTensor
 
@@ -26,6 +26,9 @@ SPECS = [
     *("u3/g64/asym", "i3/g48/sym", "u4/g16/asym", "u4/g32/asym", "u4/g64/asym", "u4/g128/asym_int", "i4/row/sym"),
     *("i4/tensor/sym", "u5/g64/asym", "i5/row/sym", "i6/g32/sym", "u6/row/asym", "u7/g128/asym", "u8/g64/asym"),
     *("u8/g80/asym_int", "i8/row/sym", "i8/tensor/sym"),
+    *("u4/g32/shift", "u5/g64/shift", "u8/row/shift", "u2/g16/shift", "nf4/g64/sym", "fp4_bnb/row/sym", "iq4/g32/sym"),
+    *("fp4_e2m1/g16/sym", "fp4_e2m1/g32/sym", "fp6_e2m3/g32/sym", "fp6_e3m2/g48/sym", "fp8_e4m3/row/sym"),
+    *("fp8_e4m3/b16x32/sym", "fp8_e4m3/b128x128/sym", "fp8_e4m3/tensor/sym", "fp8_e5m2/g64/sym", "i8/b5x64/sym"),
 ]
 ROWS = (1, 2, 3, 7, 8, 9, 17, 64)
 OUTPUTS = (1, 2, 5, 15, 16, 17, 48, 49, 100)
@@ -39,7 +42,7 @@ ROUNDING = {torch.float32: 2.0**-22, torch.bfloat16: 2.0**-9, torch.float16: 2.0
 def _libraries() -> None:
     """All widths at once: the first run compiles them."""
     with ThreadPoolExecutor(4) as pool:
-        reasons = list(pool.map(packed.missing, range(1, 9)))
+        reasons = list(pool.map(packed.missing, {QSpec.parse(spec).element for spec in SPECS}))
     if reason := next(filter(None, reasons), None):
         pytest.skip(reason)
 
@@ -48,6 +51,8 @@ def columns_of(spec: QSpec) -> int:
     granularity = spec.granularity
     if isinstance(granularity, PerGroup):
         return granularity.size * random.choice((1, 2, 3, 9, 17))
+    if isinstance(granularity, PerBlock):
+        return granularity.width * random.choice((1, 2, 3, 9))
     return random.choice((1, 7, 16, 31, 64, 100, 129, 576, 1040))
 
 
@@ -55,8 +60,15 @@ def weight(text: str, rows: int, columns: int, scale_dtype: torch.dtype = torch.
     spec = QSpec.parse(text)
     shape, levels = spec.scale_shape(rows, columns), spec.element.levels
     codes = torch.randint(levels, (rows, columns), dtype=torch.uint8)
-    scale = (torch.rand(shape) * 0.02 + 0.01).to(scale_dtype)
+    size = 1.0
+    if spec.element.is_float:
+        numbers = spec.element.decode(codes, torch.float32)
+        codes = torch.where(numbers.isfinite(), codes, 0)
+        size = float(numbers.nan_to_num(0, 0, 0).abs().max()) / 16
+    scale = ((torch.rand(shape) * 0.02 + 0.01) / size).to(scale_dtype)
     zero = None
+    if spec.zero is Zero.SHIFT:
+        zero = (-torch.rand(shape) * 0.1).to(scale_dtype)
     if spec.zero is Zero.FLOAT:
         zero = (torch.rand(shape) * (levels - 1)).to(scale_dtype)
     if spec.zero is Zero.INT:
@@ -79,8 +91,8 @@ def check(x: Tensor, q: QTensor, bias: Tensor | None = None) -> None:
     assert error <= allowed, f"{q.spec} {tuple(q.shape)} x {tuple(x.shape)} {x.dtype}: {error:.2e} > {allowed:.2e}"
 
 
-def close(got: Tensor, want: Tensor) -> None:
-    assert (got - want).norm() <= 8 * ROUNDING[want.dtype] * want.norm()
+def close(got: Tensor, want: Tensor, dtype: torch.dtype | None = None) -> None:
+    assert (got - want).norm() <= 8 * ROUNDING[dtype or want.dtype] * want.norm()
 
 
 def check_many(spec: str, rows: tuple[int, ...] = ROWS) -> None:
@@ -102,7 +114,21 @@ def test_dequantize(spec: str) -> None:
     for rows, dtype in itertools.product((1, 5, 33), FLOATS):
         q = weight(spec, rows, columns_of(QSpec.parse(spec)), random.choice(FLOATS))
         w = dequantize_packed(*parts(q), spec, [rows, q.columns], dtype)
-        assert torch.equal(w, q.dequantize(dtype))
+        if q.spec.zero is Zero.SHIFT:
+            close(w, q.dequantize(torch.float64), dtype)
+        else:
+            assert torch.equal(w, q.dequantize(dtype))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_shift_where_the_scale_is_zero(dtype: torch.dtype) -> None:
+    """GGUF writes a group of equal numbers so."""
+    q = weight("u4/g32/shift", 8, 64)
+    assert isinstance(q.scale, Tensor)
+    q.scale[3] = 0
+    check(torch.randn(2, 64).to(dtype), q)
+    got = dequantize_packed(*parts(q), "u4/g32/shift", [8, 64], dtype)
+    close(got[3], q.dequantize(torch.float64)[3], dtype)
 
 
 def test_dequantize_more_dimensions() -> None:
@@ -128,7 +154,7 @@ def lesser_processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
 @pytest.mark.usefixtures("lesser_processor")
 def test_lesser_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear_cpu, "SLAB_BYTES", 1 << 12)
-    for spec in ("u4/g64/asym", "u4/g16/asym_int", "i4/row/sym", "i4/tensor/sym"):
+    for spec in ("u4/g64/asym", "u4/g16/asym_int", "i4/row/sym", "i4/tensor/sym", "nf4/g64/sym", "fp8_e4m3/row/sym"):
         check_many(spec, (1, 3, 8, 17))
         q = weight(spec, 9, 128)
         for dtype in FLOATS:
