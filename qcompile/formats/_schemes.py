@@ -70,7 +70,7 @@ def scheme(schemes: dict[str, Scheme], module: str) -> Scheme:
 
 
 def rounding(checkpoint: Checkpoint, module: str, scheme: Scheme, side: str) -> Rounding | None:
-    """How inputs or outputs are rounded. Dynamic scales are rounded to the dtype of what they scale."""
+    """How inputs or outputs are rounded. The library computes in the dtype of what it rounds, or of the scale."""
     args = part(scheme, f"{side}_activations")
     if not args:
         return None
@@ -87,14 +87,14 @@ def rounding(checkpoint: Checkpoint, module: str, scheme: Scheme, side: str) -> 
         if strategy != "tensor":
             raise CheckpointError(f"{module}: {side}s by {strategy} have static scales, which only a tensor can have")
         scale, zero = f"{module}.{side}_scale", f"{module}.{side}_zero_point"
-        checkpoint.need(scale)
-        return Rounding(f"{element}/tensor/static", scale, zero if zero in checkpoint.tensors else None)
+        native = "/native" if checkpoint.need(scale).dtype.itemsize == 2 else ""
+        return Rounding(f"{element}/tensor/static{native}", scale, zero if zero in checkpoint.tensors else None)
     if strategy not in ("tensor", "token", "group"):
         raise CheckpointError(
             f"{module}: {side}s share scales by {strategy}; known: tensor, token, group, tensor_group"
         )
     powers = size == 32 and (element == "fp4_e2m1" or "uint8" in str(args.get("scale_dtype")))
-    option = "/scale(e8m0)" if powers else "/half" if symmetric else ""
+    option = "/scale(e8m0)" if powers else "/half/native" if symmetric else "/native"
     return Rounding(f"{element}/{f'g{size}' if strategy == 'group' else strategy}/dynamic{option}")
 
 

@@ -175,9 +175,7 @@ def _zeros(name: str, stored: Tensor, rows: int, groups: tuple[int, int], unpack
     else:
         found = found[:rows, None]
     if found.shape != groups:
-        raise CheckpointError(
-            f"{name} is {tuple(stored.shape)}; {rows} outputs with {groups[1]} groups need other shapes"
-        )
+        raise CheckpointError(f"{name} is {tuple(stored.shape)}; {rows} outputs have {groups[1]} groups")
     return found.contiguous()
 
 
@@ -193,16 +191,19 @@ def _rounding(checkpoint: Checkpoint, module: str, own: Config, config: Config, 
     element = FLOAT_TAGS.get(tag, tag)
     if tag in INTEGERS:
         element = f"{'i' if symmetric and tag[0] == 'i' else 'u'}{INTEGERS[tag]}"
+    # Floats of 8 bits are computed in the dtype of what is rounded, all others in float32.
+    native = "/native" if tag.startswith("fp8") and scheme != "per_group" else ""
     if not says.get("is_dynamic"):
         scale, zero = f"{module}.{side}_scale", f"{module}.{side}_zero_point"
         checkpoint.need(scale)
-        return Rounding(f"{element}/tensor/static", scale, zero if zero in checkpoint.tensors else None)
+        return Rounding(f"{element}/tensor/static{native}", scale, zero if zero in checkpoint.tensors else None)
     shares = {"per_tensor": "tensor", "per_channel": "token", "per_token": "token"}
     where = f"g{says.get('group_size')}" if scheme == "per_group" else shares.get(str(scheme))
     if where is None:
         raise CheckpointError(f"{module}: {side}s share scales {scheme!r}; known: {', '.join(shares)}, per_group")
     powers = says.get("scale_format") == "e8m0"
-    return Rounding(f"{element}/{where}/dynamic{'/scale(e8m0)' if powers else '' if element[0] == 'u' else '/half'}")
+    option = "/scale(e8m0)" if powers else native if element[0] == "u" else f"/half{native}"
+    return Rounding(f"{element}/{where}/dynamic{option}")
 
 
 def _own(config: Config, module: str) -> Config:

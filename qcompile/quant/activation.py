@@ -25,6 +25,11 @@ class ActivationElement:
     mantissa: int | None = None
     exponent: int = 0
 
+    @property
+    def middle(self) -> float:
+        """What libraries take off unsigned codes: theirs are signed, and sums with their zero points are rounded."""
+        return (self.high + 1) / 2
+
     def nearest(self, y: Tensor) -> Tensor:
         """float32 rounded to these numbers, ties to even; what lies outside goes to the ends."""
         y = y.clamp(self.low, self.high)
@@ -40,6 +45,7 @@ ELEMENTS = {
         ActivationElement("i8", -128, 127),
         ActivationElement("i4", -8, 7),
         ActivationElement("u8", 0, 255),
+        ActivationElement("u4", 0, 15),
         ActivationElement("fp8_e4m3", -448, 448, mantissa=3, exponent=-6),
         ActivationElement("fp8_e5m2", -57344, 57344, mantissa=2, exponent=-14),
         ActivationElement("fp6_e2m3", -7.5, 7.5, mantissa=3),
@@ -52,15 +58,15 @@ SCALES = ("fp8_e4m3", "e8m0")
 
 @dataclass(frozen=True)
 class ActivationSpec:
-    """`x' = (code - zero) * scale` with `code = round(x / scale) + zero` kept in range; only u8 has a zero point.
+    """`x' = (code - zero) * scale` with `code = round(x / scale + zero)` kept in range; u8 and u4 have zero points.
 
     Spelled `element/granularity/when` and options, for example `i8/token/dynamic` or `i8/token/dynamic/half`.
 
     granularity  who shares a scale: token (the last dimension), tensor, or g<n>, n neighbours in a token
     static       whether scale and zero point come from the checkpoint; else from the values that share them: a scale is
                  their largest magnitude by the largest number, that of u8 is their range, zero included, by 255
-    half         divide by half the range of codes, 127.5 for i8, and round the scale to the dtype of x
-                 (compressed-tensors, torchao)
+    half         divide by half the range of codes, 127.5 for i8, and round the scale to the dtype of x (torchao)
+    native       round scales, quotients and all between to the dtype of x (compressed-tensors and Quark)
     ceiling      `max(1200.0)`: magnitudes count as at most this (fbgemm)
     floor        `min(1e-05)`: they count as at least this (BitNet)
     outliers     `outliers(6.0)`: columns with a value of this magnitude in any row stay as they are, and such values
@@ -73,26 +79,29 @@ class ActivationSpec:
     granularity: str
     static: bool
     half: bool = False
+    native: bool = False
     ceiling: float | None = None
     floor: float | None = None
     outliers: float | None = None
     scale: str | None = None
 
     def __post_init__(self) -> None:
-        options = str(self).split("/")[3:]
+        options = [option for option in str(self).split("/")[3:] if option != "native"]
         if self.static and (options or self.granularity != "tensor"):
-            raise SpecError(f"{self}: a static scale is one for all, without options: {self.element.tag}/tensor/static")
+            raise SpecError(
+                f"{self}: a static scale is one for all, without options but native: {self.element.tag}/tensor/static"
+            )
         if self.scale and (self.scale not in SCALES or self.group is None or self.element.mantissa is None):
             raise SpecError(f"{self}: rounded scales, {' or '.join(SCALES)}, belong to groups of floats")
         if self.outliers is not None and (self.granularity != "token" or self.is_asymmetric):
             raise SpecError(f"{self}: outliers are set apart from symmetric codes by token")
         if self.is_asymmetric and options:
-            raise SpecError(f"{self}: {self.element.tag} takes no options")
+            raise SpecError(f"{self}: {self.element.tag} takes no option but native")
 
     def __str__(self) -> str:
         options = {"max": self.ceiling, "min": self.floor, "outliers": self.outliers, "scale": self.scale}
         parts = [self.element.tag, self.granularity, "static" if self.static else "dynamic"]
-        parts += ["half"] if self.half else []
+        parts += [option for option in ("half", "native") if getattr(self, option)]
         return "/".join(parts + [f"{name}({value})" for name, value in options.items() if value is not None])
 
     @staticmethod
@@ -128,14 +137,14 @@ def _parse(text: str) -> ActivationSpec:
     names = {"max": "ceiling", "min": "floor", "outliers": "outliers"}
     for option in options:
         name, _, value = option.removesuffix(")").partition("(")
-        if option == "half":
-            found["half"] = True
+        if option in ("half", "native"):
+            found[option] = True
         elif name == "scale":
             found["scale"] = value
         elif name in names and re.fullmatch(r"\d[\d.]*(e-?\d+)?", value, re.ASCII):
             found[names[name]] = float(value)
         else:
-            known = "half, max(<number>), min(<number>), outliers(<number>), scale(<element>)"
+            known = "half, native, max(<number>), min(<number>), outliers(<number>), scale(<element>)"
             raise SpecError(f"{text!r}: unknown option {option!r}; known: {known}")
     spec = ActivationSpec(ELEMENTS[tag], granularity, when == "static", **found)  # type: ignore[arg-type]
     if str(spec) != text:
@@ -149,37 +158,42 @@ def round_activation(x: Tensor, scale: Tensor | None, zero: Tensor | None, spec:
     scale, zero   one number each where they are static, else None; `scale` is also what dynamic fp8 scales are relative
                   to: the largest of them, 448, stands for 448 / scale
     """
-    values, columns = x.to(torch.float32), x.shape[-1]
+    values, columns, dtype = x.to(torch.float32), x.shape[-1], x.dtype
     if spec.group:
         values = F.pad(values, (0, -columns % spec.group)).unflatten(-1, (-1, spec.group))
     if spec.is_asymmetric:
-        rounded = _asymmetric(values, scale, zero, spec)
+        step, shift = _asymmetric_scale(values, dtype, scale, zero, spec)
+        middle = spec.element.middle
+        signed = _native(_quotient(values, step, dtype, spec) + (shift - middle), dtype, spec)
+        codes = spec.element.nearest(signed + middle)
+        rounded = (codes - shift) * step
     else:
-        step = _step(values, x.dtype, scale, spec)
-        rounded = spec.element.nearest(values / step) * step
-        if spec.outliers is not None:
-            kept = (values.abs() >= spec.outliers).reshape(-1, columns).any(0)
-            rounded = torch.where(kept, values, rounded)
+        step = _scale(values, dtype, scale, spec)
+        rounded = spec.element.nearest(_quotient(values, step, dtype, spec)) * step
+    if spec.outliers is not None:
+        kept = (values.abs() >= spec.outliers).reshape(-1, columns).any(0)
+        rounded = torch.where(kept, values, rounded)
     if spec.group:
         rounded = rounded.flatten(-2).narrow(-1, 0, columns)
-    return rounded.to(x.dtype).contiguous()
+    return rounded.to(dtype).contiguous()
 
 
 def activation_codes(x: Tensor, scale: Tensor | None, spec: ActivationSpec) -> tuple[Tensor, Tensor]:
     """The int8 codes of x (…, n) for symmetric integers by token or tensor, and the float32 scale of each token
     (…, 1) or of all ()."""
     values = x.to(torch.float32)
-    step = _step(values, x.dtype, scale, spec)
-    return spec.element.nearest(values / step).to(torch.int8), step
+    step = _scale(values, x.dtype, scale, spec)
+    return spec.element.nearest(_quotient(values, step, x.dtype, spec)).to(torch.int8), step
 
 
-def _step(values: Tensor, dtype: torch.dtype, scale: Tensor | None, spec: ActivationSpec) -> Tensor:
-    if spec.static and scale is not None:
-        return scale.to(torch.float32)
-    return _symmetric_scale(values, dtype, scale, spec)
+def _quotient(values: Tensor, step: Tensor, dtype: torch.dtype, spec: ActivationSpec) -> Tensor:
+    return _native(values / step, dtype, spec)
 
 
-def _symmetric_scale(values: Tensor, dtype: torch.dtype, relative_to: Tensor | None, spec: ActivationSpec) -> Tensor:
+def _scale(values: Tensor, dtype: torch.dtype, given: Tensor | None, spec: ActivationSpec) -> Tensor:
+    """The scale of symmetric codes; `given` is the static one, or what dynamic ones are relative to."""
+    if spec.static and given is not None:
+        return given.to(torch.float32)
     magnitudes = values.abs()
     if spec.outliers is not None:
         magnitudes = magnitudes.masked_fill(magnitudes >= spec.outliers, 0)
@@ -190,29 +204,45 @@ def _symmetric_scale(values: Tensor, dtype: torch.dtype, relative_to: Tensor | N
         step = _shared_power(largest, spec.element)
     else:
         step = largest / ((spec.element.high - spec.element.low) / 2 if spec.half else spec.element.high)
-    if spec.scale == "fp8_e4m3" and relative_to is not None:
-        factor = relative_to.to(torch.float32)
+    if spec.scale == "fp8_e4m3" and given is not None:
+        factor = given.to(torch.float32)
         step = ELEMENTS["fp8_e4m3"].nearest(step * factor) / factor
-    if spec.half:
-        step = step.to(dtype).to(torch.float32)
+    step = _rounded(step, dtype) if spec.half else _native(step, dtype, spec)
     # Zeros stay zeros, whatever they are divided by.
     return step.masked_fill(step == 0, 1)
 
 
-def _asymmetric(values: Tensor, scale: Tensor | None, zero: Tensor | None, spec: ActivationSpec) -> Tensor:
-    low, high = spec.element.low, spec.element.high
+def _asymmetric_scale(
+    values: Tensor, dtype: torch.dtype, scale: Tensor | None, zero: Tensor | None, spec: ActivationSpec
+) -> tuple[Tensor, Tensor]:
     if scale is not None and zero is not None:
-        step, shift = scale.to(torch.float32), zero.to(torch.float32)
+        return scale.to(torch.float32), zero.to(torch.float32)
+    if spec.granularity == "tensor":
+        least, most = values.amin(), values.amax()
     else:
-        if spec.granularity == "tensor":
-            least, most = values.amin(), values.amax()
-        else:
-            least, most = values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)
-        least, most = least.clamp(max=0), most.clamp(min=0)
-        step = (most - least) / (high - low)
-        step = step.masked_fill(step == 0, 1)
-        shift = torch.round(-least / step).clamp(low, high)
-    return ((torch.round(values / step) + shift).clamp(low, high) - shift) * step
+        least, most = values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)
+    least, most = least.clamp(max=0), most.clamp(min=0)
+    step = _native(_native(most - least, dtype, spec) / spec.element.high, dtype, spec)
+    step = step.masked_fill(step == 0, 1)
+    middle = spec.element.middle
+    shift = torch.round(_native(-middle - _native(least / step, dtype, spec), dtype, spec)) + middle
+    return step, shift.clamp(0, spec.element.high)
+
+
+def _native(numbers: Tensor, dtype: torch.dtype, spec: ActivationSpec) -> Tensor:
+    return _rounded(numbers, dtype) if spec.native else numbers
+
+
+def _rounded(numbers: Tensor, dtype: torch.dtype) -> Tensor:
+    """float32 that holds what `dtype` can. Not by conversion: a compiler leaves out a conversion there and back."""
+    return _FLOATS[dtype].nearest(numbers) if dtype in _FLOATS else numbers
+
+
+# As far as exponents go whose last bits float32 holds as normal numbers.
+_FLOATS = {
+    torch.bfloat16: ActivationElement("bf16", -(2.0**127) * 1.9921875, 2.0**127 * 1.9921875, mantissa=7, exponent=-119),
+    torch.float16: ActivationElement("f16", -65504, 65504, mantissa=10, exponent=-14),
+}
 
 
 def _power_of_two(y: Tensor) -> Tensor:

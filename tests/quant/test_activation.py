@@ -31,6 +31,10 @@ TEXTS = [
     "i8/tensor/static",
     "u8/tensor/static",
     "fp8_e4m3/tensor/static",
+    "fp8_e4m3/tensor/static/native",
+    "i8/token/dynamic/half/native",
+    "u8/g16/dynamic/native",
+    "fp8_e4m3/token/dynamic/native",
 ]
 
 
@@ -54,7 +58,7 @@ def test_spelling_parses_back(text: str) -> None:
         ("i8/g32/dynamic/scale(e8m0)", "belong to groups of floats"),
         ("fp4_e2m1/g32/dynamic/scale(fp16)", "belong to groups of floats"),
         ("i8/tensor/dynamic/outliers(6.0)", "by token"),
-        ("u8/token/dynamic/half", "takes no options"),
+        ("u8/token/dynamic/half", "takes no option but native"),
     ],
 )
 def test_what_is_no_spec(text: str, says: str) -> None:
@@ -176,6 +180,24 @@ def test_zeros_odd_widths_and_dtypes(text: str, dtype: torch.dtype) -> None:
     assert got.dtype == dtype and got.shape == x.shape
     step = 0.3 if spec.element.high < 8 else 0.1
     assert (got - x).abs().max() <= step * x.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_native_is_arithmetic_of_the_dtype_of_x(dtype: torch.dtype) -> None:
+    x = (torch.randn(50, 64) * 10).to(dtype)
+    got = round_activation(x, None, None, ActivationSpec.parse("i8/token/dynamic/half/native"))
+    scale = x.abs().amax(-1, keepdim=True) / 127.5
+    assert torch.equal(got, torch.clamp(torch.round(x / scale), -128, 127) * scale)
+
+    got = round_activation(x, None, None, ActivationSpec.parse("fp8_e4m3/tensor/dynamic/native"))
+    scale = x.abs().amax() / 448
+    assert torch.equal(got, (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).to(dtype) * scale)
+
+    got = round_activation(x, None, None, ActivationSpec.parse("u8/token/dynamic/native"))
+    least, most = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+    scale = (most - least) / 255
+    zero = torch.round(-128 - least / scale)
+    assert torch.equal(got, (torch.round(x / scale + zero).clamp(-128, 127) - zero) * scale)
 
 
 def test_scales_with_half_are_of_the_dtype_of_x() -> None:
