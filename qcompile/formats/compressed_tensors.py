@@ -38,7 +38,7 @@ from qcompile.quant.tensor import QTensor
 # What belongs to a module beside its weight and scale.
 BESIDE = (
     *("weight_shape", "weight_zero_point", "weight_g_idx", "input_scale", "input_zero_point", "input_global_scale"),
-    *("output_scale", "output_zero_point"),
+    *("output_scale", "output_zero_point", "output_global_scale"),
 )
 CACHE = re.compile(r"\.[qkv]_(scale|zero_point|global_scale)|\.[kv]_proj\.output_(scale|zero_point)")
 
@@ -47,13 +47,12 @@ class CompressedTensors:
     name = "compressed-tensors"
 
     def claims(self, checkpoint: Checkpoint) -> bool:
-        says = checkpoint.quantization
-        named = says.get("quant_method") == self.name or "config_groups" in says
+        config = _config(checkpoint)
+        named = config.get("quant_method") == self.name or "config_groups" in config
         return named or bool(checkpoint.modules("weight_packed"))
 
     def weights(self, checkpoint: Checkpoint) -> Iterator[Entry]:
-        config = checkpoint.quantization
-        config = config.get("quantization_config") or config  # sparseml put it one deeper
+        config = _config(checkpoint)
         _refuse(checkpoint, config)
         found = schemes(config)
         for name, info in checkpoint.tensors.items():
@@ -67,6 +66,12 @@ class CompressedTensors:
                     "save it with save_compressed=True"
                 )
         yield Ignored(tuple(name for name in checkpoint.tensors if CACHE.search(name)))
+
+
+def _config(checkpoint: Checkpoint) -> Scheme:
+    says = checkpoint.quantization
+    deeper = says.get("quantization_config")  # where sparseml put it
+    return deeper if isinstance(deeper, dict) else says
 
 
 def _refuse(checkpoint: Checkpoint, config: Scheme) -> None:
