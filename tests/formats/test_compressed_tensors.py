@@ -216,12 +216,12 @@ TOKEN = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True, "sy
     ("args", "beside", "text"),
     [
         (None, (), None),
-        (TOKEN, (), "i8/token/dynamic/half"),
-        ({**TOKEN, "num_bits": 4}, (), "i4/token/dynamic/half"),
-        ({**TOKEN, "strategy": "tensor"}, (), "i8/tensor/dynamic/half"),
-        ({**TOKEN, "symmetric": False}, (), "u8/token/dynamic"),
-        ({**TOKEN, "type": "float"}, (), "fp8_e4m3/token/dynamic/half"),
-        ({**TOKEN, "type": "float", "strategy": "group", "group_size": 128}, (), "fp8_e4m3/g128/dynamic/half"),
+        (TOKEN, (), "i8/token/dynamic/half/native"),
+        ({**TOKEN, "num_bits": 4}, (), "i4/token/dynamic/half/native"),
+        ({**TOKEN, "strategy": "tensor"}, (), "i8/tensor/dynamic/half/native"),
+        ({**TOKEN, "symmetric": False}, (), "u8/token/dynamic/native"),
+        ({**TOKEN, "type": "float"}, (), "fp8_e4m3/token/dynamic/half/native"),
+        ({**TOKEN, "type": "float", "strategy": "group", "group_size": 128}, (), "fp8_e4m3/g128/dynamic/half/native"),
         ({**TOKEN, "strategy": None, "dynamic": False}, ("scale",), "i8/tensor/static"),
         ({**TOKEN, "strategy": "tensor", "dynamic": False, "type": "float"}, ("scale",), "fp8_e4m3/tensor/static"),
         (
@@ -268,11 +268,11 @@ def test_targets_by_name_then_by_expression_then_by_class() -> None:
     [
         ("W4A16", 4, None),
         ("w4a16_asym", 4, None),
-        ("W3A8", 3, "i8/token/dynamic/half"),
-        ("W8A8", 8, "i8/token/dynamic/half"),
-        ("INT8", 8, "i8/token/dynamic/half"),
-        ("W4A4", 4, "i4/token/dynamic/half"),
-        ("W4AFP8", 4, "fp8_e4m3/token/dynamic/half"),
+        ("W3A8", 3, "i8/token/dynamic/half/native"),
+        ("W8A8", 8, "i8/token/dynamic/half/native"),
+        ("INT8", 8, "i8/token/dynamic/half/native"),
+        ("W4A4", 4, "i4/token/dynamic/half/native"),
+        ("W4AFP8", 4, "fp8_e4m3/token/dynamic/half/native"),
     ],
 )
 def test_schemes_by_name(stored_of: Callable, name: str, bits: int, text: str | None) -> None:
@@ -292,7 +292,7 @@ def test_blocks_of_a_scheme_by_name(stored_of: Callable) -> None:
     stored, _ = stored_of(tensors, {"config_groups": {"FP8_BLOCK": ["Linear"]}})["a.weight"]
     assert str(stored.spec) == "fp8_e4m3/b128x128/sym"
     assert stored.input is not None
-    assert stored.input.spec == "fp8_e4m3/g128/dynamic/half"
+    assert stored.input.spec == "fp8_e4m3/g128/dynamic/half/native"
 
 
 @pytest.mark.parametrize(

@@ -161,9 +161,9 @@ GROUP = {"qscheme": "per_group", "group_size": 32, "is_dynamic": True, "scale_fo
         (
             {"dtype": "fp8_e4m3", "qscheme": "per_tensor", "symmetric": True},
             ("scale",),
-            "fp8_e4m3/tensor/static",
+            "fp8_e4m3/tensor/static/native",
         ),
-        ({"dtype": "fp8_e4m3", "qscheme": "per_channel", "is_dynamic": True}, (), "fp8_e4m3/token/dynamic/half"),
+        ({"dtype": "fp8_e4m3", "qscheme": "per_channel", "is_dynamic": True}, (), "fp8_e4m3/token/dynamic/half/native"),
         ({"dtype": "int8", "qscheme": "per_token", "is_dynamic": True}, (), "i8/token/dynamic/half"),
         ({"dtype": "int8", "qscheme": "per_tensor", "is_dynamic": True}, (), "i8/tensor/dynamic/half"),
         ({"dtype": "int8", "qscheme": "per_token", "symmetric": False, "is_dynamic": True}, (), "u8/token/dynamic"),
