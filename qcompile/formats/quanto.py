@@ -137,7 +137,7 @@ def _stored(
         names = [f"{module}.{side}_scale" for side in ("input", "output")]
         for name in names:
             checkpoint.need(name, dtypes=SCALES)
-        roundings = [Rounding(f"{element}/tensor/static", name) for name in names]
+        roundings = [Rounding(f"{element}/tensor/static/native", name) for name in names]
     return Stored(f"{module}.weight", spec, shape, (*tensors, *_scales(checkpoint, module)), read, *roundings)
 
 

@@ -105,7 +105,7 @@ def test_activations(tmp_path: Path, said: str, element: str | None) -> None:
         assert weight.input is None and weight.output is None
         return
     assert weight.input is not None and weight.output is not None
-    assert str(ActivationSpec.parse(weight.input.spec)) == f"{element}/tensor/static" == weight.output.spec
+    assert str(ActivationSpec.parse(weight.input.spec)) == f"{element}/tensor/static/native" == weight.output.spec
     assert (weight.input.scale, weight.output.scale) == ("m.input_scale", "m.output_scale")
 
 
