@@ -6,6 +6,7 @@ Scales are floats, or powers of two in a byte each, 2 ** (byte - 127), or, NVFP4
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from qcompile.errors import CheckpointError
 from qcompile.files.checkpoint import Checkpoint
 from qcompile.formats._bits import fields
-from qcompile.formats.stored import Read, Rounding, Stored, finite
+from qcompile.formats.stored import Ignored, Read, Rounding, Stored, finite
 from qcompile.quant.element import Element
 from qcompile.quant.granularity import Granularity, PerBlock, PerGroup, PerRow, PerTensor
 from qcompile.quant.spec import QSpec, Zero
@@ -24,11 +25,19 @@ FLOAT8 = {torch.float8_e4m3fn: "fp8_e4m3", torch.float8_e5m2: "fp8_e5m2"}
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 POWERS = (torch.uint8, torch.float8_e8m0fnu)
 
+# Outputs of k_proj and v_proj are what a KV cache holds.
+CACHE = re.compile(r"\.[qkv]_(scale|zero_point|global_scale)$|\.\w*output_(scale|zero_point)$")
+
 _POWERS = QSpec.parse("e8m0/tensor/sym")
 _FLOATS = QSpec.parse("fp8_e4m3/tensor/sym")
 
 # Rows start … stop of a stored weight as uint8 codes.
 Codes = Callable[[Tensor, int, int], Tensor]
+
+
+def cache_scales(checkpoint: Checkpoint) -> Ignored:
+    """Scales of KV caches, which no weight needs."""
+    return Ignored(tuple(name for name in checkpoint.tensors if CACHE.search(name)))
 
 
 def float8(weight: Tensor, start: int, stop: int) -> Tensor:

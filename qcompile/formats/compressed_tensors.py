@@ -18,7 +18,6 @@ https://github.com/vllm-project/compressed-tensors
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator
 
 import torch
@@ -27,9 +26,9 @@ from torch import Tensor
 from qcompile.errors import CheckpointError
 from qcompile.files.checkpoint import Checkpoint
 from qcompile.formats._bits import fields, stream
-from qcompile.formats._scaled import FLOAT8, FLOATS, float8, pairs, scaled, shared_by
+from qcompile.formats._scaled import FLOAT8, FLOATS, cache_scales, float8, pairs, scaled, shared_by
 from qcompile.formats._schemes import Scheme, part, rounding, scheme, schemes
-from qcompile.formats.stored import Entry, Ignored, Read, Stored, finite
+from qcompile.formats.stored import Entry, Read, Stored, finite
 from qcompile.quant.element import Element
 from qcompile.quant.granularity import PerGroup
 from qcompile.quant.spec import QSpec, Zero
@@ -40,7 +39,6 @@ BESIDE = (
     *("weight_shape", "weight_zero_point", "weight_g_idx", "input_scale", "input_zero_point", "input_global_scale"),
     *("output_scale", "output_zero_point", "output_global_scale"),
 )
-CACHE = re.compile(r"\.[qkv]_(scale|zero_point|global_scale)|\.[kv]_proj\.output_(scale|zero_point)")
 
 
 class CompressedTensors:
@@ -65,7 +63,7 @@ class CompressedTensors:
                     f"{name} has scales and is {info.dtype}: the checkpoint was saved before its weights were packed; "
                     "save it with save_compressed=True"
                 )
-        yield Ignored(tuple(name for name in checkpoint.tensors if CACHE.search(name)))
+        yield cache_scales(checkpoint)
 
 
 def _config(checkpoint: Checkpoint) -> Scheme:

@@ -19,8 +19,8 @@ import torch
 
 from qcompile.errors import CheckpointError
 from qcompile.files.checkpoint import Checkpoint
-from qcompile.formats._scaled import FLOAT8, POWERS, float8, pairs, scaled, shared_by
-from qcompile.formats.stored import Rounding, Stored
+from qcompile.formats._scaled import FLOAT8, POWERS, cache_scales, float8, pairs, scaled, shared_by
+from qcompile.formats.stored import Entry, Rounding, Stored
 from qcompile.quant.granularity import Granularity, PerBlock, PerGroup
 
 SCALES = ("weight_scale_inv", "scale", "qscale_weight", "weight_scale")
@@ -34,7 +34,7 @@ class Fp8:
         named = checkpoint.quantization.get("quant_method") in ("fp8", "mxfp8")
         return named or any(name.endswith("_scale_inv") for name in checkpoint.tensors)
 
-    def weights(self, checkpoint: Checkpoint) -> Iterator[Stored]:
+    def weights(self, checkpoint: Checkpoint) -> Iterator[Entry]:
         for name, info in checkpoint.tensors.items():
             module, _, attribute = name.rpartition(".")
             own = [f"{module}.{kind}" for kind in SCALES] if attribute == "weight" else []
@@ -43,6 +43,7 @@ class Fp8:
                 raise CheckpointError(f"{name} is 8-bit floats without a scale; {name}_scale_inv was expected")
             if scale and (info.dtype in FLOAT8 or info.dtype == torch.int8):
                 yield _weight(checkpoint, name, scale)
+        yield cache_scales(checkpoint)
 
 
 def _weight(checkpoint: Checkpoint, name: str, scale: str) -> Stored:

@@ -14,7 +14,6 @@ https://quark.docs.amd.com (quark/torch/utils/pack.py)
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from typing import Any
@@ -25,9 +24,9 @@ from torch import Tensor
 from qcompile.errors import CheckpointError
 from qcompile.files.checkpoint import Checkpoint
 from qcompile.formats._bits import fields, stream
-from qcompile.formats._scaled import FLOAT8, FLOATS, float8, pairs, scaled, shared_by
+from qcompile.formats._scaled import FLOAT8, FLOATS, cache_scales, float8, pairs, scaled, shared_by
 from qcompile.formats.awq import INTERLEAVED
-from qcompile.formats.stored import Entry, Ignored, Read, Rounding, Stored, finite
+from qcompile.formats.stored import Entry, Read, Rounding, Stored, finite
 from qcompile.quant.element import Element
 from qcompile.quant.granularity import Granularity, PerGroup
 from qcompile.quant.spec import QSpec, Zero
@@ -38,8 +37,6 @@ Config = dict[str, Any]
 INTEGERS = {"int4": 4, "uint4": 4, "int8": 8, "uint8": 8}
 FLOAT_TAGS = {"fp4": "fp4_e2m1", "fp6_e2m3": "fp6_e2m3", "fp6_e3m2": "fp6_e3m2"}
 BESIDE = ("weight_zero_point", "input_scale", "input_zero_point", "output_scale", "output_zero_point")
-# Outputs of k_proj and v_proj are what the KV cache holds.
-CACHE = re.compile(r"\.\w*output_(scale|zero_point)$|\.[qkv]_scale$")
 
 
 class Quark:
@@ -61,7 +58,7 @@ class Quark:
                 )
             checkpoint.need(scale)
             yield _weight(checkpoint, module, config)
-        yield Ignored(tuple(name for name in checkpoint.tensors if CACHE.search(name)))
+        yield cache_scales(checkpoint)
 
 
 def _weight(checkpoint: Checkpoint, module: str, config: Config) -> Stored:

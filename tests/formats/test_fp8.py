@@ -1,13 +1,18 @@
 """fp8."""
 
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qcompile.errors import CheckpointError
+from qcompile.load import load
 
+CHECKPOINTS = Path(__file__).resolve().parent.parent / "checkpoints"
 BLOCKS = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128], "fmt": "e4m3"}
 SCALAR = {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None}
 
@@ -15,6 +20,15 @@ SCALAR = {"quant_method": "fp8", "activation_scheme": "static", "weight_block_si
 @pytest.mark.parametrize("name", ["fp8-block128", "fp8-block32-ue8m0"])
 def test_weights_and_logits(check: Callable, name: str) -> None:
     check(name)
+
+
+def test_a_cache_may_have_scales(tmp_path: Path) -> None:
+    folder = shutil.copytree(CHECKPOINTS / "fp8-tensor-dynamic", tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    for name in ("k_scale", "v_scale", "k_proj.output_scale"):
+        tensors[f"model.layers.0.self_attn.{name}"] = torch.ones(())
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    load(str(folder), progress=False)
 
 
 def test_compiled(check_compiled: Callable) -> None:
