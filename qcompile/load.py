@@ -261,8 +261,9 @@ def _orientation(weight: Stored, place: Place, owner: nn.Module) -> bool:
     """Whether the model holds this weight as (…, in_features, out_features)."""
     shape = tuple(place.tensor.shape)
     if shape == weight.shape:
-        # A square weight does not show it.
-        return type(owner).__name__ == "Conv1D" and shape[-1] == shape[-2]
+        # A square weight does not show it. Experts of transformers say it.
+        turned = type(owner).__name__ == "Conv1D" or getattr(owner, "is_transposed", False) is True
+        return turned and shape[-1] == shape[-2]
     if shape == (*weight.shape[:-2], weight.shape[-1], weight.shape[-2]):
         return True
     raise CheckpointError(

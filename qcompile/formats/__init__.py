@@ -14,6 +14,7 @@ from qcompile.formats.gguf import Gguf
 from qcompile.formats.gptq import Gptq
 from qcompile.formats.hqq import Hqq
 from qcompile.formats.metal import Metal
+from qcompile.formats.mxfp4 import Mxfp4
 from qcompile.formats.native import Native
 from qcompile.formats.quanto import Quanto
 from qcompile.formats.quark import Quark
@@ -35,6 +36,7 @@ FORMATS: tuple[Format, ...] = (
     Fp8(),
     Eetq(),
     BitNet(),
+    Mxfp4(),
     Quanto(),
     Metal(),
     Gemma(),

@@ -43,6 +43,10 @@ class Element:
 
     def decode(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
         """uint8 codes as numbers of `dtype`, float32 or float64; integers before their offset is taken off."""
+        if self.dtype == torch.float8_e8m0fnu:
+            # Its bits are float32's exponent. Inductor's C++ has no such dtype.
+            bits = codes.to(torch.int32) << 23
+            return bits.masked_fill(codes == 0, 1 << 22).masked_fill(codes == 255, -1).view(torch.float32).to(dtype)
         if self.dtype is not None:
             return codes.view(self.dtype).to(dtype)
         if self.table is None:

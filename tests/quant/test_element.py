@@ -62,7 +62,8 @@ def test_lookup(tag: str) -> None:
     assert torch.equal(element.decode(codes, torch.float64), torch.tensor(want, dtype=torch.float64).view(3, 5, 7))
 
 
-def test_compiled_lookup() -> None:
-    element, codes = ELEMENTS["nf4"], torch.randint(0, 16, (4, 32), dtype=torch.uint8)
+@pytest.mark.parametrize("tag", ["nf4", "fp8_e4m3", "e8m0"])
+def test_compiled(tag: str) -> None:
+    element, codes = ELEMENTS[tag], torch.randint(0, 16, (4, 32), dtype=torch.uint8)
     compiled = torch.compile(lambda codes: element.decode(codes, torch.float32), fullgraph=True)
     assert torch.equal(compiled(codes), element.decode(codes, torch.float32))
