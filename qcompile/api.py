@@ -20,6 +20,7 @@ from qcompile.quant.spec import QSpec
 from qcompile.quant.tensor import QTensor
 from qcompile.runtime import Runner, runner_of
 from qcompile.save import save
+from qcompile.save_pretrained import attach
 from qcompile.storage import ActivationRounding, Parameter, packed_parameters, packed_tensor, put
 
 
@@ -67,6 +68,7 @@ def optimize(
     model.__dict__["forward"] = Runner(model, config, plan, example)
     if hasattr(type(model), "generate"):
         model.__dict__["generate"] = Generate(model)
+    attach(model)
     return model
 
 

@@ -85,6 +85,11 @@ class Config:
             checks.positive("fuse_max_seq_len", self.fuse_max_seq_len)
         put("modules_to_fuse", self.fusing.stated)
 
+    @property
+    def quant_method(self) -> str:
+        """By this name transformers finds what to do with a `quantization_config` (transformers_quantizer.py)."""
+        return "qcompile"
+
     @functools.cached_property
     def fusing(self) -> Fusing:
         """do_fuse and modules_to_fuse, as passes and plan ask for them."""

@@ -24,6 +24,7 @@ from qcompile.files.checkpoint import Checkpoint, open_checkpoint
 from qcompile.formats import Dense, Entry, Gguf, Ignored, Stored
 from qcompile.formats.stored import Joined, Rounding
 from qcompile.quant.activation import ActivationSpec
+from qcompile.save_pretrained import attach
 from qcompile.storage import INPUT_ROUNDING, OUTPUT_ROUNDING, ActivationRounding, Parameter, put, put_rounding
 
 
@@ -65,6 +66,7 @@ def load(
         if strict:
             raise CheckpointError(f"{source}: " + "\n".join(left) + "\nstrict=False loads all the same")
         warnings.warn(f"qcompile: {source}: " + "; ".join(left), stacklevel=2)
+    attach(model)
     return model.requires_grad_(False).eval()
 
 
@@ -102,7 +104,7 @@ class Filler:
         for weight in self.stored:
             bar.set_postfix_str(weight.path, refresh=False)
             if isinstance(weight, Stored):
-                self._pack(weight)
+                self.pack(weight)
             else:
                 self._set(weight)
             bar.update()
@@ -132,7 +134,7 @@ class Filler:
     def _read(self, name: str) -> Tensor:
         return self.checkpoint.read(name).to(self.device)
 
-    def _pack(self, weight: Stored) -> None:
+    def pack(self, weight: Stored) -> None:
         place = self.places.get(weight.path)
         if place is None:
             raise CheckpointError(f"{weight.path} is quantized in the checkpoint; the model has no such parameter")

@@ -29,8 +29,11 @@ LAYERS = [
     {"program"},
     {"runtime"},
     {"backend", "generate", "models", "conversion"},
-    {"load", "save"},
+    {"save"},
+    {"save_pretrained"},
+    {"load"},
     {"api"},
+    {"transformers_quantizer"},
     {"__init__"},
     # the command line
     {"evaluate", "chat"},
