@@ -52,7 +52,9 @@ def find(name: str) -> Source:
     if name and path.is_dir():
         if (path / "config.json").is_file():
             return Source(str(path))
-        files = sorted(file.name for file in path.glob("*.gguf"))
+        # The first of several stands for all that a model is split into.
+        names = sorted(file.name for file in path.glob("*.gguf"))
+        files = [name for name in names if not re.search(r"-(?!00001)\d{5}-of-\d{5}\.gguf$", name)]
         if len(files) == 1:
             return Source(str(path), files[0])
         more = f"; name one of {', '.join(files)}" if files else ""

@@ -40,6 +40,8 @@ class Architecture:
     def path(self, tensor: str) -> str | None:
         """The parameter that a tensor is, None for one that is not known."""
         module, _, suffix = tensor.rpartition(".")
+        if suffix not in ("weight", "bias"):
+            return None
         if module in _TOP:
             return f"{_TOP[module]}.{suffix}"
         if not (layer := re.fullmatch(r"blk\.(\d+)\.(\w+)", module)):
