@@ -109,6 +109,8 @@ def _stacked(path: str, weights: Sequence[Stored], experts: int, names: tuple[st
     if len(specs) > 1 or len(widths) > 1:
         raise CheckpointError(f"{path}: its experts are {', '.join(sorted(specs))}; one parameter has one spec")
     spec = weights[0].spec
+    if isinstance(spec, str):
+        raise CheckpointError(f"{path}: its experts have codebooks of their own ({spec}); one parameter has one")
     by_row = replace(spec, granularity=PerRow()) if isinstance(spec.granularity, PerTensor) else spec
     flat = replace(by_row, scale_spec=None, zero_spec=None)
     if any(weight.input or weight.output for weight in weights):
@@ -126,7 +128,7 @@ def _stacked(path: str, weights: Sequence[Stored], experts: int, names: tuple[st
     return Stored(path, flat, shape, names, read)
 
 
-def _rows_alone(path: str, part: QTensor) -> QTensor:
+def _rows_alone(path: str, part: Any) -> QTensor:
     """The same numbers with scales that rows carry with them."""
     granularity = part.spec.granularity
     whole_blocks = isinstance(granularity, PerBlock) and part.rows % granularity.height == 0

@@ -41,7 +41,7 @@ KERNELS = (
     "norm",
     "gated_act",
     "rope",
-    "round_activation",
+    "inductor",
     "linear_int8",
 )
 for kernel in KERNELS:

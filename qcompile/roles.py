@@ -16,6 +16,7 @@ from torch.fx import Node
 from qcompile.errors import CaptureError, UnsupportedError
 from qcompile.graph.match import argument, aten, is_call, value
 from qcompile.normal import normalize
+from qcompile.ops.codebook import dequantize_codebook
 from qcompile.ops.linear import dequantize, reorder
 from qcompile.step import capture_call
 from qcompile.storage import data_path
@@ -67,7 +68,7 @@ def _weights(inputs: Mapping[str, Node], names: Names) -> dict[str, Node]:
         if node := inputs.get(path):
             found[path] = node
         elif node := inputs.get(data_path(path)):
-            unpacked = [user for user in node.users if is_call(user, dequantize.overload)]
+            unpacked = [user for user in node.users if is_call(user, dequantize.overload, dequantize_codebook.overload)]
             for user in [
                 user for each in unpacked for user in each.users if is_call(user, reorder.overload)
             ] or unpacked:

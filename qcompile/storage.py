@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from qcompile.errors import FormatError
 from qcompile.ops.activation_rounding import round_activation
+from qcompile.ops.codebook import dequantize_codebook
 from qcompile.ops.linear import dequantize, reorder
 from qcompile.quant.activation import ActivationSpec
+from qcompile.quant.codebook import CodebookTensor, stages
 from qcompile.quant.spec import QSpec
 from qcompile.quant.tensor import QTensor
 
@@ -110,6 +112,34 @@ class PackedWeight(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.spec}, rows={self.data.shape[0]}, columns={self.columns}"
+
+
+class PackedCodebook(PackedWeight):
+    """The pieces of a CodebookTensor as buffers; one weight, never siblings."""
+
+    def __init__(self, weight: CodebookTensor):
+        nn.Module.__init__(self)
+        self.spec = weight.spec
+        self.shape = weight.shape
+        self.columns = weight.columns
+        for name in ("order", "bias"):
+            self.register_buffer(name, None)
+        for name, piece in weight.parts().items():
+            self.register_buffer(name, piece)
+
+    def dequantize(self, dtype: torch.dtype, start: int = 0, rows: int | None = None) -> Tensor:
+        parts = self.pieces(0, self.shape[0])
+        sides = (parts.get(name) for name in ("outlier_codes", "outlier_book", "scale", "shift", "order"))
+        return dequantize_codebook(*stages(parts), *sides, self.spec, list(self.shape), dtype)
+
+    def tensor(self, start: int, rows: int, shape: Sequence[int]) -> Any:
+        return CodebookTensor.from_parts(self.shape, self.pieces(0, self.shape[0]))
+
+    def pieces(self, start: int, rows: int) -> dict[str, Tensor]:
+        return {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+
+    def extra_repr(self) -> str:
+        return f"{self.spec}, rows={self.shape[0]}, columns={self.columns}"
 
 
 class ActivationRounding(nn.Module):
@@ -238,10 +268,13 @@ class Parameter:
 
 
 def put(
-    model: nn.Module, parameters: Sequence[Parameter], parts: Sequence[QTensor], biases: Sequence[Tensor] = ()
+    model: nn.Module,
+    parameters: Sequence[Parameter],
+    parts: Sequence[QTensor | CodebookTensor],
+    biases: Sequence[Tensor] = (),
 ) -> None:
     """Store weights side by side and put them in the places of these parameters, each under all its names."""
-    store, start = PackedWeight(parts, biases), 0
+    store, start = _store(parts, biases), 0
     for parameter, part in zip(parameters, parts, strict=True):
         # An empty tensor remembers the dtype to unpack to, and follows `.to(dtype)`.
         like = torch.empty(0, dtype=parameter.dtype, device=part.data.device)
@@ -255,6 +288,13 @@ def put(
             if getattr(module._modules.get(place), "data", None) is not store.data:  # one module may have many names
                 install(module, slots, {place: store})
         start += part.rows
+
+
+def _store(parts: Sequence[QTensor | CodebookTensor], biases: Sequence[Tensor]) -> PackedWeight:
+    if isinstance(parts[0], CodebookTensor):
+        assert len(parts) == 1 and not biases, "codebooks are not stored side by side"
+        return PackedCodebook(parts[0])
+    return PackedWeight([part for part in parts if isinstance(part, QTensor)], biases)
 
 
 @dataclass(frozen=True)

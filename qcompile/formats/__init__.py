@@ -2,6 +2,7 @@
 
 from qcompile.errors import CheckpointError
 from qcompile.files.checkpoint import Checkpoint
+from qcompile.formats.aqlm import Aqlm
 from qcompile.formats.awq import Awq
 from qcompile.formats.bitnet import BitNet
 from qcompile.formats.bitsandbytes import BitsAndBytes
@@ -20,6 +21,7 @@ from qcompile.formats.quanto import Quanto
 from qcompile.formats.quark import Quark
 from qcompile.formats.stored import Dense, Entry, Format, Ignored, Stored
 from qcompile.formats.torchao import TorchAO
+from qcompile.formats.vptq import Vptq
 
 # The first that claims a checkpoint reads it.
 FORMATS: tuple[Format, ...] = (
@@ -37,6 +39,8 @@ FORMATS: tuple[Format, ...] = (
     Eetq(),
     BitNet(),
     Mxfp4(),
+    Aqlm(),
+    Vptq(),
     Quanto(),
     Metal(),
     Gemma(),

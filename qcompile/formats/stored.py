@@ -10,6 +10,7 @@ from torch import Tensor
 
 from qcompile.errors import CheckpointError
 from qcompile.files.checkpoint import Checkpoint
+from qcompile.quant.codebook import CodebookTensor
 from qcompile.quant.spec import QSpec
 from qcompile.quant.tensor import QTensor
 
@@ -32,7 +33,7 @@ class Stored:
     """One quantized weight of a checkpoint.
 
     path     the parameter that it is, by the checkpoint's own module names, such as "model.layers.0.mlp.up_proj.weight"
-    spec     how its numbers are read
+    spec     how its numbers are read; as text where they are looked up in codebooks
     shape    (out_features, in_features)
     tensors  the tensors that it is made of, and those that merely describe it
     read     makes it: the checkpoint's own codes and scales, in packed form. Raises CheckpointError
@@ -41,10 +42,10 @@ class Stored:
     """
 
     path: str
-    spec: QSpec
+    spec: QSpec | str
     shape: tuple[int, ...]
     tensors: tuple[str, ...]
-    read: Callable[[Read], QTensor]
+    read: Callable[[Read], QTensor | CodebookTensor]
     input: Rounding | None = None
     output: Rounding | None = None
 
