@@ -6,10 +6,11 @@ place on the target device.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from tqdm.auto import tqdm
 
 from qcompile import formats, models
 from qcompile.conversion import convert
-from qcompile.errors import CheckpointError, FormatError
+from qcompile.errors import CheckpointError, FormatError, SpecError
 from qcompile.files.checkpoint import Checkpoint, open_checkpoint
 from qcompile.formats import Dense, Entry, Gguf, Ignored, Stored
 from qcompile.formats.stored import Joined, Rounding
@@ -55,7 +56,8 @@ def load(
     config = method.config(checkpoint) if isinstance(method, Gguf) else None
     model = models.empty(source, dtype, str(device), config)
     checkpoint.shapes = {path: tuple(tensor.shape) for path, tensor in model.state_dict().items()}
-    stored = list(method.weights(checkpoint)) if method else []
+    with _naming(str(source)):
+        stored = list(method.weights(checkpoint)) if method else []
     _scale_activations(model, checkpoint)
     known = {*model.state_dict(), *(name for name, _ in model.named_buffers())}
     stored = convert(model, checkpoint, stored, known)
@@ -68,6 +70,17 @@ def load(
         warnings.warn(f"qcompile: {source}: " + "; ".join(left), stacklevel=2)
     attach(model)
     return model.requires_grad_(False).eval()
+
+
+@contextlib.contextmanager
+def _naming(what: str) -> Iterator[None]:
+    """Specs and tensors that do not fit one another as errors of this checkpoint."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (FormatError, SpecError) as error:
+        raise CheckpointError(f"{what}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -135,15 +148,16 @@ class Filler:
         return self.checkpoint.read(name).to(self.device)
 
     def pack(self, weight: Stored) -> None:
+        with _naming(weight.path):
+            self._pack(weight)
+
+    def _pack(self, weight: Stored) -> None:
         place = self.places.get(weight.path)
         if place is None:
             raise CheckpointError(f"{weight.path} is quantized in the checkpoint; the model has no such parameter")
         owner = self.model.get_submodule(place.paths[0].rpartition(".")[0])
         transposed = _orientation(weight, place, owner)
-        try:
-            part = weight.read(self._read)
-        except FormatError as error:
-            raise CheckpointError(f"{weight.path}: {error}") from error
+        part = weight.read(self._read)
         shape = tuple(place.tensor.shape)
         put(self.model, [Parameter(place.paths, shape, place.tensor.dtype, transposed)], [part])
         if self.quantize_inputs:

@@ -77,7 +77,7 @@ def rounding(checkpoint: Checkpoint, module: str, scheme: Scheme, side: str) -> 
     bits, size, symmetric = args.get("num_bits", 8), args.get("group_size"), args.get("symmetric", True)
     element = f"{'i' if symmetric else 'u'}{bits}"
     if args.get("type") == "float":
-        element = {4: "fp4_e2m1", 8: "fp8_e4m3"}.get(bits, f"fp{bits}")
+        element = {4: "fp4_e2m1", 8: "fp8_e4m3"}.get(bits if type(bits) is int else 0, f"fp{bits}")
     strategy = args.get("strategy") or ("group" if size else "tensor")
     if strategy == "tensor_group":
         divisor = f"{module}.{side}_global_scale"

@@ -128,7 +128,7 @@ def _int8(checkpoint: Checkpoint, module: str) -> Stored:
     tensors = [weight, scb]
     if layout in checkpoint.tensors:
         tensors.append(layout)
-        if int(checkpoint.read(layout).sum()) != 0:
+        if checkpoint.read(layout).ne(0).any():
             raise CheckpointError(
                 f"{layout} is not 0: this weight lies in the tiles of an old GPU kernel, not in rows; "
                 "load it with the bitsandbytes that wrote it and save it again"

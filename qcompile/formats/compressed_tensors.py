@@ -73,7 +73,7 @@ def _config(checkpoint: Checkpoint) -> Scheme:
 
 
 def _refuse(checkpoint: Checkpoint, config: Scheme) -> None:
-    sparsity, transforms = config.get("sparsity_config") or {}, config.get("transform_config") or {}
+    sparsity, transforms = part(config, "sparsity_config"), part(config, "transform_config")
     stated = {str(config.get("format")), str(sparsity.get("format"))} - {"dense", "None"}
     if sparse := [name for name in stated if "sparse" in name or name == "marlin-24"]:
         raise CheckpointError(f"the weights are sparse, stored as {sparse[0]}, which qcompile does not read")

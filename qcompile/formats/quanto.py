@@ -84,7 +84,7 @@ def _bits(checkpoint: Checkpoint, module: str, types: dict[str, Any]) -> Stored:
     kind = checkpoint.need(shift, (scales, 1), (*SCALES, torch.int8, torch.uint8)).dtype
     bits = _width(data, block, scales, _said(types, module, "weights"))
     shape = checkpoint.shapes.get(f"{module}.weight", (scales, width))
-    if math.prod(shape) != scales * width or shape[-1] % width:
+    if not width or math.prod(shape) != scales * width or shape[-1] % width:
         raise CheckpointError(
             f"{data} has {scales} groups of {width} codes, the model's {module}.weight is {shape}. "
             "Does config.json belong to these files?"

@@ -67,8 +67,8 @@ def _weight(checkpoint: Checkpoint, module: str, config: Config) -> Stored:
     if isinstance(own.get("weight"), list):
         raise CheckpointError(f"{weight} is quantized in {len(own['weight'])} stages, of which qcompile reads one")
     says = _part(own, "weight")
-    info, tag = checkpoint.need(weight, 2), says.get("dtype")
-    element = FLOAT8.get(info.dtype) or FLOAT_TAGS.get(str(tag))
+    info, tag = checkpoint.need(weight, 2), str(says.get("dtype"))
+    element = FLOAT8.get(info.dtype) or FLOAT_TAGS.get(tag)
     also = [name for kind in BESIDE if (name := f"{module}.{kind}") in checkpoint.tensors]
     roundings = (_rounding(checkpoint, module, own, config, side) for side in ("input", "output"))
     if element is None:
@@ -106,12 +106,15 @@ def _integers(
 ) -> Stored:
     weight, scale, zero = f"{module}.weight", f"{module}.weight_scale", f"{module}.weight_zero_point"
     bits, signed = INTEGERS[says["dtype"]], says["dtype"].startswith("int")
-    checkpoint.need(weight, 2, torch.int32 if bits == 4 else {torch.int8, torch.uint8})
+    words = {torch.int32} if bits == 4 else {torch.int8, torch.uint8}
+    checkpoint.need(weight, 2, words)
     scales = checkpoint.need(scale, dtypes=FLOATS).shape
     grouped = len(scales) == 2
     rows, columns, granularity, transposed = _layout(checkpoint, module, bits, grouped, transposed)
     groups = granularity.scale_shape(rows, columns)
     kind = Zero.NONE
+    if zero in checkpoint.tensors:
+        checkpoint.need(zero, dtypes={*FLOATS, *words})
     if zero in checkpoint.tensors and not (signed and says.get("symmetric")):
         kind = Zero.FLOAT if checkpoint.need(zero).dtype in FLOATS else Zero.INT
         if kind is Zero.FLOAT and signed:
@@ -184,6 +187,8 @@ def _rounding(checkpoint: Checkpoint, module: str, own: Config, config: Config, 
         return None
     if isinstance(says, list):
         raise CheckpointError(f"{module}: {side}s are quantized in {len(says)} stages, of which qcompile knows one")
+    if not isinstance(says, dict):
+        raise CheckpointError(f"{module}: {side}_tensors is {str(says)[:80]}, not a mapping")
     tag, scheme, symmetric = str(says.get("dtype")), says.get("qscheme"), says.get("symmetric") is not False
     element = FLOAT_TAGS.get(tag, tag)
     if tag in INTEGERS:
@@ -199,7 +204,7 @@ def _rounding(checkpoint: Checkpoint, module: str, own: Config, config: Config, 
     if where is None:
         raise CheckpointError(f"{module}: {side}s share scales {scheme!r}; known: {', '.join(shares)}, per_group")
     powers = says.get("scale_format") == "e8m0"
-    option = "/scale(e8m0)" if powers else native if element[0] == "u" else f"/half{native}"
+    option = "/scale(e8m0)" if powers else native if element.startswith("u") else f"/half{native}"
     return Rounding(f"{element}/{where}/dynamic{option}")
 
 

@@ -134,7 +134,7 @@ def _int8(weight: Weight) -> Stored:
 
 def _intx(weight: Weight) -> Stored:
     said = _plain(weight.data.get("target_dtype"))
-    if said not in {f"int{bits}" for bits in range(1, 9)}:
+    if str(said) not in {f"int{bits}" for bits in range(1, 9)}:
         raise CheckpointError(f"{weight.path}: target_dtype is {said!r}, not int1 … int8")
     rule = _plain(weight.data.get("activation_quantization"))
     if rule not in (None, "int8_asym_per_token", "INT8_ASYM_PER_TOKEN"):

@@ -110,8 +110,9 @@ class PerBlock:
 
     def spread(self, scale: Tensor, rows: int, columns: int) -> Tensor:
         down, across = scale.shape
-        tiles = scale.reshape(down, 1, across, 1).expand(-1, self.height, -1, self.width)
-        return tiles.reshape(down * self.height, across * self.width)[:rows, :columns]
+        height, width = min(self.height, rows), min(self.width, columns)  # a tile may be larger than the weight
+        tiles = scale.reshape(down, 1, across, 1).expand(-1, height, -1, width)
+        return tiles.reshape(down * height, across * width)[:rows, :columns]
 
     def fold(self, weight: Tensor) -> tuple[Tensor, int]:
         rows, columns = weight.shape
