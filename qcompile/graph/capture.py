@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from qcompile import _torch
 from qcompile.errors import CaptureError
+from qcompile.graph.match import argument, aten, is_call, value
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ def export(module: nn.Module, tensors: Sequence[Tensor], prefix: str = "", name:
     try:
         with torch.no_grad(), _torch.tracing_in_this_thread():
             program = torch.export.export(module, tuple(tensors), dynamic_shapes=(shapes,), strict=False)
+            _settle_copies(program.graph_module)
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CaptureError(f"{name or type(module).__name__}.forward could not be captured: {reason}") from error
@@ -101,8 +103,21 @@ def retrace(gm: GraphModule) -> GraphModule:
     """Bring a graph of Dynamo's into normal form; its placeholders stay, in order."""
     fakes = _torch.dynamo_fakes(gm)
     traced = _torch.trace(torch.fx.Interpreter(gm).run, fakes, pre_dispatch=True)
+    _settle_copies(traced)
     _name_modules(traced)
     return traced
+
+
+def _settle_copies(gm: GraphModule) -> None:
+    """index_copy's source has the sizes of its target but for the one dimension. torch 2.11 does not conclude that: the
+    heads of a key/value cache would be a symbol. Raises RuntimeError where they differ, as the op does."""
+    for node in gm.graph.nodes:
+        if not is_call(node, aten.index_copy_.default, aten.index_copy.default):
+            continue
+        x, dim, source = value(node), argument(node, 1, "dim"), value(argument(node, 3, "source"))
+        if 0 < x.dim() == source.dim():
+            for axis in set(range(x.dim())) - {dim % x.dim()}:
+                torch._check(x.shape[axis] == source.shape[axis])
 
 
 class Inliner:

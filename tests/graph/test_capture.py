@@ -9,7 +9,7 @@ from torch import nn
 
 from qcompile.errors import CaptureError
 from qcompile.graph import capture
-from qcompile.graph.match import aten, known, module_path
+from qcompile.graph.match import aten, is_tensor, known, module_path, value
 from qcompile.normal import normalize
 
 
@@ -115,6 +115,32 @@ def test_sizes_above_one_are_symbolic(model):
     fakes = capture.export(model, [torch.randn(1, 5, 16)]).fakes
     batch, length, width = fakes[-1].shape
     assert (known(batch), known(length), known(width)) == (1, None, 16)
+
+
+def test_a_cache_has_the_sizes_of_what_is_copied_into_it():
+    class Cache(nn.Module):
+        def forward(self, *tensors):
+            x, keys, position = tensors
+            return keys.index_copy(-2, position, x.unflatten(-1, (2, 8)).transpose(1, 2)).exp()
+
+    def sizes(gm):
+        tensors = [value(node) for node in gm.graph.find_nodes(op="placeholder") if is_tensor(node)]
+        return [tensor.shape for tensor in sorted(tensors, key=torch.Tensor.dim)]
+
+    inputs = [torch.randn(4, 3, 16), torch.randn(4, 2, 6, 8), torch.arange(3)]
+    exported = capture.export(Cache(), inputs).gm
+    for _, x, keys in (sizes(exported), sizes(dynamo(Cache(), *inputs)[0])):
+        assert str(keys[0]) == str(x[0]) and known(keys[0]) is None and known(keys[2]) is None
+        assert (known(keys[1]), known(keys[3])) == (2, 8)
+
+
+def test_what_does_not_fit_into_a_cache():
+    class Cache(nn.Module):
+        def forward(self, *tensors):
+            return tensors[1].index_copy(1, torch.arange(3), tensors[0])
+
+    with pytest.raises(CaptureError):
+        capture.export(Cache(), [torch.randn(2, 3, 16), torch.randn(2, 6, 8)])
 
 
 def test_prefix():
