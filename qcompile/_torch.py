@@ -6,11 +6,12 @@ import ctypes
 import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch.fx import GraphModule, Node
+from torch.utils._pytree import tree_leaves
 
 
 @contextmanager
@@ -46,6 +47,26 @@ def tracing_in_this_thread() -> Iterator[None]:
 def fake_mode_of(values: Sequence[Any]) -> Any:
     """The FakeTensorMode behind the first fake tensor among `values`, or None."""
     return next((value.fake_mode for value in values if hasattr(value, "fake_mode")), None)
+
+
+@contextmanager
+def _faking(values: Sequence[Any]) -> Iterator[None]:
+    """Ops take these values, among which there may be fake tensors with symbolic sizes."""
+    from torch._dispatch.python import enable_python_dispatcher
+
+    mode = fake_mode_of(values)
+    if mode is None:
+        yield
+        return
+    # In torch 2.11 the C++ of ops such as linear asks for sizes as numbers, their Python twins do not.
+    with mode, enable_python_dispatcher():
+        yield
+
+
+def call_on_fakes(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call `function` where some arguments, or what is nested in them, may be fake tensors."""
+    with _faking(tree_leaves((args, kwargs))):
+        return function(*args, **kwargs)
 
 
 def inductor(gm: GraphModule, fakes: Sequence[Any], patches: dict[str, Any] | None = None) -> Callable[..., Any]:
@@ -87,8 +108,7 @@ def trace(function: Callable[..., Any], fakes: Sequence[Any], pre_dispatch: bool
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.fx.traceback import preserve_node_meta
 
-    mode = fake_mode_of(fakes) or nullcontext()
-    with torch.no_grad(), preserve_node_meta(), mode, tracing_in_this_thread():
+    with torch.no_grad(), preserve_node_meta(), _faking(fakes), tracing_in_this_thread():
         return make_fx(function, pre_dispatch=pre_dispatch, _allow_non_fake_inputs=True)(*fakes)
 
 

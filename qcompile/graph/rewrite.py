@@ -12,6 +12,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
 
+from qcompile import _torch
 from qcompile.graph.match import Miss, module_path, value
 
 M = TypeVar("M")
@@ -76,12 +77,7 @@ class Rewriter:
         name = schema.name.rpartition("::")[2] if schema else None
         new = self.graph.create_node("call_function", target, args, kwargs, name=name)
         values: Any = map_arg((args, kwargs), value)
-        mode = next((v.fake_mode for v in _leaves(values) if hasattr(v, "fake_mode")), None)
-        if mode is None:
-            new.meta["val"] = target(*values[0], **values[1])
-        else:
-            with mode:
-                new.meta["val"] = target(*values[0], **values[1])
+        new.meta["val"] = _torch.call_on_fakes(target, *values[0], **values[1])
         self.stamp(new)
         return new
 

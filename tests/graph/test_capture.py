@@ -228,6 +228,19 @@ def test_inline():
     torch.testing.assert_close(gm(x)[0], (x.relu() + 1).sin())
 
 
+def test_inline_of_a_linear():
+    class Model(nn.Module):
+        def forward(self, *tensors):
+            return F.linear(*tensors)
+
+    gm = capture.export(Model(), [torch.randn(2, 3, 4), torch.randn(6, 4)]).gm
+    (linear,) = gm.graph.find_nodes(op="call_function", target=aten.linear.default)
+    capture.Inliner(gm).inline(linear, F.linear)
+    gm.recompile()
+    x, weight = torch.randn(5, 2, 4), torch.randn(3, 4)
+    torch.testing.assert_close(gm(x, weight)[0], F.linear(x, weight))
+
+
 def test_inline_of_calls_that_share_a_trace():
     class Model(nn.Module):
         def forward(self, *tensors):
