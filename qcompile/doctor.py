@@ -102,7 +102,8 @@ def versions() -> dict[str, str]:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             found[package] = "not installed"
-    return found
+    # Its metadata leave out the build, such as +cu130, where it came from PyPI.
+    return {**found, "torch": str(torch.__version__)}
 
 
 def describe_device(name: str) -> str:
