@@ -155,7 +155,8 @@ def test_interrupt_and_a_closed_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cli.main(["plan", "x"]) == 130
     command = f"{sys.executable} -m qcompile doctor u4/g64/asym | true"
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
-    assert done.stderr == ""
+    # torch may warn about the machine there.
+    assert not re.search("error:|Traceback|BrokenPipe", done.stderr), done.stderr
 
 
 # explain, optimize, generate
