@@ -179,7 +179,7 @@ class Filler:
                 raise CheckpointError(f"{rounding.zero} is {zero.item()}; {spec} is symmetric")
             zero = None
         if zero is not None and zero.dtype == torch.int8:
-            zero = (zero.to(torch.int16) + 128).to(torch.uint8)  # our codes start at 0
+            zero = (zero.to(torch.int16) + int(spec.element.middle)).to(torch.uint8)  # our codes start at 0
         for path in place.paths:
             owner, _, attribute = path.rpartition(".")
             module = self.model.get_submodule(owner)
@@ -195,7 +195,10 @@ class Filler:
     ) -> ActivationRounding:
         """Modules under one parent share a rounding of equal numbers: siblings are seen to round one value alike."""
         numbers = tuple(None if number is None else (number.item(), number.dtype) for number in (scale, zero))
-        return self.roundings.setdefault((place, spec, numbers), ActivationRounding(spec, scale, zero))
+        try:
+            return self.roundings.setdefault((place, spec, numbers), ActivationRounding(spec, scale, zero))
+        except FormatError as error:
+            raise CheckpointError(f"activations of {place}: {error}") from error
 
     def _number(self, name: str) -> Tensor:
         if math.prod(self.checkpoint.need(name).shape) != 1:

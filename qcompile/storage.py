@@ -150,9 +150,12 @@ class ActivationRounding(nn.Module):
 
     def __init__(self, spec: ActivationSpec, scale: Tensor | None = None, zero: Tensor | None = None):
         super().__init__()
-        if spec.needs_scale != (scale is not None) or (zero is not None and not spec.is_asymmetric):
-            got = ", ".join(name for name, given in (("scale", scale), ("zero", zero)) if given is not None)
-            raise FormatError(f"activations as {spec} with {got or 'no scale'}")
+        needs = [name for name, needed in (("scale", spec.needs_scale), ("zero", spec.needs_zero)) if needed]
+        got = [name for name, given in (("scale", scale), ("zero", zero)) if given is not None]
+        if got != needs:
+            raise FormatError(
+                f"{spec} needs {' and '.join(needs) or 'no scale'}, got {' and '.join(got) or 'no scale'}"
+            )
         self.spec = str(spec)
         self.register_buffer("scale", scale)
         self.register_buffer("zero", zero)

@@ -151,7 +151,9 @@ def test_roundings_are_copied_saved_and_moved(rounding: nn.Module) -> None:
 
 
 def test_a_static_rounding_needs_its_scale() -> None:
-    with pytest.raises(FormatError, match="i8/tensor/static with no scale"):
+    with pytest.raises(FormatError, match="i8/tensor/static needs scale, got no scale"):
         ActivationRounding(ActivationSpec.parse("i8/tensor/static"))
-    with pytest.raises(FormatError, match="i8/token/dynamic with scale"):
+    with pytest.raises(FormatError, match="i8/token/dynamic needs no scale, got scale"):
         ActivationRounding(ActivationSpec.parse("i8/token/dynamic"), torch.tensor(1.0))
+    with pytest.raises(FormatError, match="u8/tensor/static needs scale and zero, got scale"):
+        ActivationRounding(ActivationSpec.parse("u8/tensor/static"), torch.tensor(1.0))

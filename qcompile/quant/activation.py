@@ -122,6 +122,10 @@ class ActivationSpec:
         """Whether a scale comes with it: a static one, or the one that dynamic fp8 scales are relative to."""
         return self.static or self.scale == "fp8_e4m3"
 
+    @property
+    def needs_zero(self) -> bool:
+        return self.static and self.is_asymmetric
+
 
 @functools.lru_cache(maxsize=1024)
 def _parse(text: str) -> ActivationSpec:
