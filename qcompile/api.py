@@ -99,7 +99,7 @@ def dequantize(model: nn.Module | str) -> dict[str, Tensor]:
     if isinstance(model, str):
         model = load(model, dtype=torch.float32, quantize_inputs=False)
     packed, apart = {}, set()
-    for prefix, module in model.named_modules():
+    for prefix, module in model.named_modules(remove_duplicate=False):  # siblings may share a rounding
         if isinstance(module, ActivationRounding):
             apart.update(f"{prefix}.{name}" for name in module.state_dict())
         for name, slot in packed_parameters(module).items():

@@ -40,7 +40,7 @@ def load(
     """The model of a checkpoint in a folder, a .gguf file or on the hub, float or quantized, for inference.
 
     dtype     what weights are unpacked to and dense ones are kept in; "auto" takes the checkpoint's own, or what this
-              device is fast in
+              device is fast in; "stored" keeps each dense tensor in the dtype that it has in the files, for save()
     quantize_inputs
               whether activations are rounded where the checkpoint asks for it; False multiplies them as they are
     strict    whether a tensor that nothing reads, or a parameter that nothing fills, is an error or a warning
@@ -61,7 +61,7 @@ def load(
     _scale_activations(model, checkpoint)
     known = {*model.state_dict(), *(name for name, _ in model.named_buffers())}
     stored = convert(model, checkpoint, stored, known)
-    filler = Filler(model, checkpoint, stored, torch.device(device), quantize_inputs)
+    filler = Filler(model, checkpoint, stored, torch.device(device), quantize_inputs, keep_dtypes=dtype == "stored")
     with tqdm(total=len(filler.places), desc="load", disable=not progress, leave=False) as bar, torch.no_grad():
         filler.fill(bar)
     if left := filler.left():
@@ -101,8 +101,10 @@ class Filler:
         stored: Sequence[Entry],
         device: torch.device,
         quantize_inputs: bool,
+        keep_dtypes: bool = False,
     ):
         self.model = model
+        self.keep_dtypes = keep_dtypes
         self.quantize_inputs = quantize_inputs
         self.roundings: dict[Any, ActivationRounding] = {}
         self.checkpoint = checkpoint
@@ -219,7 +221,7 @@ class Filler:
         if any(info.dtype.is_floating_point != place.tensor.dtype.is_floating_point for info in infos):
             raise CheckpointError(f"{name} is {infos[0].dtype}, the model needs {place.tensor.dtype}")
         made = entry.value(self._read(name)) if isinstance(entry, Dense) else entry.read(self._read)
-        tensor = made.to(place.tensor.dtype)
+        tensor = made if self.keep_dtypes else made.to(place.tensor.dtype)
         if tensor.shape != place.tensor.shape:
             raise CheckpointError(f"{name} is {tuple(tensor.shape)}, the model needs {tuple(place.tensor.shape)}")
         value = nn.Parameter(tensor, requires_grad=False) if isinstance(place.tensor, nn.Parameter) else tensor

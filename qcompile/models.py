@@ -115,6 +115,7 @@ def empty(
 
     config = _read_config(source) if values is None else _make_config(source, values)
     chosen = dtype if isinstance(dtype, torch.dtype) else resolve_dtype(dtype, config, device)
+    config._name_or_path = str(source)  # save() looks there for a tokenizer
     # How the weights are stored is our business; transformers would look for the library that wrote them.
     for part in (config, config.get_text_config()):
         part.__dict__.pop("quantization_config", None)
@@ -157,12 +158,16 @@ def load_tokenizer(source: Source) -> Any:
 
 def resolve_dtype(name: str, config: Any, device: str) -> torch.dtype:
     """The dtype that `name` means. "auto" is the checkpoint's own; where that is a 16-bit float or unknown, it is the
-    one of float32 and the 16-bit floats that this device is fast in."""
+    one of float32 and the 16-bit floats that this device is fast in. "stored" is the checkpoint's own on any device,
+    float32 where it says nothing."""
     if name in DTYPES:
         return DTYPES[name]
-    if name != "auto":
-        raise LoadError(f"unknown dtype {name!r}; known: auto, {', '.join(DTYPES)}")
     own = getattr(config, "dtype", None)
+    if name == "stored":
+        own = getattr(torch, own, None) if isinstance(own, str) else own
+        return own if own in DTYPES.values() else torch.float32
+    if name != "auto":
+        raise LoadError(f"unknown dtype {name!r}; known: auto, {', '.join(DTYPES)}, stored")
     if own in (torch.float32, "float32"):
         return torch.float32
     if torch.device(device).type != "cuda":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -10,6 +12,7 @@ from torch import Tensor
 from qcompile.errors import CheckpointError, SpecError
 from qcompile.files.checkpoint import Checkpoint
 from qcompile.formats.stored import Read, Rounding, Stored, finite
+from qcompile.quant.codebook import CodebookTensor
 from qcompile.quant.spec import QSpec, Zero
 from qcompile.quant.tensor import QTensor
 
@@ -29,6 +32,9 @@ class Native:
         inputs, outputs = _mapping(said, "inputs"), _mapping(said, "outputs")
         for path, entry in _mapping(said, "weights").items():
             spec, shape = _entry(path, entry)
+            if isinstance(spec, str):
+                yield _codebooks(checkpoint, path, spec, shape)
+                continue
             module = path.rpartition(".")[0]
             sides = (_rounding(checkpoint, module, "input", inputs), _rounding(checkpoint, module, "output", outputs))
             order = f"{path}.order" if f"{path}.order" in checkpoint.tensors else None
@@ -45,16 +51,38 @@ def _mapping(said: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     return found
 
 
-def _entry(path: str, entry: Any) -> tuple[QSpec, tuple[int, ...]]:
+def _codebooks(checkpoint: Checkpoint, path: str, spec: str, shape: tuple[int, ...]) -> Stored:
+    """A weight of tiles: its pieces are named as CodebookTensor.parts() has them."""
+    known = re.compile(re.escape(path) + r"\.((?:data|book)\d{0,2}|outlier_codes|outlier_book|scale|shift|order)")
+    names = {found[1]: name for name in checkpoint.tensors if (found := known.fullmatch(name))}
+    if len(shape) != 2:
+        raise CheckpointError(f"{path}: {spec} of shape {shape} is not a matrix")
+
+    def read(tensor: Read) -> CodebookTensor:
+        pieces = {piece: tensor(name) for piece, name in names.items()}
+        for piece, numbers in pieces.items():
+            if numbers.is_floating_point():
+                finite(names[piece], numbers)
+        made = CodebookTensor.from_parts((shape[0], shape[1]), pieces)
+        if made.spec != spec:
+            raise CheckpointError(f"{path} is {made.spec} by its tensors, {spec} by the configuration")
+        return made
+
+    return Stored(path, spec, shape, tuple(names.values()), read)
+
+
+def _entry(path: str, entry: Any) -> tuple[QSpec | str, tuple[int, ...]]:
     where = f"quantization_config: weights[{path!r}]"
     if not isinstance(entry, dict) or set(entry) != {"spec", "shape"} or not isinstance(entry["spec"], str):
         raise CheckpointError(f"{where} is {str(entry)[:80]}, not a spec and a shape")
     shape = entry["shape"]
     if not isinstance(shape, list) or len(shape) < 2 or not all(type(n) is int and n > 0 for n in shape):
         raise CheckpointError(f"{where}: shape {str(shape)[:80]} is not one of a weight")
+    if entry["spec"].startswith("codebook/"):
+        return entry["spec"], tuple(shape)
     try:
         spec = QSpec.parse(entry["spec"])
-        spec.scale_shape(1, shape[-1])
+        spec.scale_shape(math.prod(shape[:-1]), shape[-1])
     except SpecError as error:
         raise CheckpointError(f"{where}: {error}") from error
     return spec, tuple(shape)

@@ -10,6 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from qcompile.errors import UnsupportedError
+from qcompile.files.write import write_json, write_shards
 from qcompile.quant.spec import QSpec
 from qcompile.quant.tensor import QTensor
 
@@ -27,7 +29,9 @@ class ActivationRounding:
 class Weight:
     """A quantized weight: the parameter's path, its numbers, what it is unpacked to, and its module's roundings.
 
-    `transposed` says that the model's parameter is (…, in_features, out_features); the numbers never are.
+    `transposed` says that the model's parameter is (…, in_features, out_features); the numbers never are. `kind` is
+    what it belongs to: "linear", "head" (the linear behind the last layer), "embedding" (also one that is the head as
+    well), or "other".
     """
 
     path: str
@@ -36,6 +40,7 @@ class Weight:
     transposed: bool = False
     input: ActivationRounding | None = None
     output: ActivationRounding | None = None
+    kind: str = "linear"
 
     @property
     def module(self) -> str:
@@ -48,24 +53,47 @@ class Weight:
 
 @dataclass(frozen=True)
 class Contents:
-    """A model as it is to be written: its configuration, its quantized weights, and its other tensors, each once."""
+    """A model as it is to be written.
+
+    config         its configuration, as in config.json
+    weights        its quantized weights
+    dense          its other tensors, each once
+    dense_linears  the linear modules whose weight is among those
+    tokenizer      of transformers, or the .gguf file that has one, for formats that keep it in their file
+    """
 
     config: Mapping[str, Any]
     weights: Sequence[Weight]
     dense: Mapping[str, Tensor] = field(default_factory=dict)
+    dense_linears: Sequence[str] = ()
+    tokenizer: Any = None
 
 
 class Writer(Protocol):
-    """One format that checkpoints can be written in."""
+    """One format that checkpoints can be written in.
+
+    scales     the dtype that scales have in it, None for any
+    codebooks  whether a weight's `tensor` may be a CodebookTensor
+    in_a_file  whether it is one file with the configuration and the tokenizer in it
+    """
 
     name: str
+    scales: torch.dtype | None = None
+    codebooks: bool = False
+    in_a_file: bool = False
+
+    def check(self, contents: Contents) -> None:
+        """Raises UnsupportedError for a model that this format cannot say, however its weights are quantized."""
+        if not contents.weights:
+            raise UnsupportedError(f"the model has no quantized weights, which {self.name} is for; quantize it first")
 
     def refuses(self, weight: Weight) -> str | None:
         """Why this format cannot hold these numbers exactly, or None."""
         ...
 
-    def nearest(self, weight: Weight) -> QSpec:
-        """The spec to quantize a refused weight to: of those that the format holds, the one that loses least."""
+    def nearest(self, weight: Weight) -> QSpec | None:
+        """The spec to quantize a refused weight to: of those that the format holds, the one that loses least. None
+        where the format can hold it as a float tensor only."""
         ...
 
     def write(self, contents: Contents, folder: Path, largest_shard: int) -> None:
@@ -73,13 +101,22 @@ class Writer(Protocol):
         ...
 
 
-Tensors = Mapping[str, Callable[[], Tensor]]
+# By name, in the order of the file; each is made when it is written.
+Tensors = dict[str, Callable[[], Tensor]]
 
 
-def dense_tensors(contents: Contents) -> dict[str, Callable[[], Tensor]]:
+def same(tensor: Tensor) -> Callable[[], Tensor]:
+    return lambda: tensor
+
+
+def dense_tensors(contents: Contents) -> Tensors:
     """The tensors that every format stores as they are."""
-
-    def same(tensor: Tensor) -> Callable[[], Tensor]:
-        return lambda: tensor
-
     return {name: same(tensor) for name, tensor in contents.dense.items()}
+
+
+def write_folder(
+    contents: Contents, folder: Path, tensors: Tensors, quantization: Mapping[str, Any], largest_shard: int
+) -> None:
+    """A folder as transformers has them: the dense tensors, these, and a configuration that tells how to read them."""
+    write_json(folder / "config.json", {**contents.config, "quantization_config": quantization})
+    write_shards(folder, {**dense_tensors(contents), **tensors}, largest_shard, {})

@@ -10,21 +10,23 @@ How the bytes lie: qcompile/quant/packing.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
 
-from qcompile.files.write import write_json, write_shards
 from qcompile.quant.spec import QSpec
 from qcompile.quant.tensor import QTensor
-from qcompile.writers.contents import ActivationRounding, Contents, Weight, dense_tensors
+from qcompile.writers.contents import ActivationRounding, Contents, Tensors, Weight, Writer, same, write_folder
 
 VERSION = 1
 
 
-class Native:
+class Native(Writer):
     name = "qcompile"
+    codebooks = True
+
+    def check(self, contents: Contents) -> None:
+        return
 
     def refuses(self, weight: Weight) -> str | None:
         return None
@@ -33,11 +35,11 @@ class Native:
         return weight.spec
 
     def write(self, contents: Contents, folder: Path, largest_shard: int) -> None:
-        tensors = dense_tensors(contents)
+        tensors: Tensors = {}
         roundings: dict[str, dict[str, str]] = {"inputs": {}, "outputs": {}}
         for weight in contents.weights:
             for name, piece in pieces(weight.tensor).items():
-                tensors[f"{weight.path}.{name}"] = _same(piece)
+                tensors[f"{weight.path}.{name}"] = same(piece)
             for side, rounding in (("input", weight.input), ("output", weight.output)):
                 if rounding is not None:
                     roundings[f"{side}s"][weight.module] = rounding.spec
@@ -51,8 +53,7 @@ class Native:
             },
             **{key: value for key, value in roundings.items() if value},
         }
-        write_json(folder / "config.json", {**contents.config, "quantization_config": said})
-        write_shards(folder, tensors, largest_shard, {})
+        write_folder(contents, folder, tensors, said, largest_shard)
 
 
 def pieces(tensor: QTensor) -> dict[str, Tensor]:
@@ -66,10 +67,6 @@ def pieces(tensor: QTensor) -> dict[str, Tensor]:
     return found
 
 
-def _static(prefix: str, rounding: ActivationRounding) -> dict[str, Callable[[], Tensor]]:
+def _static(prefix: str, rounding: ActivationRounding) -> Tensors:
     numbers = {"scale": rounding.scale, "zero": rounding.zero}
-    return {f"{prefix}.{key}": _same(number) for key, number in numbers.items() if number is not None}
-
-
-def _same(tensor: Tensor) -> Callable[[], Tensor]:
-    return lambda: tensor
+    return {f"{prefix}.{key}": same(number) for key, number in numbers.items() if number is not None}
