@@ -124,6 +124,7 @@ def test_counts(name: str, dtype: torch.dtype) -> None:
         "recognize_norm": times(arch.norms),
         "quantize_linear": times(arch.linears),
         "quantize_embedding": 0,
+        "quantize_activation": 0,
         "fuse_siblings": times(arch.siblings),
         "fuse_norm": times(arch.residual_norms),
         "fuse_rope": arch.ropes * layers,
