@@ -54,6 +54,7 @@ def load(
     checkpoint = open_checkpoint(folder / source.gguf if source.gguf else folder)
     method = formats.find(checkpoint)
     config = method.config(checkpoint) if isinstance(method, Gguf) else None
+    _check_sizes(checkpoint)
     model = models.empty(source, dtype, str(device), config)
     checkpoint.shapes = {path: tuple(tensor.shape) for path, tensor in model.state_dict().items()}
     with _naming(str(source)):
@@ -70,6 +71,23 @@ def load(
         warnings.warn(f"qcompile: {source}: " + "; ".join(left), stacklevel=2)
     attach(model)
     return model.requires_grad_(False).eval()
+
+
+def _check_sizes(checkpoint: Checkpoint) -> None:
+    """A model of the sizes in config.json is made before a tensor is read; refuse what these files cannot hold."""
+    widest = max((max(info.shape, default=1) for info in checkpoint.tensors.values()), default=1)
+    limits = {"num_hidden_layers": len(checkpoint.tensors), **dict.fromkeys(_WIDTHS, 64 * widest)}
+    for part in (checkpoint.config, checkpoint.config.get("text_config")):
+        for key, most in limits.items():
+            said = part.get(key) if isinstance(part, dict) else None
+            if isinstance(said, int) and said > most:
+                raise CheckpointError(
+                    f"config.json: {key} is {said}; the files hold {len(checkpoint.tensors)} tensors, "
+                    f"none wider than {widest}. Does it belong to them?"
+                )
+
+
+_WIDTHS = ("hidden_size", "intermediate_size", "num_attention_heads", "head_dim", "num_experts", "num_local_experts")
 
 
 @contextlib.contextmanager

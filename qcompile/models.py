@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qcompile.errors import LoadError
+from qcompile.errors import LoadError, QCompileError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -230,8 +230,9 @@ def _class_of(config: Any) -> Any:
     """The class that the checkpoint says it is, a causal language model if it says nothing."""
     import transformers
 
-    for name in getattr(config, "architectures", None) or ():
-        found = getattr(transformers, name, None)
+    names = getattr(config, "architectures", None)
+    for name in names if isinstance(names, list | tuple) else ():
+        found = getattr(transformers, str(name), None)
         if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
             return found
     return transformers.AutoModelForCausalLM
@@ -247,14 +248,13 @@ def _quant_method(config: Any) -> str | None:
 
 @contextlib.contextmanager
 def _errors(source: Source) -> Iterator[None]:
-    """Other people's exceptions about a model as one LoadError that says what to do."""
-    from huggingface_hub.errors import StrictDataclassError
-
+    """Other people's exceptions about a model as one LoadError that says what to do. A configuration with a value of
+    the wrong type may raise any."""
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, StrictDataclassError) as error:
-        if isinstance(error, LoadError):
-            raise
+    except QCompileError:
+        raise
+    except Exception as error:
         raise LoadError(_explanation(source, error)) from error
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -86,17 +87,7 @@ class Checkpoint:
     def json(self, name: str) -> dict[str, Any] | None:
         """A JSON file of the folder; None if there is none. Raises CheckpointError if it is not a JSON object."""
         path = self.folder / name
-        if not path.is_file():
-            return None
-        if path.stat().st_size > LARGEST_JSON:
-            raise CheckpointError(f"{name} has {path.stat().st_size} bytes, too many for a configuration")
-        try:
-            value = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{name} is not JSON: {error}") from error
-        if not isinstance(value, dict):
-            raise CheckpointError(f"{name} holds a {type(value).__name__}, not an object")
-        return value
+        return _json(path) if path.is_file() else None
 
     @property
     def quantization(self) -> dict[str, Any]:
@@ -139,10 +130,10 @@ def _files(folder: Path) -> list[Path]:
             return [folder / usual]
     for usual in _USUAL:
         suffix = Path(usual).suffix
-        indices = list(folder.glob(f"*{suffix}.index.json"))
+        indices = [file for file in folder.glob(f"*{suffix}.index.json") if file.is_file()]
         if len(indices) == 1:
             return _indexed(indices[0])
-        files = sorted(file for file in folder.glob(f"*{suffix}") if file.name not in _TRAINING)
+        files = sorted(file for file in folder.glob(f"*{suffix}") if file.is_file() and file.name not in _TRAINING)
         if len(files) == 1 and not re.search(r"-\d{5}-of-\d{5}\.", files[0].name):
             return files
         if files:
@@ -159,14 +150,28 @@ _TRAINING = {"training_args.bin", "optimizer.bin", "scheduler.bin", "optimizer.p
 
 
 def _indexed(index: Path) -> list[Path]:
-    """The files that the index names, each inside the folder."""
-    try:
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{index.name} has no weight_map from tensor to file: {error}") from error
-    for shard in shards:
+    """The files that the index names, each inside the folder. The files may be links that lead out of it, as all are
+    in the hub's cache."""
+    places = _json(index).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise CheckpointError(f"{index.name} has no weight_map from tensor to file")
+    for shard in places.values():
         if not isinstance(shard, str) or Path(shard).name != shard or Path(shard).suffix not in _OPENS:
-            raise CheckpointError(f"{index.name} names the file {shard!r}, which is no file of weights in the folder")
-        if not (index.parent / shard).is_file():
-            raise CheckpointError(f"{index.name} names {shard}, which is missing")
-    return [index.parent / shard for shard in shards]
+            name = repr(shard)[:80]
+            raise CheckpointError(f"{index.name} names the file {name}, which is no file of weights in the folder")
+        if not os.path.isfile(index.parent / shard):  # Path.is_file raises for names that are too long
+            raise CheckpointError(f"{index.name} names {shard[:80]}, which is missing")
+    return [index.parent / shard for shard in sorted(set(places.values()))]
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises CheckpointError if it is none."""
+    if path.stat().st_size > LARGEST_JSON:
+        raise CheckpointError(f"{path.name} has {path.stat().st_size} bytes, too many for a configuration")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path.name} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path.name} holds a {type(value).__name__}, not an object")
+    return value

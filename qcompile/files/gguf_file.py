@@ -166,8 +166,8 @@ class _Header:
         seen: set[str] = set()
         for _ in range(count):
             key = self.string("a metadata key", LARGEST_NAME)
-            if key in seen:
-                raise self.error(f"metadata {key} occurs twice")
+            if not key or key in seen:
+                raise self.error(f"metadata {key} occurs twice" if key else "a metadata key is empty")
             seen.add(key)
             if (value := self.value(key, self.take("I"))) is not None:
                 found[key] = value

@@ -66,12 +66,15 @@ class SafetensorsFile(TensorFile):
 
 
 def _header(path: Path) -> tuple[dict[str, Any], int]:
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, LARGEST_HEADER):
-            raise CheckpointError(f"{path.name}: {size} bytes cannot hold a header of {length}; is it truncated?")
-        text = file.read(length)
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, LARGEST_HEADER):
+                raise CheckpointError(f"{path.name}: {size} bytes cannot hold a header of {length}; is it truncated?")
+            text = file.read(length)
+    except OSError as error:
+        raise CheckpointError(f"{path.name}: {error}") from error
     try:
         header = json.loads(text.decode("utf-8"), object_pairs_hook=_without_doubles)
     except (ValueError, RecursionError) as error:

@@ -71,6 +71,8 @@ def _four_bits(checkpoint: Checkpoint, path: str, kind: str) -> Stored:
         checkpoint.need(f"{path}.nested_quant_map", (256,), torch.float32)
         if not isinstance(state.get("nested_offset"), (int, float)):
             raise CheckpointError(f"{name}: nested_offset is {state.get('nested_offset')!r}, not a number")
+    elif f"{path}.nested_absmax" in checkpoint.tensors:
+        raise CheckpointError(f"{path}.absmax is float32, and {path}.nested_absmax belongs to codes")
     # Where the last block is cut off, smaller groups share their block's scale.
     size = math.gcd(block, numel)
     spec = QSpec(Element.parse(ELEMENTS[kind]), PerGroup(size), Zero.NONE)
@@ -84,7 +86,8 @@ def _four_bits(checkpoint: Checkpoint, path: str, kind: str) -> Stored:
             pairs = fields(flat[first // 2 : -(-last // 2)], 4, (1, 0))
             return pairs[first % 2 : first % 2 + last - first].reshape(-1, columns)
 
-        scale = _absmax(tensor, path, state).repeat_interleave(block // size)[: numel // size]
+        absmax = _absmax(tensor, path, state)
+        scale = absmax[torch.arange(numel // size, device=absmax.device) // (block // size)]
         return QTensor.from_rows(spec, shape, codes, scale.reshape(spec.scale_shape(numel // columns, columns)))
 
     tensors = (path, *(name for name in checkpoint.tensors if name.startswith(f"{path}.")))
@@ -96,7 +99,7 @@ def _absmax(tensor: Read, path: str, state: dict[str, Any]) -> Tensor:
     absmax = tensor(f"{path}.absmax")
     if absmax.dtype == torch.uint8:
         table, outer = tensor(f"{path}.nested_quant_map"), tensor(f"{path}.nested_absmax")
-        outer = outer.repeat_interleave(state["nested_blocksize"])[: len(absmax)]
+        outer = outer[torch.arange(len(absmax), device=absmax.device) // _counts(path, state, "nested_blocksize")[0]]
         offset = torch.tensor(state["nested_offset"], dtype=torch.float32, device=absmax.device)
         absmax = table[absmax.int()] * outer + offset
     return finite(f"{path}.absmax", absmax)

@@ -112,6 +112,10 @@ def _integers(checkpoint: Checkpoint, name: str, own: Scheme) -> Stored:
         # Groups of unequal size become groups of their common divisor, which repeat a scale.
         granularity = PerGroup(size := math.gcd(*index.bincount().tolist()))
         which = (index if order is None else index[order])[::size]
+    if index is None and args.get("actorder") in (True, "group", "dynamic") and groups[1] > 1:
+        checkpoint.need(f"{module}.weight_g_idx")
+    if args.get("symmetric") is False:
+        checkpoint.need(zeros)
     _check_zeros(checkpoint, zeros, groups, bits)
     # There is no signed code of one bit: -1 and 0 are 0 and 1 less one.
     zero = Zero.INT if zeros in checkpoint.tensors or bits == 1 else Zero.NONE

@@ -117,6 +117,8 @@ def _groups(checkpoint: Checkpoint, module: str, columns: int, groups: int, conf
         if bool(((index < 0) | (index >= groups)).any()):
             raise CheckpointError(f"{name} has values beyond the {groups} groups of {module}.scales")
         return index
+    if config.get("desc_act") is True and groups > 1:
+        checkpoint.need(name)
     size = _qweight.group_size(config, module)
     size = columns if size == -1 else size
     if size is None or -(-columns // size) != groups:

@@ -113,6 +113,8 @@ def _integers(
     rows, columns, granularity, transposed = _layout(checkpoint, module, bits, grouped, transposed)
     groups = granularity.scale_shape(rows, columns)
     kind = Zero.NONE
+    if says.get("symmetric") is False:
+        checkpoint.need(zero)
     if zero in checkpoint.tensors:
         checkpoint.need(zero, dtypes={*FLOATS, *words})
     if zero in checkpoint.tensors and not (signed and says.get("symmetric")):
@@ -166,7 +168,7 @@ def _layout(
 
 def _zeros(name: str, stored: Tensor, rows: int, groups: tuple[int, int], unpack: Any) -> Tensor:
     found = finite(name, stored) if stored.is_floating_point() else unpack(stored if stored.dim() else stored[None])
-    if groups == (1, 1):
+    if groups == (1, 1) and found.numel():
         found = found.flatten()[:1].reshape(1, 1)
     elif found.dim() == 2:
         # Those of old releases, if floats, are (out, groups) like the scales.

@@ -106,14 +106,17 @@ def _weights(checkpoint: Checkpoint) -> Iterator[Weight]:
             continue
         try:
             entry = json.loads(text)
-            kind, data = entry["_type"], entry.get("_data", {})
+            kind, data, parts = entry["_type"], entry.get("_data", {}), entry.get("_tensor_data_names", [])
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"the header's {path} is no torchao description: {error!r}") from error
         if kind == "Tensor":
             continue
-        if not isinstance(kind, str) or not isinstance(data, dict):
+        if not isinstance(kind, str) or not isinstance(data, dict) or not isinstance(parts, list):
             raise CheckpointError(f"the header's {path} is no torchao description: {text[:80]}")
-        yield Weight(checkpoint, path, kind, data)
+        weight = Weight(checkpoint, path, kind, data)
+        for part in parts:
+            checkpoint.need(weight.name(str(part)))
+        yield weight
 
 
 def _granularity(weight: Weight, shape: tuple[int, ...]) -> Granularity:

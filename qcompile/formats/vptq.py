@@ -89,7 +89,7 @@ class _Layer:
             ("weight_scale", FLOATS),
             ("weight_bias", FLOATS),
         ):
-            if self.has(kind):
+            if self.has(kind) or self.said.get("enable_perm" if kind == "perm" else "enable_norm") is True:
                 need(self.name(kind), (self.columns,), dtypes)
         shape = (self.rows, self.columns)
         entries = f"{self.entries}+{self.rest_entries}" if self.rest_entries > 0 else str(self.entries)
