@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from qcompile import api, demo, doctor, models
+from qcompile import api, cli_checkpoint, demo, doctor, models
 from qcompile.algorithms import ALGORITHMS
 from qcompile.chat import Chat
 from qcompile.config import Config
@@ -22,6 +22,9 @@ from qcompile.evaluate import throughput
 from qcompile.explain import parameters_text, size
 
 OK, LEFT, FAILED = 0, 1, 2
+
+# What float weights become without --weights.
+WEIGHTS = "u4/g64/asym"
 
 # The long version of the demo.
 FULL: dict[str, Any] = {"new": 64, "rounds": 5, "quick": False}
@@ -45,6 +48,8 @@ examples:
   qcompile plan MODEL --weights u4/g64/asym            what would happen to each parameter; loads no weights
   qcompile optimize MODEL --weights u3/g64/asym        quantize, compile, report, measure
   qcompile generate MODEL "Why is the sky blue?"       stream an answer from the 4-bit model
+  qcompile inspect MODEL                               how a checkpoint stores each parameter
+  qcompile convert SRC DST --to gptq                   a quantized checkpoint in another library's format
   qcompile doctor                                      which kernels run on this machine, and why others do not
 
 `qcompile COMMAND --help` explains each one. Exit status: 0 fine; 1 something was left behind (--strict), or a kernel
@@ -81,6 +86,7 @@ examples:
   echo "Once upon a time" | qcompile generate MODEL - --raw --max-new-tokens 100
   qcompile generate MODEL "Hello" --weights none   the float model, compiled
 """,
+    **cli_checkpoint.EXAMPLES,
     "doctor": """
 Kernels are asked in order, and the first one that does not refuse runs. MEANING is plain torch.
 """,
@@ -147,8 +153,10 @@ def _demo(options: argparse.Namespace) -> int:
 
 def _plan(options: argparse.Namespace) -> int:
     source = models.find(options.model)
-    config = _config(options)
-    plan = api.plan(models.skeleton(source, options.dtype, options.device), config)
+    packed = _packed(options)
+    config = _config(options, packed)
+    model = _open(options, packed) if packed else models.skeleton(source, options.dtype, options.device)
+    plan = api.plan(model, config)
     if options.json:
         _write(json.dumps(plan.to_dict(), indent=1) + "\n")
     else:
@@ -164,15 +172,17 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _explain(options: argparse.Namespace) -> int:
-    model = _quantize(models.load(models.find(options.model), options.dtype, options.device), _config(options))
+    packed = _packed(options)
+    model = _quantize(_open(options, packed), _config(options, packed))
     _report(model, options.json)
     return OK
 
 
 def _optimize(options: argparse.Namespace) -> int:
-    source, config = models.find(options.model), _config(options)
+    packed = _packed(options)
+    config = _config(options, packed)
     timing: dict[str, Any] = {}
-    model = _timed(timing, "load_s", lambda: models.load(source, options.dtype, options.device))
+    model = _timed(timing, "load_s", lambda: _open(options, packed))
     model = _timed(timing, "quantize_s", lambda: _quantize(model, config))
     if getattr(model, "can_generate", bool)():
         sizes = {"prompt": options.prompt_tokens, "new": options.new_tokens, "warm_up": False}
@@ -189,9 +199,10 @@ def _optimize(options: argparse.Namespace) -> int:
 
 def _generate(options: argparse.Namespace) -> int:
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
-    source, config = models.find(options.model), _config(options)
-    tokenizer = models.load_tokenizer(source)
-    model = _quantize(models.load(source, options.dtype, options.device), config)
+    packed = _packed(options)
+    config = _config(options, packed)
+    tokenizer = models.load_tokenizer(models.find(options.model))
+    model = _quantize(_open(options, packed), config)
     chat = Chat(model, tokenizer, options.max_new_tokens, options.temperature, options.raw, _write)
     reply = chat.reply(prompt)
     _write("\n")
@@ -206,13 +217,22 @@ def _doctor(options: argparse.Namespace) -> int:
     return OK if findings.ok else LEFT
 
 
-def _config(options: argparse.Namespace) -> Config:
+def _packed(options: argparse.Namespace) -> bool:
+    """Whether the model runs with the weights that its checkpoint has: quantized ones, and nothing else asked for."""
+    return options.weights is None and cli_checkpoint.is_packed(models.find(options.model))
+
+
+def _open(options: argparse.Namespace, packed: bool) -> Any:
+    return cli_checkpoint.open_model(options, packed)
+
+
+def _config(options: argparse.Namespace, packed: bool) -> Config:
     pairs = [given.partition("=") for given in options.spec]
     for pattern, equals, _ in pairs:
         if not equals:
             raise QCompileError(f"--spec {pattern}: a rule is PATTERN=SPEC, such as mlp.down_proj=u8/g64/asym")
     return Config(
-        weights=_spec(options.weights),
+        weights=_spec(options.weights or ("none" if packed else WEIGHTS)),
         algorithm=options.algorithm,
         include=tuple(options.include),
         exclude=tuple(options.exclude),
@@ -303,6 +323,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_config(made)
     _add_device(made)
 
+    for name, run, summary in (
+        ("inspect", cli_checkpoint.inspect, "show how a checkpoint stores each parameter, without loading weights"),
+        ("convert", cli_checkpoint.convert, "write a quantized checkpoint in another format, exactly or not at all"),
+    ):
+        cli_checkpoint.add_arguments(name, command(name, run, summary))
+
     made = command("doctor", _doctor, "show versions, devices, the compiler, and which kernel runs which spec")
     made.add_argument("specs", nargs="*", metavar="SPEC", help="specs to ask about (default: a selection)")
     made.add_argument("--json", action="store_true", help="print JSON")
@@ -310,7 +336,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _new(make: Callable[..., argparse.ArgumentParser], command: str | None, **options: Any) -> argparse.ArgumentParser:
-    specs = "" if command in ("demo", "doctor") else SPECS
+    specs = "" if command in ("demo", "doctor", "inspect", "convert") else SPECS
     return make(
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"{EXAMPLES[command].strip()}\n{specs}",
@@ -322,7 +348,7 @@ def _new(make: Callable[..., argparse.ArgumentParser], command: str | None, **op
 def _add_config(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what to quantize")
     group.add_argument(
-        "--weights", default="u4/g64/asym", metavar="SPEC", help="default: u4/g64/asym; none: quantize nothing"
+        "--weights", metavar="SPEC", help=f"default: {WEIGHTS}, or what is quantized already; none: quantize nothing"
     )
     group.add_argument("--algorithm", choices=sorted(ALGORITHMS), help="default: hqq where it knows the spec, else rtn")
     group.add_argument(

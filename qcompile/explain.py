@@ -104,7 +104,7 @@ def parameters_text(plan: Plan, sqnr: Mapping[str, float] | None = None) -> str:
     for entry in plan.entries:
         spec = str(entry.spec) if entry.spec else f"{str(entry.dtype).removeprefix('torch.')}: {entry.reason}"
         side = "" if entry.group is None else _siblings(plan, entry.group)
-        key = (_without_numbers(entry.path), "x".join(map(str, entry.shape)), entry.role, spec, side, size(entry.after))
+        key = (without_numbers(entry.path), "x".join(map(str, entry.shape)), entry.role, spec, side, size(entry.after))
         rows[key] += 1
         if sqnr and entry.path in sqnr:
             noise.setdefault(key, []).append(sqnr[entry.path])
@@ -159,5 +159,6 @@ def _refusals(refusals: Iterable[tuple[str, str]]) -> str:
     return "; ".join(f"{name}: {reason}" for name, reason in refusals)
 
 
-def _without_numbers(path: str) -> str:
+def without_numbers(path: str) -> str:
+    """The path with a * for each layer's number."""
     return ".".join("*" if part.isdigit() else part for part in path.split("."))

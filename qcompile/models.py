@@ -142,7 +142,10 @@ def load(source: Source, dtype: str = "auto", device: str = "cpu") -> nn.Module:
     if source.gguf and hasattr(transformers, "GgufConfig"):
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     elif method := _quant_method(config):
-        raise LoadError(f"{source} is quantized already ({method}); give its float original, which is quantized here")
+        raise LoadError(
+            f"{source} is quantized already ({method}); give its float original, which is quantized here, "
+            "or leave its weights as they are"
+        )
     with _errors(source), _quiet(source):
         model = _class_of(config).from_pretrained(source.place, config=config, dtype=chosen, **options)
     return model.to(device).eval()
@@ -165,7 +168,7 @@ def resolve_dtype(name: str, config: Any, device: str) -> torch.dtype:
     own = getattr(config, "dtype", None)
     if name == "stored":
         own = getattr(torch, own, None) if isinstance(own, str) else own
-        return own if own in DTYPES.values() else torch.float32
+        return own if isinstance(own, torch.dtype) and own in DTYPES.values() else torch.float32
     if name != "auto":
         raise LoadError(f"unknown dtype {name!r}; known: auto, {', '.join(DTYPES)}, stored")
     if own in (torch.float32, "float32"):
@@ -236,6 +239,11 @@ def _class_of(config: Any) -> Any:
         if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
             return found
     return transformers.AutoModelForCausalLM
+
+
+def quant_method(source: Source) -> str | None:
+    """The method that the configuration says the weights are quantized by."""
+    return _quant_method(_read_config(source))
 
 
 def _quant_method(config: Any) -> str | None:

@@ -59,7 +59,7 @@ def save(
     writer.check(contents)
     if writer.in_a_file:
         contents = replace(contents, tokenizer=tokenizer or _tokenizer(model.config))
-    refused = {weight.path: reason for weight in contents.weights if (reason := _refuses(writer, weight))}
+    refused = {weight.path: reason for weight in contents.weights if (reason := writer.refuses(weight))}
     if refused and not requantize:
         raise UnsupportedError(_refusal(writer, contents.weights, refused))
     errors: dict[str, float] = {}
@@ -173,17 +173,11 @@ def _tokenizer(config: Any) -> Any:
         return None
 
 
-def _refuses(writer: Writer, weight: Weight) -> str | None:
-    if isinstance(weight.tensor, QTensor) or writer.codebooks:
-        return writer.refuses(weight)
-    return "its numbers are looked up in codebooks"
-
-
 def _requantized(weight: Weight, writer: Writer) -> tuple[Weight | Tensor, float]:
     """The weight in the nearest spec that the format holds, or dense where it holds none, without its roundings if they
     are refused; and its relative error in the Euclidean norm."""
     bare = replace(weight, input=None, output=None)
-    if _refuses(writer, bare) is None:
+    if writer.refuses(bare) is None:
         return bare, 0.0
     numbers = weight.tensor.dequantize()
     if not isinstance(weight.tensor, QTensor):  # nearest() asks for a spec

@@ -12,7 +12,7 @@ from qcompile import api, cli, demo, doctor, models
 from qcompile.chat import Chat
 from qcompile.evaluate import Speed
 
-COMMANDS = ["demo", "plan", "explain", "optimize", "generate", "doctor"]
+COMMANDS = ["demo", "plan", "explain", "optimize", "generate", "inspect", "convert", "doctor"]
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def test_help_teaches(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert exit.value.code == 0
     assert "doctor" in command or f"qcompile {command}" in text.partition("examples:")[2]
-    assert ("element/granularity/zero" in text) == (command not in ("demo", "doctor"))
+    assert ("element/granularity/zero" in text) == (command not in ("demo", "doctor", "inspect", "convert"))
     assert max(map(len, text.splitlines())) <= 120
 
 

@@ -37,7 +37,8 @@ LAYERS = [
     {"__init__"},
     # the command line
     {"evaluate", "chat"},
-    {"demo", "doctor"},
+    {"demo", "doctor", "inspect_checkpoint"},
+    {"cli_checkpoint"},
     {"cli"},
     {"__main__"},
 ]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 # Files of a checkpoint, which the new one replaces as a whole. Everything else in the folder stays.
 WEIGHTS = ("model*.safetensors", "*.index.json", "pytorch_model*.bin", "model*.gguf", "qmodel.pt", "quanto_qmap.json")
-CONFIGS = ("quantize_config.json", "quant_config.json")
+CONFIGS = ("config.json", "quantize_config.json", "quant_config.json")
 
 EXCHANGE = 2  # RENAME_EXCHANGE of renameat2(2)
 AT_FDCWD = -100

@@ -118,13 +118,20 @@ def exactly(numbers: Tensor, dtype: torch.dtype, what: str = "scales") -> Tensor
 
 
 def linear_only(weight: Weight, transposed: bool = False, head: bool = True) -> None:
-    """Raises Unwritable for what is no linear's weight, or has rounded activations."""
+    """Raises Unwritable for what is no linear's weight."""
+    no_codebooks(weight)
     if weight.kind == "embedding" or (weight.kind == "head" and not head):
         raise Unwritable(f"the {weight.kind} stays dense in it")
     if weight.kind == "other" or len(weight.tensor.shape) != 2:
         raise Unwritable("it holds linears' weights only")
     if weight.transposed and not transposed:
         raise Unwritable("it holds the weights of nn.Linear only, not transposed ones")
+
+
+def no_codebooks(weight: Weight) -> None:
+    """Raises Unwritable for what is no QTensor."""
+    if not isinstance(weight.tensor, QTensor):
+        raise Unwritable("its numbers are looked up in codebooks")
 
 
 def weights_only(weight: Weight) -> None:

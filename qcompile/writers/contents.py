@@ -73,13 +73,11 @@ class Writer(Protocol):
     """One format that checkpoints can be written in.
 
     scales     the dtype that scales have in it, None for any
-    codebooks  whether a weight's `tensor` may be a CodebookTensor
     in_a_file  whether it is one file with the configuration and the tokenizer in it
     """
 
     name: str
     scales: torch.dtype | None = None
-    codebooks: bool = False
     in_a_file: bool = False
 
     def check(self, contents: Contents) -> None:

@@ -14,7 +14,6 @@ from qcompile.writers.contents import Contents, Tensors, Weight, Writer
 
 class Float(Writer):
     name = "float"
-    codebooks = True
 
     def check(self, contents: Contents) -> None:
         return

@@ -24,7 +24,7 @@ from qcompile.quant.granularity import PerGroup
 from qcompile.quant.spec import QSpec, Zero
 from qcompile.writers import _gguf_tokenizer as tokenizer
 from qcompile.writers._gguf_blocks import Blocks, blocks
-from qcompile.writers._integers import Unwritable, weights_only
+from qcompile.writers._integers import Unwritable, no_codebooks, weights_only
 from qcompile.writers.contents import Contents, Weight, Writer, same
 
 # By model_type: the architecture, and whether rows of q and k lie in pairs.
@@ -133,6 +133,7 @@ _TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", to
 
 
 def _blocks(weight: Weight) -> Blocks:
+    no_codebooks(weight)
     if len(weight.tensor.shape) != 2 or weight.transposed or weight.kind == "other":
         raise Unwritable("it holds the weights of linears and embeddings only")
     found = blocks(weight)

@@ -23,7 +23,6 @@ VERSION = 1
 
 class Native(Writer):
     name = "qcompile"
-    codebooks = True
 
     def check(self, contents: Contents) -> None:
         return
