@@ -31,6 +31,7 @@ from qcompile.normal import normalize
 from qcompile.ops.linear import dequantize
 from qcompile.pipeline import Pipeline
 from qcompile.plan import Entry, Plan, plan_graph
+from qcompile.quant.spec import QSpec
 from qcompile.storage import PackedWeight
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -119,7 +120,7 @@ def _state(tensor: Tensor) -> tuple[int, int]:
 def _pack(entries: Sequence[Entry], weights: Sequence[Tensor], config: Config) -> PackedWeight:
     parts = []
     for entry, weight in zip(entries, weights, strict=True):
-        assert entry.spec is not None
+        assert isinstance(entry.spec, QSpec)
         weight = weight.detach()
         parts.append(quantize(weight.t() if entry.transposed else weight, entry.spec, config.algorithm))
     return PackedWeight(parts)

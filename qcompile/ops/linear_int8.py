@@ -24,8 +24,8 @@ def linear_int8(
     spec: str,
     activation: str | None,
 ) -> Tensor:
-    """act(x' @ W.T + bias), where x' is x rounded to the codes of `rounding`, an ActivationSpec of symmetric i8 by token
-    or tensor, and W an i8 weight with a scale per row or for all: the product of codes can be summed as integers.
+    """act(x' @ W.T + bias), where x' is x rounded to the codes of `rounding`, an ActivationSpec of symmetric i8 by
+    token or tensor, and W an i8 weight with a scale per row or for all: the product of codes can be summed as integers.
 
     `x_scale` is the static scale of x', or None; the others are those of `linear`.
     """

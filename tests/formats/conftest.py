@@ -72,7 +72,8 @@ def stored_of(tmp_path: Path) -> Callable[..., dict[str, tuple[Stored, QTensor]]
         method = formats.find(checkpoint)
         assert method is not None
         stored = [weight for weight in method.weights(checkpoint) if isinstance(weight, Stored)]
-        return {weight.path: (weight, weight.read(checkpoint.read)) for weight in stored}
+        read = {weight.path: (weight, weight.read(checkpoint.read)) for weight in stored}
+        return {path: (weight, part) for path, (weight, part) in read.items() if isinstance(part, QTensor)}
 
     return run
 

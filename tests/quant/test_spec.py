@@ -20,7 +20,7 @@ def specs(depth: int) -> st.SearchStrategy[QSpec]:
 
     def build(tag: str, zero: Zero, granularity, scale: QSpec | None, zero_spec: QSpec | None) -> QSpec:
         element = Element.parse(tag)
-        if element.is_float or element.offset and tag != "ternary":
+        if element.is_float or (element.offset and tag != "ternary"):
             zero = Zero.NONE
         return QSpec(element, granularity, zero, scale, zero_spec if zero.is_float else None)
 
