@@ -161,7 +161,7 @@ def _layout(
     # Old releases left the scales as they were; where both ways fit, what the configuration knows decides.
     for way in (transposed, not transposed):
         groups, rows = scales if way else scales[::-1]
-        if groups and first % groups == 0 and -(-rows // width) == last:
+        if first and groups and first % groups == 0 and -(-rows // width) == last:
             return rows, first, PerGroup(first // groups), way
     raise CheckpointError(f"{scale} is {scales}; {weight} of {(first, last)}, by group, has {first} inputs")
 
@@ -217,7 +217,8 @@ def _own(config: Config, module: str) -> Config:
 
 
 def _first(patterns: Config, module: str) -> Config | None:
-    return next((own for pattern, own in patterns.items() if own and fnmatchcase(module, pattern)), None)
+    found = (own for pattern, own in patterns.items() if own and fnmatchcase(module, pattern))
+    return next((own for own in found if isinstance(own, dict)), None)
 
 
 def _part(config: Config, key: str) -> Config:

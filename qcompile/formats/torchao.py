@@ -62,7 +62,7 @@ class Weight:
 
     def counts(self, key: str) -> tuple[int, ...]:
         value = self.data.get(key)
-        if not isinstance(value, list) or not all(type(n) is int and n > 0 for n in value):
+        if not isinstance(value, list) or not value or not all(type(n) is int and n > 0 for n in value):
             raise CheckpointError(f"{self.path}: {key} is {str(value)[:80]}, not a list of counts")
         return tuple(value)
 
