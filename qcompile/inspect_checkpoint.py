@@ -72,8 +72,8 @@ def inspect_checkpoint(name: str) -> Inspection:
         taken.update(entry.tensors if isinstance(entry, Stored | Ignored) else ())
         if isinstance(entry, Stored):
             nbytes = sum(checkpoint.tensors[tensor].nbytes for tensor in entry.tensors)
-            sides = (side.spec if side else "" for side in (entry.input, entry.output))
-            rows.append(Row(entry.path, tuple(entry.shape), str(entry.spec), True, *sides, nbytes))
+            inputs, outputs = (side.spec if side else "" for side in (entry.input, entry.output))
+            rows.append(Row(entry.path, tuple(entry.shape), str(entry.spec), True, inputs, outputs, nbytes))
         elif isinstance(entry, Dense):
             taken.add(entry.tensor)
             rows.append(_dense(checkpoint, entry.path, entry.tensor))

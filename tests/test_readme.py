@@ -58,7 +58,16 @@ def test_two_set_ups(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_commands_parse() -> None:
     lines = [line for block in blocks("bash") for line in re.split(r"\n| && ", block)]
     found = [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("qcompile ")]
-    assert {words[0] for words in found} == {"demo", "plan", "explain", "optimize", "generate", "inspect", "convert", "doctor"}
+    assert {words[0] for words in found} == {
+        "demo",
+        "plan",
+        "explain",
+        "optimize",
+        "generate",
+        "inspect",
+        "convert",
+        "doctor",
+    }
     for words in found:
         cli._parser().parse_args(words)
 
