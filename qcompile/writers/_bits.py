@@ -13,6 +13,8 @@ def words(codes: Tensor, bits: int) -> Tensor:
     """
     count = codes.shape[-1]
     padded = torch.nn.functional.pad(codes, (0, -count % 32)).unflatten(-1, (-1, 32))
+    if 8 % bits == 0:
+        return neighbours(padded.flatten(-2), bits).contiguous().view(torch.int32)[..., : -(-count * bits // 32)]
     found = torch.zeros((*padded.shape[:-1], bits), dtype=torch.int64, device=codes.device)  # 32 codes are `bits` words
     for place in range(32):
         word, shift = divmod(place * bits, 32)
@@ -21,6 +23,15 @@ def words(codes: Tensor, bits: int) -> Tensor:
         if shift + bits > 32:
             found[..., word + 1] |= value >> (32 - shift)
     return signed(found.flatten(-2)[..., : -(-count * bits // 32)])
+
+
+def neighbours(codes: Tensor, bits: int) -> Tensor:
+    """uint8 codes 8/bits to a byte, the first in its lowest bits."""
+    parts = codes.unflatten(-1, (-1, 8 // bits))
+    found = parts[..., 0]
+    for place in range(1, 8 // bits):
+        found = found | parts[..., place] << bits * place
+    return found
 
 
 def signed(values: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 from qcompile.quant.packing import unpack
 from qcompile.quant.spec import Zero
 from qcompile.quant.tensor import QTensor
+from qcompile.writers._bits import neighbours
 from qcompile.writers._integers import (
     Unwritable,
     by_inputs,
@@ -144,23 +145,14 @@ def _halves(codes: Tensor, width: int, bits: int) -> Tensor:
     return _planes(codes.unflatten(-1, (-1, width * 8 // bits)), bits).flatten(-2)
 
 
-def _fields(codes: Tensor, bits: int) -> Tensor:
-    """Neighbouring codes in one byte, the first in its lowest bits."""
-    parts = codes.unflatten(-1, (-1, 8 // bits))
-    found = parts[..., 0]
-    for place in range(1, 8 // bits):
-        found = found | parts[..., place] << bits * place
-    return found
-
-
 def _without_minimum(codes: Tensor, d: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return _rows([d, codes ^ 128])
-    return _rows([d, *([_fields(codes >> 4, 1)] if bits == 5 else []), _planes(codes & 15, 4)])
+    return _rows([d, *([neighbours(codes >> 4, 1)] if bits == 5 else []), _planes(codes & 15, 4)])
 
 
 def _with_minimum(codes: Tensor, d: Tensor, m: Tensor, bits: int) -> Tensor:
-    return _rows([d, m, *([_fields(codes >> 4, 1)] if bits == 5 else []), _planes(codes & 15, 4)])
+    return _rows([d, m, *([neighbours(codes >> 4, 1)] if bits == 5 else []), _planes(codes & 15, 4)])
 
 
 def _halves_of(tensor: QTensor) -> list[Tensor] | None:
@@ -207,7 +199,7 @@ def _q6_k(q: Tensor, d: Tensor, sc: Tensor) -> Tensor:
 
 
 def _iq4_xs(q: Tensor, d: Tensor, sc: Tensor) -> Tensor:
-    return _rows([d, _fields(sc >> 4, 2), _fields(sc & 15, 4), _halves(q, 16, 4)])
+    return _rows([d, neighbours(sc >> 4, 2), neighbours(sc & 15, 4), _halves(q, 16, 4)])
 
 
 def _iq4_nl(q: Tensor, d: Tensor) -> Tensor:

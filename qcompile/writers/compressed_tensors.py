@@ -23,7 +23,7 @@ from qcompile.quant.granularity import PerBlock, PerGroup, PerRow, PerTensor
 from qcompile.quant.packing import unpack
 from qcompile.quant.spec import QSpec
 from qcompile.quant.tensor import QTensor
-from qcompile.writers._bits import words
+from qcompile.writers._bits import neighbours, words
 from qcompile.writers._integers import (
     Unwritable,
     exactly,
@@ -161,11 +161,7 @@ def _fp8(weight: Weight, inputs: Args | None) -> Layout:
 def _fp4(weight: Weight) -> Layout:
     tensor = weight.tensor
 
-    def pairs() -> Tensor:
-        codes = unpack(tensor.data, 4, tensor.columns)
-        return codes[:, ::2] | codes[:, 1::2] << 4
-
-    tensors: Tensors = {"weight_packed": pairs}
+    tensors: Tensors = {"weight_packed": lambda: neighbours(unpack(tensor.data, 4, tensor.columns), 4)}
     if shared_by(tensor) == 32 and (powers := powers_of_two(tensor.scale)) is not None:
         tensors["weight_scale"] = same(powers)
         args = _args(4, "float", "group", 32, scale_dtype="torch.uint8")
