@@ -26,7 +26,15 @@ from qcompile.formats import Dense, Entry, Gguf, Ignored, Stored
 from qcompile.formats.stored import Joined, Rounding
 from qcompile.quant.activation import ActivationSpec
 from qcompile.save_pretrained import attach
-from qcompile.storage import INPUT_ROUNDING, OUTPUT_ROUNDING, ActivationRounding, Parameter, put, put_rounding
+from qcompile.storage import (
+    INPUT_ROUNDING,
+    OUTPUT_ROUNDING,
+    ActivationRounding,
+    Parameter,
+    ScaledActivation,
+    put,
+    put_rounding,
+)
 
 
 def load(
@@ -270,18 +278,6 @@ def _places(model: nn.Module, checkpoint: Checkpoint, stored: Sequence[Entry]) -
         for end in ends if ends[0] and not dense.isdisjoint(ends[1]) else [paths]:
             found.update(dict.fromkeys(end, Place(tuple(end), tensor)))
     return found
-
-
-class ScaledActivation(nn.Module):
-    """An activation whose output is divided channel by channel."""
-
-    def __init__(self, act: nn.Module, channels: int, dtype: torch.dtype):
-        super().__init__()
-        self.act = act
-        self.scales = nn.Parameter(torch.empty(channels, dtype=dtype, device="meta"), requires_grad=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(x) / self.scales
 
 
 def _scale_activations(model: nn.Module, checkpoint: Checkpoint) -> None:

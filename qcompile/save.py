@@ -20,6 +20,7 @@ from qcompile.storage import (
     INPUT_ROUNDING,
     OUTPUT_ROUNDING,
     Parameter,
+    ScaledActivation,
     packed_in,
     packed_parameters,
     packed_tensor,
@@ -57,6 +58,7 @@ def save(
     writer = writers.find(format)
     contents = _contents(model)
     writer.check(contents)
+    _check_modules(model, writer)
     if writer.in_a_file:
         contents = replace(contents, tokenizer=tokenizer or _tokenizer(model.config))
     refused = {weight.path: reason for weight in contents.weights if (reason := writer.refuses(weight))}
@@ -84,6 +86,20 @@ def save(
         if tokenizer is not None:
             tokenizer.save_pretrained(fresh)
     return errors
+
+
+def _check_modules(model: nn.Module, writer: Writer) -> None:
+    """Raises UnsupportedError for what load() put into the model, and no other reader of the format would."""
+    for path, module in model.named_modules():
+        if isinstance(module, ScaledActivation) and not writer.scaled_activations:
+            raise UnsupportedError(f"{path} divides by scales, as AWQ leaves it, which {writer.name} cannot say")
+        own, usual = getattr(module, "inv_freq", None), getattr(module, "original_inv_freq", None)
+        if own is None or usual is None or getattr(module, "rope_type", None) != "default":
+            continue
+        if not torch.allclose(own.float(), usual.to(own.device).float(), rtol=1e-2):
+            raise UnsupportedError(
+                f"{path} has frequencies that its configuration does not give, and none can be saved"
+            )
 
 
 def _contents(model: nn.Module) -> Contents:

@@ -170,6 +170,18 @@ class ActivationRounding(nn.Module):
         return self.spec
 
 
+class ScaledActivation(nn.Module):
+    """An activation whose output is divided channel by channel."""
+
+    def __init__(self, act: nn.Module, channels: int, dtype: torch.dtype):
+        super().__init__()
+        self.act = act
+        self.scales = nn.Parameter(torch.empty(channels, dtype=dtype, device="meta"), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(x) / self.scales
+
+
 def _keeping_dtype(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """`.to(dtype)`, `.half()` and `.float()` change what a weight is unpacked to, never the stored numbers."""
 

@@ -9,7 +9,10 @@ import pytest
 import torch
 
 import qcompile
-from qcompile.errors import ConfigError
+from qcompile import algorithms
+from qcompile.errors import ConfigError, UnsupportedError
+from qcompile.quant.spec import QSpec
+from qcompile.storage import Parameter, ScaledActivation, put
 
 CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
 INPUT_IDS = torch.tensor([[1, 5, 9, 42, 7, 3, 60, 70]])
@@ -112,3 +115,28 @@ assert os.listdir(folder.parent) == [folder.name], os.listdir(folder.parent)
 def test_killed_at_any_time_it_is_the_old_or_the_new_one(tmp_path: Path) -> None:
     """Six tensors in six shards, all of one save: a mixture would show as two numbers."""
     subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "model"), "200"], check=True, timeout=600)
+
+
+def test_what_load_put_into_the_model(tmp_path: Path, tiny_llama) -> None:
+    model = qcompile.optimize(tiny_llama().half(), "i4/g32/sym", progress=False)
+    model.model.layers[0].mlp.act_fn = ScaledActivation(torch.nn.SiLU(), 128, torch.float16).to_empty(device="cpu")
+    for format in ("gptq", "compressed-tensors", "hqq", "float"):
+        with pytest.raises(UnsupportedError, match=rf"mlp\.act_fn divides by scales, .* which {format} cannot say"):
+            qcompile.save(model, tmp_path / "one", format=format)
+    for format in ("qcompile", "awq"):
+        qcompile.save(model, tmp_path / format, format=format)
+    model.model.rotary_emb.inv_freq.mul_(2)
+    with pytest.raises(UnsupportedError, match=r"model\.rotary_emb has frequencies"):
+        qcompile.save(model, tmp_path / "one")
+
+
+def test_a_quantized_head_of_a_tied_model(tmp_path: Path, tiny_llama) -> None:
+    model = tiny_llama(tie_word_embeddings=True).half().requires_grad_(False)
+    tensor = algorithms.quantize(model.lm_head.weight, QSpec.parse("i8/g32/sym"), "rtn")
+    put(model, [Parameter(("lm_head.weight",), tuple(model.lm_head.weight.shape), torch.float16)], [tensor])
+    for format in ("qcompile", "compressed-tensors", "hqq", "gguf", "float"):
+        qcompile.save(model, tmp_path / format, format=format)
+        loaded = qcompile.load(str(tmp_path / format), dtype="stored", progress=False)
+        ours, theirs = qcompile.dequantize(model), qcompile.dequantize(loaded)
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+        assert loaded.config.tie_word_embeddings is False

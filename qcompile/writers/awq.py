@@ -36,6 +36,7 @@ INTERLEAVED = [0, 2, 4, 6, 1, 3, 5, 7]
 class Awq(Writer):
     name = "awq"
     scales = torch.float16
+    scaled_activations = True
 
     def refuses(self, weight: Weight) -> str | None:
         try:

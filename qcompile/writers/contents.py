@@ -72,13 +72,15 @@ class Contents:
 class Writer(Protocol):
     """One format that checkpoints can be written in.
 
-    scales     the dtype that scales have in it, None for any
-    in_a_file  whether it is one file with the configuration and the tokenizer in it
+    scales              the dtype that scales have in it, None for any
+    in_a_file           whether it is one file with the configuration and the tokenizer in it
+    scaled_activations  whether its readers know activations that are divided by `scales`
     """
 
     name: str
     scales: torch.dtype | None = None
     in_a_file: bool = False
+    scaled_activations: bool = False
 
     def check(self, contents: Contents) -> None:
         """Raises UnsupportedError for a model that this format cannot say, however its weights are quantized."""

@@ -23,6 +23,7 @@ VERSION = 1
 
 class Native(Writer):
     name = "qcompile"
+    scaled_activations = True
 
     def check(self, contents: Contents) -> None:
         return
