@@ -15,7 +15,6 @@ from qcompile import formats
 from qcompile.files.checkpoint import open_checkpoint
 from qcompile.formats import Stored
 from qcompile.load import load
-from qcompile.quant.tensor import QTensor
 
 CHECKPOINTS = Path(__file__).resolve().parent.parent / "checkpoints"
 INPUT_IDS = torch.tensor([[1, 5, 9, 42, 7, 3, 100, 200]])
@@ -61,28 +60,27 @@ def check_compiled(check: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
 
 
 @pytest.fixture
-def stored_of(tmp_path: Path) -> Callable[..., dict[str, tuple[Stored, QTensor]]]:
+def stored_of(tmp_path: Path) -> Callable[..., dict[str, tuple[Stored, Any]]]:
     """`stored_of(tensors, config)` writes a checkpoint of these tensors and this quantization_config, and reads its
     quantized weights back, by path: what the format says of each, and the weight."""
 
-    def run(tensors: dict[str, Tensor], config: dict[str, Any]) -> dict[str, tuple[Stored, QTensor]]:
+    def run(tensors: dict[str, Tensor], config: dict[str, Any]) -> dict[str, tuple[Stored, Any]]:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "model.safetensors")
         (tmp_path / "config.json").write_text(json.dumps({"quantization_config": config}))
         checkpoint = open_checkpoint(tmp_path)
         method = formats.find(checkpoint)
         assert method is not None
         stored = [weight for weight in method.weights(checkpoint) if isinstance(weight, Stored)]
-        read = {weight.path: (weight, weight.read(checkpoint.read)) for weight in stored}
-        return {path: (weight, part) for path, (weight, part) in read.items() if isinstance(part, QTensor)}
+        return {weight.path: (weight, weight.read(checkpoint.read)) for weight in stored}
 
     return run
 
 
 @pytest.fixture
-def weights_of(stored_of: Callable[..., dict[str, tuple[Stored, QTensor]]]) -> Callable[..., dict[str, QTensor]]:
+def weights_of(stored_of: Callable[..., dict[str, tuple[Stored, Any]]]) -> Callable[..., dict[str, Any]]:
     """`stored_of`, the weights alone."""
 
-    def run(tensors: dict[str, Tensor], config: dict[str, Any]) -> dict[str, QTensor]:
+    def run(tensors: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Any]:
         return {path: weight for path, (_, weight) in stored_of(tensors, config).items()}
 
     return run
