@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -87,3 +89,51 @@ def test_sharded_and_tied(tmp_path: Path, tiny_llama) -> None:
     loaded = qcompile.load(str(tmp_path / "sharded"), dtype=torch.float32, progress=False)
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
     torch.testing.assert_close(loaded(INPUT_IDS % 50).logits, model(INPUT_IDS % 50).logits)
+
+
+MEMORY = """
+import json, sys
+from pathlib import Path
+import torch, transformers.models.llama.modeling_llama
+from qcompile.load import load
+
+def held(what):
+    return int(Path("/proc/self/status").read_text().partition(what + ":")[2].split()[0]) >> 10
+
+before = held("VmRSS")
+model = load(sys.argv[1], dtype=torch.bfloat16, progress=False)
+for tensor in (*model.parameters(), *model.buffers()):
+    tensor.flatten()[::512].any()
+tensors = {id(tensor): tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]}
+print(json.dumps([held("VmHWM") - before, sum(tensors.values()) >> 20]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_no_second_copy_is_in_memory(tmp_path: Path) -> None:
+    """AWQ's words become rows of codes; the file's pages are not held beside them. Sizes are in MiB."""
+    width, layers = 2048, 8
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 64, "dtype": "float16"}
+    config |= {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": layers}
+    config |= {"num_attention_heads": 16, "tie_word_embeddings": True}
+    config["quantization_config"] = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True}
+    linears = {f"self_attn.{name}_proj": (width, width) for name in "qkvo"}
+    linears |= dict.fromkeys(["mlp.gate_proj", "mlp.up_proj"], (width, 2 * width)) | {
+        "mlp.down_proj": (2 * width, width)
+    }
+    tensors = {"model.embed_tokens.weight": torch.ones(64, width).half(), "model.norm.weight": torch.ones(width).half()}
+    for layer in range(layers):
+        place = f"model.layers.{layer}"
+        tensors |= {
+            f"{place}.{name}_layernorm.weight": torch.ones(width).half() for name in ("input", "post_attention")
+        }
+        for name, (columns, rows) in linears.items():
+            tensors[f"{place}.{name}.qweight"] = torch.zeros(columns, rows // 8, dtype=torch.int32)
+            tensors[f"{place}.{name}.qzeros"] = torch.zeros(columns // 128, rows // 8, dtype=torch.int32)
+            tensors[f"{place}.{name}.scales"] = torch.ones(columns // 128, rows).half()
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    command = [sys.executable, "-c", MEMORY, str(tmp_path)]
+    peak, resident = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert 140 < resident < 200
+    assert peak < resident + 120, "loading held the file's pages too"

@@ -117,13 +117,7 @@ class GgufFile(TensorFile):
 
     def read(self, name: str) -> Tensor:
         info = self.tensors[name]
-        try:
-            raw = np.fromfile(self.path, np.uint8, info.nbytes, offset=self._starts[name])
-        except OSError as error:
-            raise CheckpointError(f"{self.path.name}: {name}: {error}") from error
-        if raw.size != info.nbytes:
-            raise CheckpointError(f"{self.path.name}: {name} has {raw.size} bytes of {info.nbytes}; is it truncated?")
-        return torch.from_numpy(raw).view(info.dtype).reshape(info.shape)
+        return self.bytes_at(self._starts[name], info.nbytes, name).view(info.dtype).reshape(info.shape)
 
 
 def shards(path: Path) -> list[Path]:

@@ -1,7 +1,7 @@
 """Files that torch.save wrote, such as pytorch_model.bin and HQQ's qmodel.pt, read without running anything in them.
 
 The format: a zip archive of stored entries, `<root>/data.pkl` with a pickle of the names and `<root>/data/<key>` with
-the bytes of each storage. The pickle is read by unpickle.py, and the bytes are mapped from the file.
+the bytes of each storage. The pickle is read by unpickle.py.
 
 Nested mappings are flattened: tensors are named by the dotted path to them, and plain values go to `metadata`, as JSON
 by their path. An object of torchao becomes what torchao's own safetensors files hold in its place: tensors
@@ -32,14 +32,13 @@ DEEPEST = 20
 
 
 class PickleFile(TensorFile):
-    """One file of torch.save, its pickle read and checked; tensors are mapped from the file when asked for."""
+    """One file of torch.save, its pickle read and checked; tensors are read when asked for."""
 
     def __init__(self, path: Path):
         self.path = path
         self.tensors: dict[str, TensorInfo] = {}
         self.metadata: dict[str, str] = {}
         self._places: dict[str, Place] = {}
-        self._bytes: Tensor | None = None
         try:
             self._spans, pickled = _unzip(path)
             root = Machine(pickled).run()
@@ -54,16 +53,10 @@ class PickleFile(TensorFile):
         place = self._places[name]
         if 0 in place.size:
             return torch.empty(place.size, dtype=place.dtype)
-        if self._bytes is None:
-            self._bytes = torch.from_file(str(self.path), size=self.path.stat().st_size, dtype=torch.uint8)
-        start, length = self._spans[place.storage]
-        data = self._bytes[start : start + length]
-        if start % place.dtype.itemsize:
-            data = data.clone()
-        data = data[: length // place.dtype.itemsize * place.dtype.itemsize].view(place.dtype)
-        return data.as_strided(place.size, place.stride, data.storage_offset() + place.offset).clone(
-            memory_format=torch.contiguous_format
-        )
+        start = self._spans[place.storage][0] + place.offset * place.dtype.itemsize
+        count = 1 + sum((size - 1) * step for size, step in zip(place.size, place.stride, strict=True))
+        data = self.bytes_at(start, count * place.dtype.itemsize, name).view(place.dtype)
+        return data.as_strided(place.size, place.stride).contiguous()
 
     def _flatten(self, path: str, value: Any, depth: int = 0) -> None:
         self._count(path, depth)

@@ -9,8 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from qcompile.errors import CheckpointError
 
 
 @dataclass(frozen=True)
@@ -37,4 +40,14 @@ class TensorFile(ABC):
 
     @abstractmethod
     def read(self, name: str) -> Tensor:
-        """The tensor, on the CPU, in memory of its own or mapped from the file."""
+        """The tensor, on the CPU, in memory of its own."""
+
+    def bytes_at(self, start: int, count: int, name: str) -> Tensor:
+        """Bytes of the file, copied: a mapped file would count as memory of the process as long as one tensor lives."""
+        try:
+            found = np.fromfile(self.path, np.uint8, count, offset=start)
+        except OSError as error:
+            raise CheckpointError(f"{self.path.name}: {name}: {error}") from error
+        if found.size != count:
+            raise CheckpointError(f"{self.path.name}: {name} has {found.size} bytes of {count}; is it truncated?")
+        return torch.from_numpy(found) if count else torch.empty(0, dtype=torch.uint8)  # an empty array has stride 0

@@ -112,7 +112,7 @@ def shared_by(name: str, shape: tuple[int, ...], rows: int, columns: int, block:
         return PerTensor()
     if shape in ((rows,), (rows, 1)):
         return PerRow()
-    if len(shape) == 2 and shape[0] == rows and shape[1] and columns % shape[1] == 0:
+    if len(shape) == 2 and shape[0] == rows and columns >= shape[1] > 0 and columns % shape[1] == 0:
         return PerGroup(columns // shape[1])
     known = f"blocks of {tile[0]}x{tile[1]}" if block is not None else "blocks, of which the configuration says nothing"
     raise CheckpointError(

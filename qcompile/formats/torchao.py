@@ -298,7 +298,7 @@ def _float8_rounding(weight: Weight) -> Rounding | None:
         return None
     said = _plain(rule.get("float8_dtype")) or "float8_e4m3fn"
     elements = {str(dtype).removeprefix("torch."): element for dtype, element in FLOAT8.items()}
-    if said not in elements:
+    if str(said) not in elements:
         raise CheckpointError(f"{weight.path}: unknown float8_dtype {said!r} of activations; known: {list(elements)}")
     text = f"{elements[said]}/{_sharing(weight, rule)}/dynamic"
     for option, key in (("max", "hp_value_ub"), ("min", "hp_value_lb")):

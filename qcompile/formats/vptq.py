@@ -55,6 +55,8 @@ class _Layer:
             raise CheckpointError(f"quantization_config: config_for_layers says nothing of {module}")
         self.said: dict[str, Any] = said
         self.outlier_height, self.height = self._pair("vector_lens")
+        if 0 in (self.outlier_height, self.height):
+            raise CheckpointError(f"quantization_config: {self.module}: vector_lens has 0, vectors without numbers")
         self.outlier_entries, self.entries = self._pair("num_centroids")
         self.rest_entries = self._pair("num_res_centroids")[1]
         self.size = self._number("group_size")
