@@ -49,7 +49,7 @@ def main() -> None:
         torch.set_num_threads(1)
         clock = time.thread_time
     for spec in options.specs:
-        if reason := packed.missing(QSpec.parse(spec).element.bits):
+        if reason := packed.missing(QSpec.parse(spec).element):
             raise SystemExit(reason)
     lines = []
     for shape in options.shapes:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qcompile.errors import FormatError
 from qcompile.kernels._cpp import load_cpp
-from qcompile.kernels._weight import refuses_layout
+from qcompile.kernels._weight import refuses_weight
 from qcompile.quant.element import Element
 from qcompile.quant.granularity import PerBlock, PerTensor
 from qcompile.quant.packing import row_bytes
@@ -28,9 +28,6 @@ KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
 ADDED = 8  # beside the kind of a zero point that is added after scaling
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
-# (exponent bits, mantissa bits, bias) of the floats that are no table of sixteen.
-FIELDS = {"fp8_e4m3": (4, 3, 7), "fp8_e5m2": (5, 2, 15), "fp6_e2m3": (2, 3, 1), "fp6_e3m2": (3, 2, 3)}
-
 # Fewer codes times rows than this are not worth waking a thread for.
 WORK_OF_A_THREAD = 1 << 16
 
@@ -43,7 +40,10 @@ def refuses(x: Tensor, dtype: torch.dtype, scale: Tensor, zero: Tensor | None, s
         return f"handles float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
     if columns == 0:
         return "no inputs"
-    return refuses_layout(scale, zero, spec, columns) or missing(QSpec.parse(spec).element)
+    granularity = QSpec.parse(spec).granularity
+    if isinstance(granularity, PerBlock) and columns % granularity.width and granularity.width < columns:
+        return f"{spec}: the last tiles are cut off, {granularity.width} does not divide {columns}"
+    return refuses_weight(scale, zero, spec, columns) or missing(QSpec.parse(spec).element)
 
 
 @functools.cache
@@ -62,8 +62,8 @@ def _defines(element: Element) -> str:
     if element.table is not None and element.bits == 4:
         lines.append("#define TABLE {" + ", ".join(f"{number!r}f" for number in map(float, element.table)) + "}")
     elif element.is_float:
-        names = ("EXPONENT", "MANTISSA", "BIAS")
-        lines += [f"#define {name} {number}" for name, number in zip(names, FIELDS[element.tag], strict=True)]
+        fields = {"EXPONENT": element.exponent, "MANTISSA": element.mantissa, "BIAS": element.bias}
+        lines += [f"#define {name} {number}" for name, number in fields.items()]
     return "\n".join(lines) + "\n"
 
 

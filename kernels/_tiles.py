@@ -17,10 +17,12 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
+    from triton import constexpr_function
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 except ImportError:  # the modules still import, and every kernel refuses
     triton = SimpleNamespace(jit=lambda function: function)
     tl = gdc_launch_dependents = gdc_wait = None
+    constexpr_function = triton.jit
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -109,70 +111,89 @@ def _plane(row, chunk, word, mask, FIELD: tl.constexpr, FIELDS: tl.constexpr, WI
 
 
 @triton.jit
-def unit_codes(
-    row, K, chunk, word, mask,
-    FIELD: tl.constexpr, FIELDS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
-):  # fmt: skip
-    """Unit chunk * FIELDS + FIELD in byte form; P0, P1, P2 are the plane widths, low bits first, 0 for none.
+def unit_codes(row, K, chunk, word, mask, FIELD: tl.constexpr, W: tl.constexpr):
+    """Unit chunk * fields + FIELD in byte form, of a weight of layout W (see _weight.py).
 
     Planes that hold several units of the step in one chunk are loaded once: equal loads are merged by the compiler.
     """
-    codes = _plane(row, chunk, word, mask, FIELD, FIELDS, P0)
-    if P1 > 0:
-        row += plane_words(K, P0)
-        codes |= _plane(row, chunk, word, mask, FIELD, FIELDS, P1) << P0
-    if P2 > 0:
-        row += plane_words(K, P1)
-        codes |= _plane(row, chunk, word, mask, FIELD, FIELDS, P2) << (P0 + P1)
+    codes = _plane(row, chunk, word, mask, FIELD, W.fields, W.p0)
+    if W.p1 > 0:
+        row += plane_words(K, W.p0)
+        codes |= _plane(row, chunk, word, mask, FIELD, W.fields, W.p1) << W.p0
+    if W.p2 > 0:
+        row += plane_words(K, W.p1)
+        codes |= _plane(row, chunk, word, mask, FIELD, W.fields, W.p2) << (W.p0 + W.p1)
     return codes
 
 
 @triton.jit
-def byte_as_float(words, BYTE: tl.constexpr, BITS: tl.constexpr):
-    """code * 2**(SHIFT - 149) for the code in byte BYTE: its bits are read as a denormal float32.
+def byte_value(words, table_ptr, BYTE: tl.constexpr, W: tl.constexpr):
+    """The number of the code in byte BYTE, times a power of two that `scaled_for_byte` knows.
 
-    FMA takes denormals at full speed, so this costs one logic operation (two where the byte does not lie inside the 23
-    bits of the mantissa); an integer conversion runs at a fraction of that rate.
+    An integer's bits are read as a denormal float32, those of a small float as a float32 with a tiny exponent. FMA
+    takes denormals at full speed, so either costs a few logic operations; a conversion runs at a fraction of that rate.
     """
-    SHIFT: tl.constexpr = 8 * BYTE if 8 * BYTE + BITS <= 23 else 8 * ((23 - BITS) // 8)
-    placed = words >> (8 * BYTE - SHIFT) if 8 * BYTE > SHIFT else words
-    return (placed & (((1 << BITS) - 1) << SHIFT)).to(tl.float32, bitcast=True)
+    BITS: tl.constexpr = W.bits
+    if W.table:
+        return tl.load(table_ptr + ((words >> (8 * BYTE)) & ((1 << BITS) - 1)))
+    elif W.exponent > 0:
+        PLACE: tl.constexpr = 23 - W.mantissa
+        magnitude = words >> (8 * BYTE - PLACE) if 8 * BYTE > PLACE else words << (PLACE - 8 * BYTE)
+        magnitude &= ((1 << (BITS - 1)) - 1) << PLACE
+        value = magnitude | (words << (32 - BITS - 8 * BYTE)) & -0x80000000
+        if W.special > 0:
+            value |= tl.where(magnitude >= W.special << PLACE, 0x7F800000, 0)
+        return value.to(tl.float32, bitcast=True)
+    else:
+        SHIFT: tl.constexpr = _shift(BYTE, BITS)
+        placed = words >> (8 * BYTE - SHIFT) if 8 * BYTE > SHIFT else words
+        return (placed & (((1 << BITS) - 1) << SHIFT)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def scaled_for_byte(x, BYTE: tl.constexpr, BITS: tl.constexpr):
-    """The factor for `byte_as_float`: float32 x, scaled so that the product is 2**-74 times the true one."""
-    SHIFT: tl.constexpr = 8 * BYTE if 8 * BYTE + BITS <= 23 else 8 * ((23 - BITS) // 8)
-    return x * (2.0 ** (75 - SHIFT))
+def scaled_for_byte(x, BYTE: tl.constexpr, W: tl.constexpr):
+    """The factor for `byte_value`: float32 x, scaled so that the product is 2**-74 times the true one."""
+    if W.table:
+        return x
+    elif W.exponent > 0:
+        return x * (2.0 ** (127 - W.bias - 74))
+    else:
+        return x * (2.0 ** (75 - _shift(BYTE, W.bits)))
+
+
+@constexpr_function
+def _shift(byte: int, bits: int) -> int:
+    """Where the code of a byte lies among the 23 bits of a mantissa; moved only if it is not inside them."""
+    return 8 * byte if 8 * byte + bits <= 23 else 8 * ((23 - bits) // 8)
 
 
 @triton.jit
 def unit_weights(
-    data, scale_row, zero_row, K, chunk, OFFSET: tl.constexpr, GROUP: tl.constexpr, DTYPE: tl.constexpr,
-    FIELD: tl.constexpr, FIELDS: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
-    EVEN: tl.constexpr,
+    data, scale_row, zero_row, table_ptr, K, chunk,
+    DTYPE: tl.constexpr, FIELD: tl.constexpr, W: tl.constexpr, SCALED: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """(code - zero) * scale of unit chunk * FIELDS + FIELD as a (rows, 16 * chunks) tile of DTYPE; rounded once.
+    """The weights of unit chunk * fields + FIELD as a (rows, 16 * chunks) tile of DTYPE; rounded once.
 
-    data, scale_row and zero_row point at the rows, (rows, 1); `chunk` is a vector. GROUP 0 leaves the scale out.
+    data, scale_row and zero_row point at the rows, (rows, 1); `chunk` is a vector. The scale of a whole row is left out
+    unless SCALED.
     """
-    BITS: tl.constexpr = P0 + P1 + P2
     # The first of the units that surely share a scale with this one: the loads of their scales are then equal.
-    SHARING: tl.constexpr = FIELDS if GROUP == 0 else min(FIELDS, (GROUP // 16) & -(GROUP // 16))
+    FIRST: tl.constexpr = FIELD // W.sharing * W.sharing
     word = tl.arange(0, 4)[None, None, :]
-    mask = None if EVEN else ((chunk * FIELDS + FIELD) * 16 < K)[None, :, None]
-    codes = unit_codes(data[:, :, None], K, chunk[None, :, None], word, mask, FIELD, FIELDS, P0, P1, P2)
-    if GROUP == 0:
-        scale = 1.0
-        zero = OFFSET if zero_row is None else tl.load(zero_row).to(tl.float32)[:, :, None]
+    mask = None if EVEN else ((chunk * W.fields + FIELD) * 16 < K)[None, :, None]
+    codes = unit_codes(data[:, :, None], K, chunk[None, :, None], word, mask, FIELD, W)
+    if W.group == 0:
+        scale = tl.load(scale_row).to(tl.float32)[:, :, None] if SCALED else 1.0
+        zero = W.offset * 1.0 if zero_row is None else tl.load(zero_row).to(tl.float32)[:, :, None]
     else:
-        group = tl.minimum((chunk * FIELDS + FIELD // SHARING * SHARING) * 16, K - 1) // GROUP
+        group = tl.minimum((chunk * W.fields + FIRST) * 16, K - 1) // W.group
         scale = tl.load(scale_row + group[None, :]).to(tl.float32)[:, :, None]
-        zero = OFFSET if zero_row is None else tl.load(zero_row + group[None, :]).to(tl.float32)[:, :, None]
+        zero = W.offset * 1.0 if zero_row is None else tl.load(zero_row + group[None, :]).to(tl.float32)[:, :, None]
+    added = zero if W.added else -zero * scale
     parts = ()
     for byte in tl.static_range(4):
-        code = scaled_for_byte(byte_as_float(codes, byte, BITS), byte, BITS)
-        parts += (tl.fma(*tl.broadcast(code, scale * 2.0**74), -zero * scale + tl.zeros_like(code)),)
+        code = scaled_for_byte(byte_value(codes, table_ptr, byte, W), byte, W)
+        parts += (tl.fma(*tl.broadcast(code, scale * 2.0**74), added + tl.zeros_like(code)),)
     # Rounded last: Triton 3.6 fails to compile a reshape right before tl.dot for sm_90 and sm_100.
     return tl.reshape(stack(parts, 4), (codes.shape[0], codes.shape[1] * 16)).to(DTYPE)
 

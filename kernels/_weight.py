@@ -1,32 +1,21 @@
-"""A packed weight as the arguments that Triton kernels take, and the specs that they do not."""
+"""A packed weight as the arguments that Triton kernels take, and the specs that no kernel takes."""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from qcompile.kernels._tiles import FLOATS
+from qcompile.quant.element import Element
 from qcompile.quant.granularity import PerBlock, PerGroup, PerOutputGroup, PerTensor
 from qcompile.quant.packing import PLANES
 from qcompile.quant.spec import QSpec, Zero
 
 
 def refuses_weight(scale: Tensor, zero: Tensor | None, spec: str, columns: int) -> str | None:
-    """Why the Triton kernels cannot read this weight of `columns` inputs, or None."""
-    parsed = QSpec.parse(spec)
-    if parsed.element.is_float:
-        return f"{spec}: codes of {parsed.element} are not handled, integers are"
-    if parsed.zero is Zero.SHIFT:
-        return f"{spec}: zero points that are added after scaling are not handled"
-    if isinstance(parsed.granularity, PerBlock):
-        return f"{spec}: tiles that share a scale are not handled"
-    return refuses_layout(scale, zero, spec, columns)
-
-
-def refuses_layout(scale: Tensor, zero: Tensor | None, spec: str, columns: int) -> str | None:
     """Why no kernel of ours can read this weight of `columns` inputs, or None."""
     parsed = QSpec.parse(spec)
     granularity = parsed.granularity
@@ -34,11 +23,8 @@ def refuses_layout(scale: Tensor, zero: Tensor | None, spec: str, columns: int) 
         return f"{spec}: codes of e8m0 are scales"
     if isinstance(granularity, PerOutputGroup):
         return f"{spec}: groups along the output are not handled"
-    if isinstance(granularity, PerBlock):
-        if granularity.width % 16:
-            return f"{spec}: the width of a tile must be a multiple of 16"
-        if columns % granularity.width and granularity.width < columns:
-            return f"{spec}: the last tiles are cut off, {granularity.width} does not divide {columns}"
+    if isinstance(granularity, PerBlock) and granularity.width % 16:
+        return f"{spec}: the width of a tile must be a multiple of 16"
     if isinstance(granularity, PerGroup):
         if granularity.size % 16:
             return f"{spec}: the group size must be a multiple of 16"
@@ -51,55 +37,125 @@ def refuses_layout(scale: Tensor, zero: Tensor | None, spec: str, columns: int) 
     return None
 
 
+# A table's numbers are multiplied by this, as `byte_value` of other codes is (see _tiles.py).
+TABLE_SCALE = 2.0**-74
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a weight's codes become numbers: what a kernel is compiled for, its argument W.
+
+    p0, p1, p2  plane widths with the low bits first, 0 for none
+    offset      the constant zero point
+    added       is the zero point added after scaling?
+    group       inputs that share a scale; 0 where a whole row does, and it can be left to the end
+    height      rows that share their scales
+    exponent    of floats made of bit fields, or 0; with mantissa, bias, and special, the first of the codes without
+                their sign that are inf or NaN
+    table       do codes look their number up?
+    """
+
+    p0: int
+    p1: int
+    p2: int
+    offset: int
+    added: bool
+    group: int
+    height: int
+    exponent: int
+    mantissa: int
+    bias: int
+    special: int
+    table: bool
+
+    @property
+    def bits(self) -> int:
+        return self.p0 + self.p1 + self.p2
+
+    @property
+    def fields(self) -> int:
+        """Units of sixteen codes in a chunk of the smallest plane."""
+        return 8 // (self.p2 or self.p1 or self.p0)
+
+    @property
+    def sharing(self) -> int:
+        """A power of two of neighbouring units that surely share a scale, `fields` at most."""
+        units = self.group // 16
+        return min(self.fields, units & -units) if self.group else self.fields
+
+    @staticmethod
+    @functools.lru_cache(maxsize=1024)
+    def of(text: str) -> Layout:
+        spec = QSpec.parse(text)
+        element, granularity = spec.element, spec.granularity
+        planes = PLANES[element.bits]
+        added = spec.zero is Zero.SHIFT
+        if isinstance(granularity, PerGroup):
+            group = granularity.size
+        elif isinstance(granularity, PerBlock):
+            group = granularity.width
+        else:
+            group = 1 << 30 if added else 0  # what is added cannot be left to the end
+        return Layout(
+            *(planes[i] if i < len(planes) else 0 for i in range(3)),
+            offset=spec.offset,
+            added=added,
+            group=group,
+            height=granularity.height if isinstance(granularity, PerBlock) else 1,
+            exponent=element.exponent,
+            mantissa=element.mantissa,
+            bias=element.bias,
+            special={"fp8_e4m3": 0x7F, "fp8_e5m2": 0x7C}.get(element.tag, 0),
+            table=element.table is not None and not element.exponent,
+        )
+
+
 @dataclass(frozen=True)
 class Weight:
     """What a kernel is told about a packed weight.
 
     rows, columns   (out_features, in_features)
-    pointers        data as int32 words, scale, zero
+    pointers        data as int32 words, scale, zero, and the numbers of the codes where they are a table
     strides         from row to row: data in chunks of 16 bytes, scale and zero in elements
-    constants       OFFSET, the constant zero point; GROUP, codes a scale, 0 for the whole row; P0, P1, P2, plane widths
-                    with the low bits first; FIELDS, units of sixteen codes in a chunk of the smallest plane
     """
 
     rows: int
     columns: int
-    bits: int
-    pointers: tuple[Tensor | None, ...]
+    layout: Layout
+    pointers: tuple[Tensor, Tensor, Tensor | None, Tensor | None]
     strides: tuple[int, int, int]
-    constants: dict[str, Any]
 
     @property
     def step(self) -> int:
         """Codes that one chunk of the smallest plane covers."""
-        return 16 * self.constants["FIELDS"]
+        return 16 * self.layout.fields
 
     @staticmethod
     def of(data: Tensor, scale: Tensor, zero: Tensor | None, spec: str, columns: int) -> Weight:
         """The weight behind an op's arguments, which `refuses_weight` has passed. Copies only what is misaligned."""
-        parsed = QSpec.parse(spec)
-        planes = PLANES[parsed.element.bits]
+        parsed, layout = QSpec.parse(spec), Layout.of(spec)
         if data.data_ptr() % 16 or data.stride(0) % 16 or data.stride(1) != 1:
             data = data.clone(memory_format=torch.contiguous_format)
         scale, scale_stride = _side(scale, parsed)
         zero, zero_stride = (None, 0) if zero is None else _side(zero, parsed)
-        constants = {
-            "OFFSET": parsed.offset,
-            "GROUP": parsed.granularity.size if isinstance(parsed.granularity, PerGroup) else 0,
-            **{f"P{i}": planes[i] if i < len(planes) else 0 for i in range(3)},
-            "FIELDS": 8 // planes[-1],
-        }
-        pointers = (data.view(torch.int32), scale, zero)
+        table = _table(parsed.element, data.device) if layout.table else None
         strides = (data.stride(0) // 16, scale_stride, zero_stride)
-        return Weight(data.shape[0], columns, parsed.element.bits, pointers, strides, constants)
+        return Weight(data.shape[0], columns, layout, (data.view(torch.int32), scale, zero, table), strides)
 
     def narrow(self, first: int, count: int) -> Weight:
-        """The rows first … first + count - 1."""
-        pointers = tuple(
-            part if part is None or part.shape[0] != self.rows else part.narrow(0, first, count)
-            for part in self.pointers
-        )
-        return replace(self, rows=count, pointers=pointers)
+        """The rows first … first + count - 1; first is a multiple of the rows that share their scales."""
+        data, scale, zero, table = self.pointers
+        if self.strides[1]:
+            height = self.layout.height
+            some = (0, first // height, -(-count // height))
+            scale, zero = scale.narrow(*some), None if zero is None else zero.narrow(*some)
+        return replace(self, rows=count, pointers=(data.narrow(0, first, count), scale, zero, table))
+
+
+@functools.lru_cache(maxsize=64)
+def _table(element: Element, device: torch.device) -> Tensor:
+    assert element.table is not None
+    return torch.tensor(element.table, device=device) * TABLE_SCALE
 
 
 def _side(side: Tensor, spec: QSpec) -> tuple[Tensor, int]:

@@ -58,7 +58,7 @@ def dequantize_triton(
 
 def write_weight(out: Tensor, weight: Weight, tile: _tuning.DequantizeTile | None = None) -> None:
     """Fill contiguous `out` (rows, columns) with the weight."""
-    tile = tile or _tuning.dequantize_tile(weight.bits)
+    tile = tile or _tuning.dequantize_tile(weight.layout.bits)
     (n, k), span = out.shape, tile.chunks * weight.step
     launch(
         _dequantize,
@@ -68,7 +68,7 @@ def write_weight(out: Tensor, weight: Weight, tile: _tuning.DequantizeTile | Non
         n,
         k,
         *weight.strides,
-        **weight.constants,
+        W=weight.layout,
         EVEN=k % span == 0,
         BLOCK_N=tile.outputs,
         CHUNKS=tile.chunks,
@@ -79,9 +79,8 @@ def write_weight(out: Tensor, weight: Weight, tile: _tuning.DequantizeTile | Non
 
 @triton.jit
 def _dequantize(
-    data_ptr, scale_ptr, zero_ptr, out_ptr, N, K, data_stride, scale_stride, zero_stride,
-    OFFSET: tl.constexpr, GROUP: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
-    FIELDS: tl.constexpr, EVEN: tl.constexpr, BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr, PDL: tl.constexpr,
+    data_ptr, scale_ptr, zero_ptr, table_ptr, out_ptr, N, K, data_stride, scale_stride, zero_stride,
+    W: tl.constexpr, EVEN: tl.constexpr, BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
@@ -89,16 +88,14 @@ def _dequantize(
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.minimum(n, N - 1).to(tl.int64)[:, None]
     data = data_ptr + row * (data_stride * 4)
-    scale_row = scale_ptr + row * scale_stride
-    zero_row = None if zero_ptr is None else zero_ptr + row * zero_stride
+    scale_row = scale_ptr + row // W.height * scale_stride
+    zero_row = None if zero_ptr is None else zero_ptr + row // W.height * zero_stride
     start = tl.program_id(0) * CHUNKS
     inputs = tl.arange(0, CHUNKS * 16)
-    # The whole row is one group to kernels that scale their sums; here it is scaled at once.
-    SIZE: tl.constexpr = GROUP if GROUP > 0 else 1 << 30
+    DTYPE: tl.constexpr = out_ptr.dtype.element_ty
+    FIELDS: tl.constexpr = W.fields
     for field in tl.static_range(FIELDS):
-        w = unit_weights(
-            data, scale_row, zero_row, K, start + tl.arange(0, CHUNKS), OFFSET, SIZE, out_ptr.dtype.element_ty,
-            field, FIELDS, P0, P1, P2, EVEN,
-        )  # fmt: skip
+        chunk = start + tl.arange(0, CHUNKS)
+        w = unit_weights(data, scale_row, zero_row, table_ptr, K, chunk, DTYPE, field, W, True, EVEN)
         k = ((start + inputs // 16) * (FIELDS * 16) + field * 16 + inputs % 16)[None, :]
         tl.store(out_ptr + row * K + k, w, mask=(n < N)[:, None] & (k < K))

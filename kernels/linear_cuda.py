@@ -48,7 +48,7 @@ def linear_cuda(
     weight = Weight.of(data, scale, zero, spec, columns)
     bias = None if bias is None else bias.contiguous()
     device = _tuning.Device.of(x.device)
-    way = _tuning.way(rows.shape[0], weight.rows, columns, weight.bits, device)
+    way = _tuning.way(rows.shape[0], weight.rows, columns, weight.layout.bits, device)
     if way == "gemv":
         tile = _tuning.gemv_tile(rows.shape[0], weight.rows, columns, weight.step)
         return gemv(rows, weight, bias, activation, tile).reshape(shape)
@@ -68,7 +68,8 @@ def linear_triton(
 def dequantize_and_multiply(x: Tensor, weight: Weight, bias: Tensor | None, activation: str | None) -> Tensor:
     """act(x @ W.T + bias) through a float copy of a slab of weight rows at a time, which stays in the L2 cache."""
     out = x.new_empty(x.shape[0], weight.rows)
-    slab = max(1, _tuning.SLAB_ELEMENTS // weight.columns)
+    height = weight.layout.height
+    slab = max(1, _tuning.SLAB_ELEMENTS // weight.columns // height) * height
     scratch = x.new_empty(min(slab, weight.rows), weight.columns)
     for first in range(0, weight.rows, slab):
         count = min(slab, weight.rows - first)

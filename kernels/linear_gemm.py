@@ -46,7 +46,7 @@ def gemm(x: Tensor, weight: Weight, bias: Tensor | None, activation: str | None,
         n,
         k,
         *weight.strides,
-        **weight.constants,
+        W=weight.layout,
         ACTIVATION=None if split else activation,
         EVEN=k % (tile.chunks * weight.step) == 0,
         BLOCK_M=tile.rows,
@@ -65,23 +65,23 @@ def gemm(x: Tensor, weight: Weight, bias: Tensor | None, activation: str | None,
 
 @triton.jit
 def _gemm(
-    x_ptr, data_ptr, scale_ptr, zero_ptr, bias_ptr, out_ptr, M, N, K, data_stride, scale_stride, zero_stride,
-    OFFSET: tl.constexpr, GROUP: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
-    FIELDS: tl.constexpr, ACTIVATION: tl.constexpr, EVEN: tl.constexpr,
+    x_ptr, data_ptr, scale_ptr, zero_ptr, table_ptr, bias_ptr, out_ptr, M, N, K, data_stride, scale_stride, zero_stride,
+    W: tl.constexpr, ACTIVATION: tl.constexpr, EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    FIELDS: tl.constexpr = W.fields
     # Neighbouring programs share their weights.
     blocks_m = tl.cdiv(M, BLOCK_M)
     m = tl.program_id(0) % blocks_m * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(0) // blocks_m * BLOCK_N + tl.arange(0, BLOCK_N)
     weight_row = tl.minimum(n, N - 1).to(tl.int64)[:, None]
     data = data_ptr + weight_row * (data_stride * 4)
-    scale_row = scale_ptr + weight_row * scale_stride
-    zero_row = None if zero_ptr is None else zero_ptr + weight_row * zero_stride
+    scale_row = scale_ptr + weight_row // W.height * scale_stride
+    zero_row = None if zero_ptr is None else zero_ptr + weight_row // W.height * zero_stride
     x_row = x_ptr + tl.minimum(m, M - 1).to(tl.int64)[:, None] * K
     inputs = tl.arange(0, CHUNKS * 16)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -90,9 +90,9 @@ def _gemm(
         for field in tl.static_range(FIELDS):
             k = ((start + inputs // 16) * (FIELDS * 16) + field * 16 + inputs % 16)[None, :]
             x = tl.load(x_row + k, mask=None if EVEN else k < K, other=None if EVEN else 0.0)
-            w = unit_weights(data, scale_row, zero_row, K, chunk, OFFSET, GROUP, DTYPE, field, FIELDS, P0, P1, P2, EVEN)
+            w = unit_weights(data, scale_row, zero_row, table_ptr, K, chunk, DTYPE, field, W, False, EVEN)
             acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
-    if GROUP == 0:
+    if W.group == 0:
         acc *= tl.load(scale_ptr + tl.minimum(n, N - 1).to(tl.int64) * scale_stride).to(tl.float32)[None, :]
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]

@@ -12,7 +12,7 @@ from torch import Tensor
 from qcompile.kernels import _tuning
 from qcompile.kernels._tiles import (
     activate,
-    byte_as_float,
+    byte_value,
     cdiv,
     dependent_launch,
     gdc_launch_dependents,
@@ -45,7 +45,7 @@ def gemv(x: Tensor, weight: Weight, bias: Tensor | None, activation: str | None,
         weight.rows,
         k,
         *weight.strides,
-        **weight.constants,
+        W=weight.layout,
         ACTIVATION=activation,
         EVEN=k % (tile.chunks * weight.step) == 0,
         ROWS=power_of_two(m),
@@ -59,30 +59,30 @@ def gemv(x: Tensor, weight: Weight, bias: Tensor | None, activation: str | None,
 
 @triton.jit
 def _gemv(
-    x_ptr, data_ptr, scale_ptr, zero_ptr, bias_ptr, out_ptr, M, N, K, data_stride, scale_stride, zero_stride,
-    OFFSET: tl.constexpr, GROUP: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
-    FIELDS: tl.constexpr, ACTIVATION: tl.constexpr, EVEN: tl.constexpr,
+    x_ptr, data_ptr, scale_ptr, zero_ptr, table_ptr, bias_ptr, out_ptr, M, N, K, data_stride, scale_stride, zero_stride,
+    W: tl.constexpr, ACTIVATION: tl.constexpr, EVEN: tl.constexpr,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, CHUNKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
-    # Units that surely share a scale, no more than their x fits into registers: a power of two that divides the group.
-    SHARING: tl.constexpr = min(FIELDS, 4 if GROUP == 0 else min(4, (GROUP // 16) & -(GROUP // 16)))
+    FIELDS: tl.constexpr = W.fields
+    SHARING: tl.constexpr = min(4, W.sharing)  # x of more units does not fit into registers
     first = tl.program_id(0) * OUTPUTS
     sums = (tl.zeros((CHUNKS,), tl.float32),) * (OUTPUTS * ROWS)
     for start in tl.range(0, tl.cdiv(K, FIELDS * 16), CHUNKS):
         chunk = start + tl.arange(0, CHUNKS)
         for field in tl.static_range(0, FIELDS, SHARING):
-            xs, x_sums = _inputs(x_ptr, M, K, chunk, DTYPE, P0 + P1 + P2, field, SHARING, FIELDS, EVEN, ROWS)
+            xs, x_sums = _inputs(x_ptr, M, K, chunk, DTYPE, field, SHARING, W, EVEN, ROWS)
             new = ()
             for output in tl.static_range(OUTPUTS):
                 n = tl.minimum(first + output, N - 1).to(tl.int64)
-                zero_row = None if zero_ptr is None else zero_ptr + n * zero_stride
+                scale_row = scale_ptr + n // W.height * scale_stride
+                zero_row = None if zero_ptr is None else zero_ptr + n // W.height * zero_stride
                 dots = _dots(
-                    data_ptr + n * (data_stride * 4), scale_ptr + n * scale_stride, zero_row, xs, x_sums, chunk, K,
-                    OFFSET, GROUP, P0, P1, P2, field, SHARING, FIELDS, EVEN, ROWS,
+                    data_ptr + n * (data_stride * 4), scale_row, zero_row, table_ptr, xs, x_sums, chunk, K,
+                    field, SHARING, W, EVEN, ROWS,
                 )  # fmt: skip
                 for m in tl.static_range(ROWS):
                     new += (sums[output * ROWS + m] + dots[m],)
@@ -91,7 +91,7 @@ def _gemv(
     i = tl.arange(0, OUTPUTS * ROWS)
     n, m = first + i // ROWS, i % ROWS
     inside = n < N
-    if GROUP == 0:
+    if W.group == 0:
         y *= tl.load(scale_ptr + n.to(tl.int64) * scale_stride, mask=inside).to(tl.float32)
     if bias_ptr is not None:
         y += tl.load(bias_ptr + n, mask=inside).to(tl.float32)
@@ -100,21 +100,21 @@ def _gemv(
 
 @triton.jit
 def _inputs(
-    x_ptr, M, K, chunk, DTYPE: tl.constexpr, BITS: tl.constexpr, FIRST: tl.constexpr, SHARING: tl.constexpr,
-    FIELDS: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr,
+    x_ptr, M, K, chunk, DTYPE: tl.constexpr, FIRST: tl.constexpr, SHARING: tl.constexpr, W: tl.constexpr,
+    EVEN: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """x at the units from FIRST on, as `scaled_for_byte`, at (unit * ROWS + row) * 4 + byte; and its sums by row."""
     word = tl.arange(0, 4)[None, :]
     xs = ()
     totals = (tl.zeros((chunk.shape[0], 4), tl.float32),) * ROWS
     for unit in tl.static_range(SHARING):
-        k = (chunk * (FIELDS * 16) + (FIRST + unit) * 16)[:, None]
+        k = (chunk * (W.fields * 16) + (FIRST + unit) * 16)[:, None]
         new = ()
         for m in tl.static_range(ROWS):
             total = totals[m]
             for byte in tl.static_range(4):
                 x = _x_of_byte(x_ptr, tl.minimum(m, M - 1), k, word, K, DTYPE, byte, EVEN)
-                xs += (scaled_for_byte(x, byte, BITS),)
+                xs += (scaled_for_byte(x, byte, W),)
                 total += x
             new += (total,)
         totals = new
@@ -126,31 +126,31 @@ def _inputs(
 
 @triton.jit
 def _dots(
-    data, scale_ptr, zero_ptr, xs, x_sums, chunk, K, OFFSET: tl.constexpr, GROUP: tl.constexpr,
-    P0: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr, FIRST: tl.constexpr, SHARING: tl.constexpr,
-    FIELDS: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr,
+    data, scale_row, zero_row, table_ptr, xs, x_sums, chunk, K,
+    FIRST: tl.constexpr, SHARING: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """For each row of x and each chunk: Σ (code - zero) * scale * x over the units from FIRST on, which share a scale.
+    """For each row of x and each chunk: Σ weight * x over the units from FIRST on, which share a scale.
 
     Without the scale where a row of the weight has but one.
     """
     word = tl.arange(0, 4)[None, :]
     parts = (tl.zeros((chunk.shape[0], 4), tl.float32),) * ROWS
     for unit in tl.static_range(SHARING):
-        mask = None if EVEN else ((chunk * FIELDS + FIRST + unit) * 16 < K)[:, None]
-        codes = unit_codes(data, K, chunk[:, None], word, mask, FIRST + unit, FIELDS, P0, P1, P2)
+        mask = None if EVEN else ((chunk * W.fields + FIRST + unit) * 16 < K)[:, None]
+        codes = unit_codes(data, K, chunk[:, None], word, mask, FIRST + unit, W)
         for byte in tl.static_range(4):
-            code = byte_as_float(codes, byte, P0 + P1 + P2)
+            code = byte_value(codes, table_ptr, byte, W)
             new = ()
             for m in tl.static_range(ROWS):
                 new += (tl.fma(code, xs[(unit * ROWS + m) * 4 + byte], parts[m]),)
             parts = new
-    group = 0 if GROUP == 0 else tl.minimum((chunk * FIELDS + FIRST) * 16, K - 1) // GROUP
-    scale = 1.0 if GROUP == 0 else tl.load(scale_ptr + group).to(tl.float32)
-    zero = OFFSET if zero_ptr is None else tl.load(zero_ptr + group).to(tl.float32)
+    group = 0 if W.group == 0 else tl.minimum((chunk * W.fields + FIRST) * 16, K - 1) // W.group
+    scale = 1.0 if W.group == 0 else tl.load(scale_row + group).to(tl.float32)
+    zero = W.offset * 1.0 if zero_row is None else tl.load(zero_row + group).to(tl.float32)
     dots = ()
     for m in tl.static_range(ROWS):
-        dots += (scale * (tl.sum(parts[m], 1) * 2.0**74 - zero * x_sums[m]),)
+        dot = tl.sum(parts[m], 1) * 2.0**74
+        dots += (dot * scale + zero * x_sums[m] if W.added else scale * (dot - zero * x_sums[m]),)
     return dots
 
 

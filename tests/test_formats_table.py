@@ -15,7 +15,8 @@ from torch import Tensor
 import qcompile
 from qcompile import formats, writers
 from qcompile.files.checkpoint import open_checkpoint
-from qcompile.kernels._weight import refuses_layout, refuses_weight
+from qcompile.kernels import _packed_cpu
+from qcompile.kernels._weight import refuses_weight
 from qcompile.quant.tensor import QTensor
 from qcompile.save import _contents
 
@@ -49,8 +50,9 @@ def rows_of(folder: Path) -> list[tuple[str, str, str, str, frozenset[str]]]:
         columns = weight.tensor.columns
         sides = [s.dequantize() if isinstance(s, QTensor) else s for s in (weight.tensor.scale, weight.tensor.zero)]
         assert isinstance(sides[0], Tensor)
-        cpu = kernel(refuses_layout(sides[0], sides[1], str(weight.spec), columns))
-        gpu = kernel(refuses_weight(sides[0], sides[1], str(weight.spec), columns))
+        arguments = (sides[0], sides[1], str(weight.spec), columns)
+        cpu = kernel(_packed_cpu.refuses(torch.empty(0), torch.float32, *arguments))
+        gpu = kernel(refuses_weight(*arguments))
         found.append((method.name, str(weight.spec), cpu, gpu, saved))
     return found
 

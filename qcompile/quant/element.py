@@ -17,7 +17,8 @@ class Element:
     Integers: u1 … u8 are the codes themselves; i2 … i8 are centred, `code - offset` with half the range as offset, and
     have no zero point. `ternary` is three levels in two bits: -1, 0, 1 when symmetric, 0, 1, 2 with a zero point.
 
-    Floats have no zero point either. Those of 8 bits are `dtype` seen as bytes; smaller ones look up `table`.
+    Floats have no zero point either. Those of 8 bits are `dtype` seen as bytes; smaller ones look up `table`. Where the
+    bits are a sign, `exponent` bits and `mantissa` bits, these say how many; the bias is as in IEEE 754.
     """
 
     tag: str
@@ -26,6 +27,8 @@ class Element:
     offset: int = 0
     table: tuple[float, ...] | None = None
     dtype: torch.dtype | None = None
+    exponent: int = 0
+    mantissa: int = 0
 
     def __str__(self) -> str:
         return self.tag
@@ -33,6 +36,10 @@ class Element:
     @property
     def is_float(self) -> bool:
         return self.table is not None or self.dtype is not None
+
+    @property
+    def bias(self) -> int:
+        return 2 ** (self.exponent - 1) - 1 if self.exponent else 0
 
     @staticmethod
     def parse(tag: str) -> Element:
@@ -55,13 +62,14 @@ class Element:
         return table.index_select(0, codes.reshape(-1).to(torch.int32)).reshape(codes.shape)
 
 
-def _minifloat(exponent: int, mantissa: int, bias: int) -> tuple[float, ...]:
-    """All values of a float of 1 + exponent + mantissa bits without inf and NaN, by code (OCP MX specification 1.0)."""
-    positive = []
+def _minifloat(tag: str, exponent: int, mantissa: int) -> Element:
+    """A float of 1 + exponent + mantissa bits without inf and NaN (OCP MX specification 1.0)."""
+    bits, bias, positive = 1 + exponent + mantissa, 2 ** (exponent - 1) - 1, []
     for code in range(2 ** (exponent + mantissa)):
         power, fraction = code >> mantissa, (code & (2**mantissa - 1)) / 2**mantissa
         positive.append(2.0 ** (power - bias) * (1 + fraction) if power else 2.0 ** (1 - bias) * fraction)
-    return (*positive, *(-value for value in positive))
+    table = (*positive, *(-value for value in positive))
+    return Element(tag, bits, 2**bits, table=table, exponent=exponent, mantissa=mantissa)
 
 
 # QLoRA (arXiv:2305.14314), appendix E.
@@ -83,12 +91,12 @@ ELEMENTS: dict[str, Element] = {
         *(Element(f"u{bits}", bits, 2**bits) for bits in _WIDTHS),
         *(Element(f"i{bits}", bits, 2**bits, offset=2 ** (bits - 1)) for bits in _WIDTHS[1:]),
         Element("ternary", 2, 3, offset=1),
-        Element("fp8_e4m3", 8, 256, dtype=torch.float8_e4m3fn),
-        Element("fp8_e5m2", 8, 256, dtype=torch.float8_e5m2),
+        Element("fp8_e4m3", 8, 256, dtype=torch.float8_e4m3fn, exponent=4, mantissa=3),
+        Element("fp8_e5m2", 8, 256, dtype=torch.float8_e5m2, exponent=5, mantissa=2),
         Element("e8m0", 8, 256, dtype=torch.float8_e8m0fnu),
-        Element("fp6_e2m3", 6, 64, table=_minifloat(2, 3, 1)),
-        Element("fp6_e3m2", 6, 64, table=_minifloat(3, 2, 3)),
-        Element("fp4_e2m1", 4, 16, table=_minifloat(2, 1, 1)),
+        _minifloat("fp6_e2m3", 2, 3),
+        _minifloat("fp6_e3m2", 3, 2),
+        _minifloat("fp4_e2m1", 2, 1),
         Element("fp4_bnb", 4, 16, table=_FP4_BNB),
         Element("nf4", 4, 16, table=_NF4),
         Element("iq4", 4, 16, table=_IQ4),

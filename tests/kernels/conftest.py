@@ -56,18 +56,24 @@ def random_tensor(device: str, dtype: torch.dtype) -> Callable[..., Tensor]:
 
 @pytest.fixture
 def random_weight(device: str) -> Callable[..., QTensor]:
-    """`random_weight("u4/g64/asym", rows, columns, torch.float16)`: random codes, scales and zeros of that dtype."""
+    """`random_weight("u4/g64/asym", rows, columns, torch.float16)`: random codes, scales and zeros of that dtype.
+
+    Codes that are inf or NaN are left out.
+    """
 
     def make(spec: str, rows: int, columns: int, side: torch.dtype) -> QTensor:
         parsed = QSpec.parse(spec)
         groups, levels = parsed.scale_shape(rows, columns), parsed.element.levels
         codes = torch.randint(0, levels, (rows, columns), dtype=torch.uint8, device=device)
+        codes = torch.where(parsed.element.decode(codes, torch.float32).isfinite(), codes, 1)
         scale = (torch.rand(groups) * 0.02 + 0.005).to(device, side)
         zero = None
         if parsed.zero is Zero.FLOAT:
             zero = (torch.rand(groups) * levels).to(device, side)
         elif parsed.zero is Zero.INT:
             zero = torch.randint(0, levels, groups, dtype=torch.uint8, device=device)
+        elif parsed.zero is Zero.SHIFT:
+            zero = (torch.randn(groups) * 0.02).to(device, side)
         return QTensor.from_codes(parsed, codes, scale, zero)
 
     return make

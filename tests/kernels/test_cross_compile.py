@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from qcompile.kernels import _tuning, dequantize_gpu, gated_act, linear_gemm, linear_gemv, norm, rope
+from qcompile.kernels._weight import Layout
 
 triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -28,9 +29,10 @@ GPUS = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 
 WIDELY = (80, 90)  # where every variant is tried; elsewhere one a kernel, to save time
 
-FOUR_BITS = {"OFFSET": 0, "GROUP": 64, "P0": 4, "P1": 0, "P2": 0, "FIELDS": 2, "EVEN": True}
-THREE_BITS = {"OFFSET": 4, "GROUP": 64, "P0": 2, "P1": 1, "P2": 0, "FIELDS": 8, "EVEN": False}
-STEP = {2: 32, 8: 128}
+FOUR_BITS = Layout.of("u4/g64/asym")
+THREE_BITS = Layout.of("i3/g64/sym")
+FP8_TILES = Layout.of("fp8_e4m3/b128x128/sym")
+NF4 = Layout.of("nf4/g64/sym")
 
 
 def compiled(kernel: Any, gpu: int, absent: tuple[str, ...], warps: int, stages: int = 3, **constants: Any) -> Any:
@@ -47,7 +49,7 @@ def compiled(kernel: Any, gpu: int, absent: tuple[str, ...], warps: int, stages:
             signature[name] = "*i32"
         elif name == "x_ptr" and kernel is linear_gemv._gemv:
             signature[name] = "*i64"
-        elif name == "parts_ptr":
+        elif name in ("parts_ptr", "table_ptr"):
             signature[name] = "*fp32"
         elif name.endswith("_ptr"):
             signature[name] = f"*{short}"
@@ -57,6 +59,10 @@ def compiled(kernel: Any, gpu: int, absent: tuple[str, ...], warps: int, stages:
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
     return triton.compile(source, target=GPUTarget("cuda", gpu, 32), options={"num_warps": warps, "num_stages": stages})
+
+
+def absent_of(layout: Layout) -> tuple[str, ...]:
+    return ("zero_ptr",) * (layout is not FOUR_BITS) + ("table_ptr",) * (not layout.table)
 
 
 def stack_bytes(cubin: bytes) -> int:
@@ -76,31 +82,42 @@ def variants(gpu: int) -> dict[str, Any]:
     device = _tuning.Device(gpu // 10, GPUS[gpu] << 10)
     dtype = torch.bfloat16
     found = {}
-    for name, bits, rows in (("one row", FOUR_BITS, 1), ("eight rows", FOUR_BITS, 8), ("three bits", THREE_BITS, 1)):
+    few = (("one row", FOUR_BITS, 1), ("eight rows", FOUR_BITS, 8), ("three bits", THREE_BITS, 1))
+    for name, layout, rows in (*few, ("fp8", FP8_TILES, 1), ("nf4", NF4, 4)):
         if name != "one row" and gpu not in WIDELY:
             continue
-        tile = _tuning.gemv_tile(rows, 4096, 4096, STEP[bits["FIELDS"]])
-        sizes = {"ROWS": rows, "OUTPUTS": tile.outputs, "CHUNKS": tile.chunks}
-        absent = ("bias_ptr", "zero_ptr") if bits is THREE_BITS else ("bias_ptr",)
-        found[f"gemv, {name}"] = compiled(
-            linear_gemv._gemv, gpu, absent, tile.warps, ACTIVATION="silu", **bits, **sizes
-        )
-    for name, bits, rows in (("16 rows", FOUR_BITS, 16), ("200 rows", FOUR_BITS, 200), ("three bits", THREE_BITS, 64)):
+        tile = _tuning.gemv_tile(rows, 4096, 4096, 16 * layout.fields)
+        sizes = {"EVEN": layout is not THREE_BITS, "ROWS": rows, "OUTPUTS": tile.outputs, "CHUNKS": tile.chunks}
+        absent = ("bias_ptr", *absent_of(layout))
+        kernel = linear_gemv._gemv
+        found[f"gemv, {name}"] = compiled(kernel, gpu, absent, tile.warps, ACTIVATION="silu", W=layout, **sizes)
+    some = (("16 rows", FOUR_BITS, 16), ("200 rows", FOUR_BITS, 200), ("three bits", THREE_BITS, 64))
+    for name, layout, rows in (*some, ("fp8", FP8_TILES, 64), ("nf4", NF4, 200)):
         if name != "200 rows" and gpu not in WIDELY:
             continue
         if not device.tensor_cores:
             continue  # Triton has no tensor cores before 8.0, and _tuning.way never chooses this kernel there
-        tile = _tuning.gemm_tile(rows, 4096, 4096, STEP[bits["FIELDS"]], dtype, device)
+        tile = _tuning.gemm_tile(rows, 4096, 4096, 16 * layout.fields, dtype, device)
         sizes = {"BLOCK_M": tile.rows, "BLOCK_N": tile.outputs, "CHUNKS": tile.chunks}
-        absent = ("bias_ptr", "zero_ptr") if bits is THREE_BITS else ("bias_ptr",)
+        absent, kernel = ("bias_ptr", *absent_of(layout)), linear_gemm._gemm
         found[f"gemm, {name}"] = compiled(
-            linear_gemm._gemm, gpu, absent, tile.warps, tile.stages, ACTIVATION=None, **bits, **sizes
+            kernel,
+            gpu,
+            absent,
+            tile.warps,
+            tile.stages,
+            ACTIVATION=None,
+            W=layout,
+            EVEN=layout is not THREE_BITS,
+            **sizes,
         )
     block = {"SPLITS": 4, "ACTIVATION": "gelu", "BLOCK": linear_gemm.FINISH_BLOCK}
     found["finish"] = compiled(linear_gemm._finish, gpu, (), 4, **block)
     tile = _tuning.dequantize_tile(4)
-    sizes = {"BLOCK_N": tile.outputs, "CHUNKS": tile.chunks}
-    found["dequantize"] = compiled(dequantize_gpu._dequantize, gpu, (), tile.warps, **FOUR_BITS, **sizes)
+    for name, layout in (("", FOUR_BITS), (", fp8", FP8_TILES), (", nf4", NF4)):
+        sizes = {"W": layout, "EVEN": True, "BLOCK_N": tile.outputs, "CHUNKS": tile.chunks}
+        absent, kernel = absent_of(layout), dequantize_gpu._dequantize
+        found[f"dequantize{name}"] = compiled(kernel, gpu, absent, tile.warps, **sizes)
     found["rms_norm"] = compiled(norm._rms_norm, gpu, (), 8, OFFSET=0.0, BLOCK_M=1, BLOCK_N=4096)
     found["layer_norm"] = compiled(norm._layer_norm, gpu, (), 8, BLOCK_M=1, BLOCK_N=4096)
     found["gated_act"] = compiled(gated_act._gated_act, gpu, (), 4, ACTIVATION="silu", BLOCK_M=1, BLOCK_N=1024)

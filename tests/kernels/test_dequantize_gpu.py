@@ -7,10 +7,13 @@ import torch
 
 from qcompile.kernels import dequantize_gpu
 from qcompile.ops.linear import dequantize
+from qcompile.quant.spec import QSpec
 from qcompile.quant.tensor import QTensor
 
 SPECS = ["u4/g64/asym", "i4/g32/sym", "u8/g128/asym_int", "i8/row/sym", "u3/g16/asym", "i5/row/sym", "u6/tensor/asym"]
-SPECS += ["i7/g64/sym", "u2/g64/asym", "u1/g128/asym_int", "ternary/row/sym"]
+SPECS += ["i7/g64/sym", "u2/g64/asym", "u1/g128/asym_int", "ternary/row/sym", "u4/g32/shift", "u3/row/shift"]
+SPECS += ["fp8_e4m3/row/sym", "fp8_e5m2/g32/sym", "fp6_e2m3/g32/sym", "fp6_e3m2/g32/sym", "fp4_e2m1/g16/sym"]
+SPECS += ["nf4/g64/sym", "fp4_bnb/g64/sym", "iq4/g32/sym", "fp8_e4m3/b2x48/sym", "i8/b128x128/sym"]
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -33,6 +36,17 @@ def test_odd_columns_and_more_dimensions(
     got = dequantize_gpu.dequantize_cuda(q.data, q.scale, q.zero, "i4/row/sym", [2, 3, k], dtype)
     want = dequantize.meaning(q.data, q.scale, q.zero, "i4/row/sym", [2, 3, k], torch.float64)
     assert_close(got, want)
+
+
+@pytest.mark.parametrize("tag", ["fp8_e4m3", "fp8_e5m2", "fp6_e3m2", "fp6_e2m3", "fp4_e2m1", "fp4_bnb", "nf4", "iq4"])
+def test_every_code_of_a_float(tag: str, device: str) -> None:
+    """Exactly, inf and NaN too; in every byte of a word."""
+    levels = QSpec.parse(f"{tag}/tensor/sym").element.levels
+    codes = torch.arange(levels, dtype=torch.uint8).repeat(5)[None].to(device)
+    q = QTensor.from_codes(QSpec.parse(f"{tag}/tensor/sym"), codes, torch.ones(1, 1, device=device), None)
+    args = (q.data, q.scale, q.zero, f"{tag}/tensor/sym", list(codes.shape), torch.float32)
+    got, want = dequantize_gpu.dequantize_cuda(*args), dequantize.meaning(*args)  # type: ignore[arg-type]
+    torch.testing.assert_close(got, want, rtol=0 if not q.spec.element.table else 2**-23, atol=0, equal_nan=True)
 
 
 def test_refuses_float64(random_weight: Callable[..., QTensor]) -> None:

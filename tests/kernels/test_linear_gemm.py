@@ -38,6 +38,22 @@ CASES = [
     ("i7/row/sym", 3, 2, 17),
     ("u7/tensor/asym", 1, 16, 272),
     ("u4/row/asym", 40, 40, 1),
+    # floats: bit fields and tables
+    ("fp8_e4m3/row/sym", 17, 3, 130),
+    ("fp8_e5m2/g32/sym", 3, 4, 160),
+    ("fp8_e4m3/tensor/sym", 1, 5, 64),
+    ("fp6_e2m3/g32/sym", 20, 3, 224),
+    ("fp6_e3m2/row/sym", 1, 2, 70),
+    ("fp4_e2m1/g16/sym", 17, 5, 112),
+    ("fp4_bnb/g64/sym", 1, 3, 192),
+    ("nf4/g64/sym", 20, 6, 320),
+    ("iq4/g32/sym", 1, 3, 96),
+    # what is added after scaling, and tiles, cut off too
+    ("u4/g32/shift", 17, 3, 160),
+    ("u5/g16/shift", 1, 4, 96),
+    ("u2/row/shift", 3, 3, 70),
+    ("fp8_e4m3/b2x32/sym", 20, 5, 80),
+    ("i8/b3x16/sym", 1, 7, 64),
 ]
 
 
