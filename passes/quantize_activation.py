@@ -1,9 +1,9 @@
-"""Linears of rounded activations and packed weights, both of 8-bit integers, become linears of codes.
+"""Linears of rounded activations and packed weights, both 8-bit integers or both 8-bit floats, become linears of codes.
 
     x' = round_activation(x, "i8/token/dynamic")
-    y = qcompile.linear(x', W as i8/row/sym)           ->        y = qcompile.linear_int8(x, W)
+    y = qcompile.linear(x', W as i8/row/sym)           ->        y = qcompile.linear_w8a8(x, W)
 
-Why: integers are multiplied as integers, which processors do faster than floats; x' never exists.
+Why: processors multiply codes of 8 bits faster than floats of 16; x' never exists.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from qcompile.graph.match import Miss, is_call
 from qcompile.graph.rewrite import Rewriter
 from qcompile.ops.activation_rounding import round_activation
 from qcompile.ops.linear import linear
-from qcompile.ops.linear_int8 import linear_int8
-from qcompile.quant.activation import ActivationSpec
+from qcompile.ops.linear_w8a8 import linear_w8a8
+from qcompile.quant.activation import CODES, ActivationSpec
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ class QuantizeActivation:
             return None
         rounded: Any = node.args[0]
         rounding = ActivationSpec.parse(rounded.args[3])
-        if node.args[5] not in ("i8/row/sym", "i8/tensor/sym") or rounding.element.tag != "i8":
+        tag = rounding.element.tag
+        if tag not in CODES or node.args[5] not in (f"{tag}/row/sym", f"{tag}/tensor/sym"):
             return None
         if rounding.group or rounding.outliers is not None:
             return None
@@ -48,5 +49,5 @@ class QuantizeActivation:
         x, x_scale, _, rounding = m.rounding.args
         _, data, scale, _, bias, spec, activation = m.linear.args
         with g.before(m.linear):
-            new = g.call(linear_int8.overload, x, x_scale, rounding, data, scale, bias, spec, activation)
+            new = g.call(linear_w8a8.overload, x, x_scale, rounding, data, scale, bias, spec, activation)
         g.replace(m.linear, new)

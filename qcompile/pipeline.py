@@ -42,7 +42,9 @@ KERNELS = (
     "gated_act",
     "rope",
     "inductor",
-    "linear_int8",
+    "linear_w8a8_cpu",
+    "linear_w8a8_cuda",
+    "linear_rounded",
 )
 for kernel in KERNELS:
     importlib.import_module(f"qcompile.kernels.{kernel}")

@@ -54,6 +54,7 @@ ELEMENTS = {
     )
 }
 SCALES = ("fp8_e4m3", "e8m0")
+CODES = {"i8": torch.int8, "fp8_e4m3": torch.float8_e4m3fn}
 
 
 @dataclass(frozen=True)
@@ -183,11 +184,11 @@ def round_activation(x: Tensor, scale: Tensor | None, zero: Tensor | None, spec:
 
 
 def activation_codes(x: Tensor, scale: Tensor | None, spec: ActivationSpec) -> tuple[Tensor, Tensor]:
-    """The int8 codes of x (…, n) for symmetric integers by token or tensor, and the float32 scale of each token
-    (…, 1) or of all ()."""
+    """The codes of x (…, n), by token or tensor, as a dtype that torch multiplies, int8 or float8_e4m3fn; and the
+    float32 scale of each token (…, 1) or of all ()."""
     values = x.to(torch.float32)
     step = _scale(values, x.dtype, scale, spec)
-    return spec.element.nearest(_quotient(values, step, x.dtype, spec)).to(torch.int8), step
+    return spec.element.nearest(_quotient(values, step, x.dtype, spec)).to(CODES[spec.element.tag]), step
 
 
 def _quotient(values: Tensor, step: Tensor, dtype: torch.dtype, spec: ActivationSpec) -> Tensor:

@@ -55,7 +55,7 @@ class Element:
             bits = codes.to(torch.int32) << 23
             return bits.masked_fill(codes == 0, 1 << 22).masked_fill(codes == 255, -1).view(torch.float32).to(dtype)
         if self.dtype is not None:
-            return codes.view(self.dtype).to(dtype)
+            return codes.view(self.dtype).to(torch.float32).to(dtype)  # GPUs convert fp8 to no float64
         if self.table is None:
             return codes.to(dtype)
         table = torch.tensor(self.table, dtype=dtype, device=codes.device)

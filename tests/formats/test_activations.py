@@ -73,8 +73,8 @@ def test_compiled(name: str) -> None:
     (program,) = qcompile.explain(model).outcomes
     passes = {result.name: len(result.rewrites) for result in program.passes}
     assert passes["share_rounding"] == 3 and passes["fuse_siblings"] == 2
-    used = [(low.op, low.detail.partition(" by ")[2]) for low in program.lowered if low.op == "linear_int8"]
-    assert used == [("linear_int8", "i8/row/sym")] * 4
+    used = [(low.op, low.detail.partition(" by ")[2]) for low in program.lowered if low.op == "linear_w8a8"]
+    assert used == [("linear_w8a8", "i8/row/sym")] * 4
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from qcompile.normal import normalizing_passes
-from qcompile.ops.linear_int8 import linear_int8
+from qcompile.ops.linear_w8a8 import linear_w8a8
 from qcompile.passes.quantize_activation import QuantizeActivation
 from qcompile.passes.quantize_linear import QuantizeLinear
 from qcompile.quant.activation import ActivationSpec
@@ -34,15 +34,20 @@ def test_text(rounded, golden):
     golden("passes/quantize_activation", f"{before}\nbecomes\n\n{g.text()}")
 
 
-@pytest.mark.parametrize("spec", ["i8/row/sym", "i8/tensor/sym"])
+@pytest.mark.parametrize("granularity", ["row", "tensor"])
 @pytest.mark.parametrize(
     ("rounding", "scale"),
-    [("i8/token/dynamic", None), ("i8/tensor/dynamic/half", None), ("i8/tensor/static", torch.tensor(0.02))],
+    [
+        ("i8/token/dynamic", None),
+        ("i8/tensor/dynamic/half", None),
+        ("i8/tensor/static", torch.tensor(0.02)),
+        ("fp8_e4m3/token/dynamic", None),
+    ],
 )
-def test_quantized(rounded, rounding, spec, scale):
-    g = rounded(rounding, spec, scale)
+def test_quantized(rounded, rounding, granularity, scale):
+    g = rounded(rounding, f"{rounding.partition('/')[0]}/{granularity}/sym", scale)
     result = g.apply(QuantizeActivation())
-    assert g.ops() == ["linear_int8"] and g.count(linear_int8.overload) == 1 and not result.misses
+    assert g.ops() == ["linear_w8a8"] and g.count(linear_w8a8.overload) == 1 and not result.misses
 
 
 @pytest.mark.parametrize(
@@ -50,11 +55,14 @@ def test_quantized(rounded, rounding, spec, scale):
     [
         ("i8/token/dynamic", "u4/g64/asym"),
         ("u8/token/dynamic", "i8/row/sym"),
+        ("fp8_e4m3/token/dynamic", "i8/row/sym"),
+        ("i8/token/dynamic", "fp8_e4m3/row/sym"),
+        ("fp8_e4m3/token/dynamic", "fp8_e4m3/b128x128/sym"),
         ("i8/g32/dynamic", "i8/row/sym"),
         ("i8/token/dynamic/outliers(6.0)", "i8/row/sym"),
     ],
 )
-def test_what_is_no_product_of_integers(rounded, rounding, spec):
+def test_what_is_no_product_of_codes(rounded, rounding, spec):
     result = rounded(rounding, spec).apply(QuantizeActivation())
     assert not result.misses and not result.rewrites
 

@@ -1,4 +1,4 @@
-"""linear_int8 on the CPU: many rows by torch's product of 8-bit integers, a few by our linear on rounded x.
+"""linear_w8a8 of integers on the CPU: many rows by torch's product of 8-bit integers, a few by linear on rounded x.
 
 Codes of x are made by torch code that fuses with what comes before. Our codes of the weight start at 0; a slab of them
 at a time, which stays in the cache, is made signed.
@@ -12,10 +12,8 @@ from torch import Tensor
 from qcompile.kernels import linear_cpu
 from qcompile.kernels._cpp import processor_features
 from qcompile.ops.activation import ACTIVATIONS
-from qcompile.ops.activation_rounding import round_activation
-from qcompile.ops.linear import linear
-from qcompile.ops.linear_int8 import linear_int8
-from qcompile.ops.registry import MEANING, opaque
+from qcompile.ops.linear_w8a8 import linear_w8a8
+from qcompile.ops.registry import opaque
 from qcompile.quant.activation import ActivationSpec, activation_codes
 
 # From this many rows on. ms of one thread, linear on rounded x | this, Zen 4:
@@ -39,6 +37,8 @@ def refuses(
     activation: str | None,
 ) -> str | None:
     """Why this kernel cannot run the call, or None."""
+    if not spec.startswith("i8/"):
+        return f"{spec}: multiplies codes of i8"
     reason = linear_cpu.refuses(x, data, scale, None, bias, spec, activation)
     if reason is None and EXACT.isdisjoint(processor_features()):
         return "this processor has no instruction that sums products of bytes exactly"
@@ -75,8 +75,8 @@ def linear_codes(
     return y.reshape(shape)
 
 
-@linear_int8.implementation("cpu", refuses)
-def linear_int8_cpu(
+@linear_w8a8.implementation("cpu", refuses)
+def linear_w8a8_cpu(
     x: Tensor,
     x_scale: Tensor | None,
     rounding: str,
@@ -89,37 +89,3 @@ def linear_int8_cpu(
     codes, step = activation_codes(x, x_scale, ActivationSpec.parse(rounding))
     y = linear_codes(codes, step, data, scale, bias, spec, x.dtype)
     return y if activation is None else ACTIVATIONS[activation](y)
-
-
-def refuses_linear(
-    x: Tensor,
-    x_scale: Tensor | None,
-    rounding: str,
-    data: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    spec: str,
-    activation: str | None,
-) -> str | None:
-    """Why linear has no kernel for this weight, or None."""
-    choice = linear.choose(x, data, scale, None, bias, spec, activation)
-    if choice.name != MEANING:
-        return None
-    return "; ".join(f"{name}: {reason}" for name, reason in choice.refusals)
-
-
-@linear_int8.implementation("rounded", refuses_linear)
-def linear_int8_rounded(
-    x: Tensor,
-    x_scale: Tensor | None,
-    rounding: str,
-    data: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    spec: str,
-    activation: str | None,
-) -> Tensor:
-    """x rounded, and the best kernel of linear."""
-    choice = linear.choose(x, data, scale, None, bias, spec, activation)
-    rounded = round_activation.meaning(x, x_scale, None, rounding)
-    return choice.function(rounded, data, scale, None, bias, spec, activation)

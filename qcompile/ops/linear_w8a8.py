@@ -1,4 +1,4 @@
-"""Linear maps of 8-bit codes by 8-bit codes."""
+"""Linear maps of 8-bit codes by 8-bit codes (W8A8)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def _empty(x: Tensor, x_scale: Tensor | None, rounding: str, data: Tensor, *rest
 
 
 @op_with_fake(_empty)
-def linear_int8(
+def linear_w8a8(
     x: Tensor,
     x_scale: Tensor | None,
     rounding: str,
@@ -24,8 +24,9 @@ def linear_int8(
     spec: str,
     activation: str | None,
 ) -> Tensor:
-    """act(x' @ W.T + bias), where x' is x rounded to the codes of `rounding`, an ActivationSpec of symmetric i8 by
-    token or tensor, and W an i8 weight with a scale per row or for all: the product of codes can be summed as integers.
+    """act(x' @ W.T + bias), where x' is x rounded to the codes of `rounding`, an ActivationSpec by token or tensor,
+    and W a weight of the same element, i8 or fp8_e4m3, with a scale per row or for all: the codes can be
+    multiplied as they are.
 
     `x_scale` is the static scale of x', or None; the others are those of `linear`.
     """

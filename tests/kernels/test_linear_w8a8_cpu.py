@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qcompile.kernels import linear_int8 as kernel
-from qcompile.ops.linear_int8 import linear_int8
+from qcompile.kernels import linear_rounded
+from qcompile.kernels import linear_w8a8_cpu as kernel
+from qcompile.ops.linear_w8a8 import linear_w8a8
 from qcompile.quant.packing import pack
 
 # Integers are summed exactly; the meaning rounds x' to the dtype, and both round the result.
@@ -30,10 +31,10 @@ def test_meaning(spec: str, rounding: str, rows: int, outputs: int, columns: int
     args = (x, x_scale, rounding, data, scale, bias, spec, "relu" if rows % 3 else None)
     if reason := kernel.refuses(*args):
         pytest.skip(reason)
-    got, want = kernel.linear_int8_cpu(*args), linear_int8.meaning(*args)
+    got, want = kernel.linear_w8a8_cpu(*args), linear_w8a8.meaning(*args)
     assert got.dtype == dtype and got.shape == want.shape
     assert (got.double() - want.double()).norm() <= TOLERANCE[dtype] * want.double().norm() + 1e-6
-    again = kernel.linear_int8_rounded(*args)
+    again = linear_rounded.linear_rounded(*args)
     assert (again.double() - want.double()).norm() <= TOLERANCE[dtype] * want.double().norm() + 1e-6
 
 
@@ -43,7 +44,7 @@ def test_slabs_and_more_dimensions(monkeypatch: pytest.MonkeyPatch) -> None:
     args = (x, None, "i8/token/dynamic", data, scale, torch.randn(10), "i8/row/sym", None)
     if reason := kernel.refuses(*args):
         pytest.skip(reason)
-    torch.testing.assert_close(kernel.linear_int8_cpu(*args), linear_int8.meaning(*args), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(kernel.linear_w8a8_cpu(*args), linear_w8a8.meaning(*args), rtol=1e-4, atol=1e-4)
 
 
 def test_extremes_are_summed_exactly() -> None:
@@ -52,7 +53,7 @@ def test_extremes_are_summed_exactly() -> None:
     args = (x, torch.tensor(1 / 128), "i8/tensor/static", data, torch.ones(16, 1), None, "i8/row/sym", None)
     if reason := kernel.refuses(*args):
         pytest.skip(reason)
-    assert (kernel.linear_int8_cpu(*args) == 4096 * 128).all()
+    assert (kernel.linear_w8a8_cpu(*args) == 4096 * 128).all()
 
 
 def test_refuses_without_exact_sums(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,4 +66,4 @@ def test_refuses_without_exact_sums(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_both_refuse_what_linear_has_no_kernel_for() -> None:
     data, scale = weight(4, 64, "i8/row/sym")
     args = (torch.randn(2, 64).double(), None, "i8/token/dynamic", data, scale, None, "i8/row/sym", None)
-    assert "float64" in str(kernel.refuses(*args)) and "float64" in str(kernel.refuses_linear(*args))
+    assert "float64" in str(kernel.refuses(*args)) and "float64" in str(linear_rounded.refuses(*args))
