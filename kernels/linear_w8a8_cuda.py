@@ -25,7 +25,7 @@ from qcompile.ops.linear_w8a8 import linear_w8a8
 from qcompile.ops.registry import opaque
 from qcompile.quant.activation import ActivationSpec, activation_codes
 
-MIN_ROWS = 17  # torch._int_mm takes no fewer
+MIN_ROWS = 17  # torch's _int_mm takes no fewer
 FINISH_BLOCK = 1024
 
 
@@ -83,13 +83,13 @@ def linear_codes_cuda(
     if spec.startswith("fp8"):
         one = step.new_ones(())
         weight = data.view(torch.float8_e4m3fn).t()
-        sums = torch._scaled_mm(rows, weight, one, one, out_dtype=torch.float32)
+        sums = torch.ops.aten._scaled_mm.default(rows, weight, one, one, out_dtype=torch.float32)
         finish(sums, step, scale, bias, out, activation)
         return out.reshape(shape)
     slab = max(1, _tuning.SLAB_ELEMENTS // columns // 16) * 16
     for first in range(0, outputs, slab):
         part = slice(first, min(first + slab, outputs))
-        sums = torch._int_mm(rows, data[part].bitwise_xor(0x80).view(torch.int8).t())
+        sums = torch.ops.aten._int_mm.default(rows, data[part].bitwise_xor(0x80).view(torch.int8).t())
         scales, biases = scale if scale.shape[0] == 1 else scale[part], None if bias is None else bias[part]
         finish(sums, step, scales, biases, out[:, part], activation)
     return out.reshape(shape)
