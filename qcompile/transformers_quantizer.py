@@ -1,8 +1,11 @@
-"""`from_pretrained` of Transformers: checkpoints of save(), and float ones with `quantization_config=Config(…)`.
+"""`from_pretrained` of Transformers: checkpoints of save() and of HQQ, and float ones with a Config to quantize by.
 
 Importing this module registers the method "qcompile" in transformers' registry, where from_pretrained looks it up by
-the `quant_method` of a config.json or of the argument. Both ways end in a model that optimize() has made ready: packed
+the `quant_method` of a config.json or of the argument. All ways end in a model that optimize() has made ready: packed
 weights, programs compiled at the first calls, save_pretrained() and push_to_hub() through save().
+
+Of HQQ's checkpoints transformers finds no weight (5.17 to 5.23: it makes them anew at random, with a warning), so they
+are read here as well; a float checkpoint with an HqqConfig stays with transformers' own class.
 
 The registry lies in transformers.quantizers.auto, which nothing but an import reaches: `import qcompile` took 4.5 s
 with it and 2.8 s without (processor time, two cores). from_pretrained itself imports the same modules.
@@ -18,8 +21,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizer_hqq import HqqHfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qcompile import formats
@@ -87,6 +91,18 @@ class QCompileQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Whether adapters can be trained beside the packed weights."""
         return True
+
+
+class HqqCheckpointQuantizer(QCompileQuantizer):
+    """HQQ's checkpoints. What is not one gets transformers' own class."""
+
+    def __new__(cls, quantization_config: Any, pre_quantized: bool = True, **kwargs: Any) -> Any:
+        if pre_quantized:
+            return super().__new__(cls)
+        return HqqHfQuantizer(quantization_config, pre_quantized=False, **kwargs)
+
+
+AUTO_QUANTIZER_MAPPING["hqq"] = HqqCheckpointQuantizer
 
 
 def _fields(said: QuantizationConfigMixin) -> dict[str, Any]:

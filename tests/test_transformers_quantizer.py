@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModel, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, HqqConfig
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.quantizer_hqq import HqqHfQuantizer
 
 import qcompile
 from qcompile.errors import CheckpointError, ConfigError, UnsupportedError
@@ -84,6 +86,21 @@ def test_shards(tmp_path: Path, tiny_llama) -> None:
     qcompile.save(model, tmp_path / "two", largest_shard=8000)
     assert len(list((tmp_path / "two").glob("model-*-of-*.safetensors"))) > 2
     same(AutoModelForCausalLM.from_pretrained(tmp_path / "two"), model)
+
+
+@pytest.mark.parametrize("name", ["hqq-b4-g64-axis1", "hqq-b3-g64-axis0", "hqq-dynamic", "hqq-b4-float-view-bf16"])
+def test_checkpoints_of_hqq(tmp_path: Path, name: str) -> None:
+    both: Any = AutoModelForCausalLM.from_pretrained(CHECKPOINTS / name, dtype=torch.float32, output_loading_info=True)
+    model, info = both
+    assert not any(info.values()), info
+    same(model, qcompile.load(str(CHECKPOINTS / name), dtype=torch.float32, progress=False))
+    model.save_pretrained(tmp_path)
+    same(AutoModelForCausalLM.from_pretrained(tmp_path), model)
+
+
+def test_an_hqq_config_for_a_float_checkpoint_stays_with_transformers() -> None:
+    quantizer = AUTO_QUANTIZER_MAPPING["hqq"](HqqConfig(nbits=4), pre_quantized=False)
+    assert type(quantizer) is HqqHfQuantizer and not quantizer.pre_quantized
 
 
 @pytest.mark.parametrize("as_dict", [False, True])
