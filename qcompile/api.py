@@ -21,7 +21,8 @@ from qcompile.quant.tensor import QTensor
 from qcompile.runtime import Runner, runner_of
 from qcompile.save import save
 from qcompile.save_pretrained import attach
-from qcompile.storage import ActivationRounding, Parameter, packed_parameters, packed_tensor, put
+from qcompile.storage import Parameter, packed_parameters, packed_tensor, put
+from qcompile.stores import ActivationRounding
 
 
 def plan(model: nn.Module, config: Any = None, example: Mapping[str, Any] | None = None, **options: Any) -> Plan:

@@ -32,7 +32,7 @@ from qcompile.ops.linear import dequantize
 from qcompile.pipeline import Pipeline
 from qcompile.plan import Entry, Plan, plan_graph
 from qcompile.quant.spec import QSpec
-from qcompile.storage import PackedWeight
+from qcompile.stores import PackedWeight
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 

@@ -26,15 +26,8 @@ from qcompile.formats import Dense, Entry, Gguf, Ignored, Stored
 from qcompile.formats.stored import Joined, Rounding
 from qcompile.quant.activation import ActivationSpec
 from qcompile.save_pretrained import attach
-from qcompile.storage import (
-    INPUT_ROUNDING,
-    OUTPUT_ROUNDING,
-    ActivationRounding,
-    Parameter,
-    ScaledActivation,
-    put,
-    put_rounding,
-)
+from qcompile.storage import INPUT_ROUNDING, OUTPUT_ROUNDING, Parameter, put, put_rounding
+from qcompile.stores import ActivationRounding, ScaledActivation
 
 
 def load(

@@ -20,12 +20,12 @@ from qcompile.storage import (
     INPUT_ROUNDING,
     OUTPUT_ROUNDING,
     Parameter,
-    ScaledActivation,
     packed_in,
     packed_parameters,
     packed_tensor,
     roundings,
 )
+from qcompile.stores import ScaledActivation
 from qcompile.writers import ActivationRounding, Contents, Weight, Writer
 
 LARGEST_SHARD = 2 << 30

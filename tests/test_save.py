@@ -12,7 +12,8 @@ import qcompile
 from qcompile import algorithms
 from qcompile.errors import ConfigError, UnsupportedError
 from qcompile.quant.spec import QSpec
-from qcompile.storage import Parameter, ScaledActivation, put
+from qcompile.storage import Parameter, put
+from qcompile.stores import ScaledActivation
 
 CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
 INPUT_IDS = torch.tensor([[1, 5, 9, 42, 7, 3, 60, 70]])

@@ -11,17 +11,10 @@ import torch
 from torch import nn
 
 import qcompile
-from qcompile.errors import FormatError
 from qcompile.ops.activation_rounding import round_activation
 from qcompile.quant.activation import ActivationSpec
-from qcompile.storage import (
-    INPUT_ROUNDING,
-    OUTPUT_ROUNDING,
-    ActivationRounding,
-    packed_parameters,
-    packed_tensor,
-    put_rounding,
-)
+from qcompile.storage import INPUT_ROUNDING, OUTPUT_ROUNDING, packed_parameters, packed_tensor, put_rounding
+from qcompile.stores import ActivationRounding
 
 
 class Block(nn.Module):
@@ -148,12 +141,3 @@ def test_roundings_are_copied_saved_and_moved(rounding: nn.Module) -> None:
     rounding.to(torch.bfloat16)
     assert rounding.k.output_rounding.scale.dtype == torch.float32
     assert set(qcompile.dequantize(rounding)) == set(Block().state_dict())
-
-
-def test_a_static_rounding_needs_its_scale() -> None:
-    with pytest.raises(FormatError, match="i8/tensor/static needs scale, got no scale"):
-        ActivationRounding(ActivationSpec.parse("i8/tensor/static"))
-    with pytest.raises(FormatError, match="i8/token/dynamic needs no scale, got scale"):
-        ActivationRounding(ActivationSpec.parse("i8/token/dynamic"), torch.tensor(1.0))
-    with pytest.raises(FormatError, match="u8/tensor/static needs scale and zero, got scale"):
-        ActivationRounding(ActivationSpec.parse("u8/tensor/static"), torch.tensor(1.0))

@@ -17,7 +17,8 @@ from qcompile.graph.rewrite import PassResult, Rule, apply
 from qcompile.quant.packing import pack
 from qcompile.quant.spec import QSpec, Zero
 from qcompile.quant.tensor import QTensor
-from qcompile.storage import PackedWeight, Slot, install
+from qcompile.storage import Slot, install
+from qcompile.stores import PackedWeight
 
 
 class Flat(nn.Module):

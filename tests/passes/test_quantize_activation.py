@@ -9,7 +9,8 @@ from qcompile.ops.linear_w8a8 import linear_w8a8
 from qcompile.passes.quantize_activation import QuantizeActivation
 from qcompile.passes.quantize_linear import QuantizeLinear
 from qcompile.quant.activation import ActivationSpec
-from qcompile.storage import INPUT_ROUNDING, ActivationRounding, put_rounding
+from qcompile.storage import INPUT_ROUNDING, put_rounding
+from qcompile.stores import ActivationRounding
 
 BEFORE = (*normalizing_passes(), QuantizeLinear())
 

@@ -9,7 +9,8 @@ from torch import nn
 from qcompile.graph.match import Miss
 from qcompile.ops.linear import embedding
 from qcompile.passes.quantize_embedding import QuantizeEmbedding
-from qcompile.storage import PackedWeight, Slot, install
+from qcompile.storage import Slot, install
+from qcompile.stores import PackedWeight
 
 
 def table(quantized: Callable, spec: str) -> nn.Embedding:

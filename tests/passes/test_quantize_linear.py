@@ -9,7 +9,8 @@ from transformers.pytorch_utils import Conv1D
 from qcompile.normal import normalizing_passes
 from qcompile.ops.linear import dequantize, linear
 from qcompile.passes.quantize_linear import QuantizeLinear
-from qcompile.storage import PackedWeight, Slot, install
+from qcompile.storage import Slot, install
+from qcompile.stores import PackedWeight
 
 BEFORE = normalizing_passes()
 

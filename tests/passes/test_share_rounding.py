@@ -9,7 +9,8 @@ from qcompile.passes.fuse_siblings import FuseSiblings
 from qcompile.passes.quantize_linear import QuantizeLinear
 from qcompile.passes.share_rounding import ShareRounding
 from qcompile.quant.activation import ActivationSpec
-from qcompile.storage import INPUT_ROUNDING, OUTPUT_ROUNDING, ActivationRounding, put_rounding
+from qcompile.storage import INPUT_ROUNDING, OUTPUT_ROUNDING, put_rounding
+from qcompile.stores import ActivationRounding
 
 DYNAMIC = ActivationSpec.parse("i8/token/dynamic")
 BEFORE = [rule for rule in normalizing_passes() if rule.name != "share_rounding"]
