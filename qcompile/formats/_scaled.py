@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -26,7 +27,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 POWERS = (torch.uint8, torch.float8_e8m0fnu)
 
 # Outputs of k_proj and v_proj are what a KV cache holds.
-CACHE = re.compile(r"\.[qkv]_(scale|zero_point|global_scale)$|\.\w*output_(scale|zero_point)$")
+CACHE = re.compile(r"\.[qkv](_cache)?_(scale|zero_point|global_scale)$|\.\w*output_(scale|zero_point)$")
 
 _POWERS = QSpec.parse("e8m0/tensor/sym")
 _FLOATS = QSpec.parse("fp8_e4m3/tensor/sym")
@@ -36,8 +37,12 @@ Codes = Callable[[Tensor, int, int], Tensor]
 
 
 def cache_scales(checkpoint: Checkpoint) -> Ignored:
-    """Scales of KV caches, which no weight needs."""
-    return Ignored(tuple(name for name in checkpoint.tensors if CACHE.search(name)))
+    """Scales of KV caches, which no weight needs. Says that caches are not rounded."""
+    names = tuple(name for name in checkpoint.tensors if CACHE.search(name))
+    if names:
+        why = f"has {len(names)} scales of a quantized KV cache; keys and values are kept in the model's own dtype"
+        warnings.warn(f"qcompile: {checkpoint.folder} {why}", stacklevel=2)
+    return Ignored(names)
 
 
 def float8(weight: Tensor, start: int, stop: int) -> Tensor:

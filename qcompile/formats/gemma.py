@@ -19,7 +19,8 @@ from torch import Tensor
 from qcompile.errors import CheckpointError
 from qcompile.files.checkpoint import Checkpoint
 from qcompile.formats._bits import fields
-from qcompile.formats.stored import Entry, Ignored, Read, Rounding, Stored, finite
+from qcompile.formats._scaled import cache_scales
+from qcompile.formats.stored import Entry, Read, Rounding, Stored, finite
 from qcompile.quant.spec import QSpec
 from qcompile.quant.tensor import QTensor
 
@@ -37,7 +38,7 @@ class Gemma:
             yield _integers(checkpoint, module, "weight", "weight_scale")
         for module in checkpoint.modules("embedding_quantized"):
             yield _integers(checkpoint, module, "embedding_quantized", "embedding_scale")
-        yield Ignored(tuple(name for name in checkpoint.tensors if name.endswith((".k_cache_scale", ".v_cache_scale"))))
+        yield cache_scales(checkpoint)
 
 
 def _integers(checkpoint: Checkpoint, module: str, codes_name: str, scale_name: str) -> Stored:
