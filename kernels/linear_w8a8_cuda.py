@@ -42,7 +42,11 @@ def refuses(
     """Why this kernel cannot run the call, or None."""
     if reason := linear_cuda.refuses(x, data, scale, None, bias, spec, activation):
         return reason
-    if spec.startswith("fp8") and not INTERPRET and torch.cuda.get_device_capability(x.device) < (8, 9):
+    if not spec.startswith("fp8"):
+        return None
+    if x.dtype == torch.float32:
+        return "tensor cores add products of fp8 in fewer bits than float32 has"
+    if not INTERPRET and torch.cuda.get_device_capability(x.device) < (8, 9):
         return "products of fp8 need a GPU of compute capability 8.9"
     return None
 

@@ -32,6 +32,7 @@ from qcompile.ops.linear import dequantize
 from qcompile.pipeline import Pipeline
 from qcompile.plan import Entry, Plan, plan_graph
 from qcompile.quant.spec import QSpec
+from qcompile.regions import compile_graph
 from qcompile.stores import PackedWeight
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -74,7 +75,7 @@ def qcompile_backend(
     if config.strict:
         outcome.insist()
     fakes = [node.meta["val"] for node in normal.graph.find_nodes(op="placeholder")]
-    return _Exchanged(_torch.inductor(normal, fakes, patches), inputs, packed)
+    return _Exchanged(compile_graph(normal, fakes, patches), inputs, packed)
 
 
 @dataclass

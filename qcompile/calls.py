@@ -92,8 +92,11 @@ def _take_cache(cache: Any, flat: Flat) -> Callable[[Sequence[Any]], Any]:
             twin = copy.copy(layer)
             for name, item in attributes.items():
                 setattr(twin, name, item(tensors))
-            if hasattr(twin, "max_cache_len") and twin.is_initialized:
-                twin.max_cache_len = twin.keys.shape[2]
+            if twin.is_initialized:
+                # Nothing in a graph says that keys and values are equally many: each would be a size of its own.
+                torch._check(twin.keys.shape[2] == twin.values.shape[2])
+                if hasattr(twin, "max_cache_len"):
+                    twin.max_cache_len = twin.keys.shape[2]
             shell.layers.append(twin)
         shell._qcompile_place = place
         return shell

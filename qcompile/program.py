@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from qcompile import _torch, calls
 from qcompile.graph.dump import type_text
 from qcompile.pipeline import Outcome, Pipeline
+from qcompile.regions import compile_graph
 from qcompile.step import Forward, capture_call
 
 
@@ -55,7 +56,7 @@ def compile_call(model: nn.Module, forward: Forward, kwargs: Mapping[str, Any], 
     types = [(fake.dtype, fake.device) for fake in kept]
     accepts = _torch.shape_guards(fakes)
     outcome = pipeline.transform(captured.gm, describe(kwargs, fakes))
-    run = _torch.inductor(captured.gm, captured.fakes)
+    run = compile_graph(captured.gm, captured.fakes)
     return Program(run, weights, build, accepts, outcome, types)
 
 

@@ -19,7 +19,7 @@ LAYERS = [
     {"checks", "patterns"},
     {"fusing", "transformers_config"},
     {"config", "normal"},
-    {"stores", "calls"},
+    {"stores", "calls", "regions"},
     {"storage"},
     {"step", "caches"},
     {"roles"},

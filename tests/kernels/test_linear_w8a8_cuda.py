@@ -39,7 +39,7 @@ def test_meaning(
         pytest.skip(reason)
     got = kernel.linear_w8a8_cuda(x, *args)
     codes, step = activation_codes(x, x_scale, ActivationSpec.parse(rounding))
-    want = (codes.double() * step.double()) @ q.dequantize(torch.float64).T
+    want = (codes.float().double() * step.double()) @ q.dequantize(torch.float64).T
     want = want if bias is None else want + bias.double()
     assert_close(got, want.relu() if rows % 3 else want, rounded=True)
 

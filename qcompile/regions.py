@@ -1,0 +1,191 @@
+"""A graph compiled in regions: the stretch that repeats once, what lies before and after it each as one.
+
+A model of 32 layers is compiled as its embedding, one layer and its head, and a function that calls the layer 32 times,
+each time with other weights. That saves most of the compiler's time; the calls cost a few microseconds each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
+
+from qcompile import _torch
+from qcompile.graph.alias import storage, writers
+from qcompile.graph.match import is_input, value
+from qcompile.graph.repeat import Stretch, externals, find_repeat
+
+
+@dataclass(frozen=True)
+class Region:
+    """A stretch of the graph with the nodes that it reads, those that others read of it, and the sizes it depends on.
+
+    `like` is the index of the region whose code it shares, which may be its own.
+    """
+
+    nodes: Stretch
+    inputs: list[Node]
+    outputs: list[Node]
+    symbols: list[Any]
+    like: int
+
+
+def compile_graph(gm: GraphModule, fakes: Sequence[Any], patches: dict[str, Any] | None = None) -> Callable[..., Any]:
+    """Compile an inference graph whose placeholders are described by `fakes`; the result takes the same inputs.
+
+    `patches` are Inductor's options. With CUDA graphs it stays whole: each region would be a graph of its own.
+    """
+    sizes = _symbols(gm.graph, fakes)
+    regions = [] if (patches or {}).get("triton.cudagraphs") else _regions(gm.graph, sizes)
+    if not regions or not all(_stands_alone(region, sizes) for region in regions):
+        return _torch.inductor(gm, fakes, patches)
+    mode = _torch.fake_mode_of(fakes)
+    scope: dict[str, Any] = {}
+    for index, region in enumerate(regions):
+        if region.like == index:
+            part, types = _module(gm, region, sizes, mode)
+            scope[f"region_{index}"] = _torch.inductor(part, types, patches)
+    return _driver(gm, regions, sizes, scope)
+
+
+def _regions(graph: Graph, sizes: dict[Any, tuple[Node, int]]) -> list[Region]:
+    stretches = find_repeat(graph)
+    if not stretches:
+        return []
+    calls = [node for node in graph.nodes if node.op == "call_function"]
+    first, last = calls.index(stretches[0][0]), calls.index(stretches[-1][-1])
+    parts = [tuple(calls[:first]), *stretches, tuple(calls[last + 1 :])]
+    seen = [_seen_outside(part) for part in parts]
+    # What anyone reads of one repetition, all of them return.
+    shared = sorted(set().union(*seen[1:-1]))
+    regions = []
+    for index, part in enumerate(parts):
+        if part:
+            repeats = 0 < index < len(parts) - 1
+            outputs = [part[i] for i in (shared if repeats else seen[index])]
+            like = (1 if parts[0] else 0) if repeats else len(regions)
+            regions.append(Region(part, externals(part), outputs, _free(part, sizes), like))
+    return regions
+
+
+def _seen_outside(part: Stretch) -> list[int]:
+    inside = set(part)
+    return [i for i, node in enumerate(part) if any(user not in inside for user in node.users)]
+
+
+def _stands_alone(region: Region, sizes: dict[Any, tuple[Node, int]]) -> bool:
+    """Whether tensors and numbers pass in and out, of sizes that the inputs tell, and what it writes to is one whole
+    input."""
+    inside, passed = set(region.nodes), [value(node) for node in (*region.inputs, *region.outputs)]
+    if any(isinstance(val, (list, tuple)) or val is None for val in passed):
+        return False
+    if any(symbol not in sizes for number in _sizes(region.nodes) for symbol in number.node.expr.free_symbols):
+        return False
+    owners = [storage(node) for node in region.inputs]
+    return not any(
+        any(writer in inside for writer in writers(node)) and (owner is not node or owners.count(owner) > 1)
+        for node, owner in zip(region.inputs, owners, strict=True)
+    )
+
+
+def _symbols(graph: Graph, fakes: Sequence[Any]) -> dict[Any, tuple[Node, int]]:
+    """Each symbolic size with an input and the dimension where it is found."""
+    found: dict[Any, tuple[Node, int]] = {}
+    for node, fake in zip(graph.find_nodes(op="placeholder"), fakes, strict=True):
+        for dim, size in enumerate(fake.shape if isinstance(fake, Tensor) else ()):
+            if isinstance(size, torch.SymInt) and size.node.expr.is_symbol:
+                found.setdefault(size.node.expr, (node, dim))
+    return found
+
+
+def _free(part: Stretch, sizes: dict[Any, tuple[Node, int]]) -> list[Any]:
+    """The symbols among the sizes of all that a stretch reads and makes."""
+    used = {symbol for number in _sizes(part) for symbol in number.node.expr.free_symbols}
+    return [symbol for symbol in sizes if symbol in used]
+
+
+def _sizes(part: Stretch) -> list[Any]:
+    return [number for node in (*part, *externals(part)) for number in _numbers(value(node))]
+
+
+def _numbers(val: Any) -> Iterator[Any]:
+    if isinstance(val, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        yield val
+    elif isinstance(val, Tensor):
+        yield from (
+            size for size in (*val.shape, *val.stride(), val.storage_offset()) if isinstance(size, torch.SymInt)
+        )
+    elif isinstance(val, (list, tuple)):
+        for part in val:
+            yield from _numbers(part)
+
+
+def _module(
+    gm: GraphModule, region: Region, sizes: dict[Any, tuple[Node, int]], mode: Any
+) -> tuple[GraphModule, list[Any]]:
+    """The region as a graph of its own, and the types of its inputs: sizes first."""
+    graph, types = Graph(), []
+    for symbol in region.symbols:
+        node, dim = sizes[symbol]
+        types.append(value(node).shape[dim])
+        graph.placeholder(_size_name(symbol)).meta["val"] = types[-1]
+    twin = {}
+    for node in region.inputs:
+        twin[node] = graph.placeholder(node.name)
+        types.append(_fresh(value(node), mode))
+        twin[node].meta["val"] = types[-1]
+    for node in region.nodes:
+        twin[node] = graph.node_copy(node, lambda arg: twin[arg])
+    graph.output(tuple(twin[node] for node in region.outputs))
+    return GraphModule(gm, graph), types
+
+
+def _fresh(val: Any, mode: Any) -> Any:
+    """A fake tensor of its own memory: in the graph two inputs may share some."""
+    if not isinstance(val, Tensor) or mode is None:
+        return val
+    with mode:
+        return torch.empty_strided(val.shape, val.stride(), dtype=val.dtype, device=val.device)
+
+
+def _driver(
+    gm: GraphModule, regions: Sequence[Region], sizes: dict[Any, tuple[Node, int]], scope: dict[str, Any]
+) -> Callable[..., Any]:
+    """A function that calls the regions one after the other, and lets go of values that no later one reads."""
+    inputs = gm.graph.find_nodes(op="placeholder")
+    last = {node: index for index, region in enumerate(regions) for node in region.inputs}
+    (end,) = gm.graph.find_nodes(op="output")
+    last |= dict.fromkeys(end.all_input_nodes, len(regions))
+    lines = [f"    {_size_name(symbol)} = {node.name}.shape[{dim}]" for symbol, (node, dim) in sizes.items()]
+    for node in gm.graph.find_nodes(op="get_attr"):
+        scope[node.name] = _attribute(gm, str(node.target))
+    for index, region in enumerate(regions):
+        given = ", ".join([*map(_size_name, region.symbols), *(node.name for node in region.inputs)])
+        results = "".join(f"{node.name}, " for node in region.outputs)
+        lines.append(f"    {results}= region_{region.like}({given})")
+        spent = [n.name for n in region.inputs if last[n] == index and not is_input(n) and n.op != "get_attr"]
+        spent += [n.name for n in region.outputs if n not in last]
+        lines += [f"    del {', '.join(spent)}"] if spent else []
+    lines.append(f"    return {map_arg(end.args[0], lambda node: _Name(node.name))!r}")
+    exec(f"def run({', '.join(node.name for node in inputs)}):\n" + "\n".join(lines), scope)
+    return scope["run"]
+
+
+def _size_name(symbol: Any) -> str:
+    return f"size_{symbol}"
+
+
+class _Name(str):
+    """A word that is written without quotes."""
+
+    __repr__ = str.__str__
+
+
+def _attribute(gm: GraphModule, path: str) -> Any:
+    owner, _, name = path.rpartition(".")
+    return getattr(gm.get_submodule(owner), name)
