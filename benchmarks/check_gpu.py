@@ -17,6 +17,7 @@ import json
 import math
 import os
 import random
+import re
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -141,7 +142,7 @@ def w8a8_cases(smoke: bool) -> Iterator[Row]:
     draw = random.Random(0)
     shapes = small(W8A8_SHAPES) if smoke else W8A8_SHAPES
     for dtype, (tag, roundings) in itertools.product(DTYPES, W8A8_ROUNDINGS.items()):
-        if tag == "fp8_e4m3" and not multiplies_fp8():
+        if tag == "fp8_e4m3" and (dtype == "float32" or not multiplies_fp8()):
             continue
         for rounding in roundings:
             for n, k in draw.sample(shapes, len(shapes) // 2):
@@ -195,7 +196,9 @@ def tolerance(case: Row) -> float:
     """The largest relative error that roundings to the dtype explain."""
     dtype, (n, k) = getattr(torch, case["dtype"]), case["shape"]
     few = n * min(k, case.get("rows", k)) < 256  # weights or results: each may be off by half a unit in the last place
-    return max(TOLERANCE[dtype] * roundings(case), torch.finfo(dtype).eps / 2 if few else 0)
+    # cuBLAS adds parts of a long product in 16 bits: what it makes of the float weight is as far off.
+    cublas = 1.25 * case.get("cublas_error", 0.0)
+    return max(TOLERANCE[dtype] * roundings(case), cublas, torch.finfo(dtype).eps / 2 if few else 0)
 
 
 def roundings(case: Row) -> int:
@@ -203,7 +206,10 @@ def roundings(case: Row) -> int:
     if case["kind"] == "w8a8":
         return 1 if case["way"].endswith("codes") else 2
     # Behind a product that cuBLAS has rounded, an activation rounds again.
-    return 2 if case.get("way") == "dequantize" and case["activation"] else 1
+    if case.get("way") == "dequantize" and case["activation"]:
+        return 2
+    # The scale of a row is left to the end, and what is rounded before, code - zero, is not what the op rounds.
+    return 2 if case.get("way") == "gemm" and re.search(r"/(row|tensor)/asym$", case["spec"]) else 1
 
 
 def check_linear(case: Row) -> float:
@@ -220,6 +226,8 @@ def check_linear(case: Row) -> float:
     weights = (exact, exact.to(dtype).double())
     error = min(relative_error(got, linear64(x.double(), weight, bias, case["activation"])) for weight in weights)
     if case["way"] == "dequantize":
+        product = linear_in(x, weights[1].to(dtype), bias, case["activation"])
+        case["cublas_error"] = relative_error(product, linear64(x.double(), weights[1], bias, case["activation"]))
         weight = dequantize_gpu.dequantize_cuda(q.data, q.scale, q.zero, spec, [n, k], dtype)
         error = max(error, relative_error(weight, exact))
     return error
@@ -249,6 +257,12 @@ def linear64(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | N
     """act(x @ weight.T + bias) in float64."""
     y = F.linear(x, weight, None if bias is None else bias.double())
     return ACTIVATIONS[activation](y) if activation else y
+
+
+def linear_in(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+    """act(x @ weight.T + bias) in the dtype of x."""
+    y = F.linear(x, weight, bias)
+    return ACTIVATIONS[activation](y.float()).to(y.dtype) if activation else y
 
 
 def must_not_refuse(reason: str | None) -> None:

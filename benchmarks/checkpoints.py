@@ -77,7 +77,7 @@ def guarded(name: str, device: str, dtype: torch.dtype) -> list[str]:
     try:
         return measure(name, device, dtype)
     except Exception as error:
-        return [name, f"FAILED {type(error).__name__}: {error}"[:300]]
+        return [name, f"FAILED {type(error).__name__}: {error}"[:3000]]
 
 
 def measure(name: str, device: str, dtype: torch.dtype) -> list[str]:

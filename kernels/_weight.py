@@ -105,7 +105,7 @@ class Layout:
             exponent=element.exponent,
             mantissa=element.mantissa,
             bias=element.bias,
-            special={"fp8_e4m3": 0x7F, "fp8_e5m2": 0x7C}.get(element.tag, 0),
+            special=element.special,
             table=element.table is not None and not element.exponent,
         )
 

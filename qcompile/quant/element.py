@@ -38,6 +38,11 @@ class Element:
         return self.table is not None or self.dtype is not None
 
     @property
+    def special(self) -> int:
+        """The first of the codes without their sign that are inf or NaN, or 0."""
+        return {"fp8_e4m3": 0x7F, "fp8_e5m2": 0x7C}.get(self.tag, 0)
+
+    @property
     def bias(self) -> int:
         return 2 ** (self.exponent - 1) - 1 if self.exponent else 0
 
@@ -54,12 +59,27 @@ class Element:
             # Its bits are float32's exponent. Inductor's C++ has no such dtype.
             bits = codes.to(torch.int32) << 23
             return bits.masked_fill(codes == 0, 1 << 22).masked_fill(codes == 255, -1).view(torch.float32).to(dtype)
-        if self.dtype is not None:
-            return codes.view(self.dtype).to(torch.float32).to(dtype)  # GPUs convert fp8 to no float64
+        if self.exponent:
+            return self._decode_fields(codes.to(torch.int32)).to(dtype)
         if self.table is None:
             return codes.to(dtype)
         table = torch.tensor(self.table, dtype=dtype, device=codes.device)
         return table.index_select(0, codes.reshape(-1).to(torch.int32)).reshape(codes.shape)
+
+    def _decode_fields(self, codes: Tensor) -> Tensor:
+        """int32 codes of sign, exponent and mantissa as float32.
+
+        Triton converts fp8 neither before sm_89 nor to float64. No denormal float32 is made on the way: compiled C++ may
+        take one for 0.
+        """
+        sign = 1 << (self.bits - 1)
+        magnitude = codes & (sign - 1)
+        normal = (magnitude << (23 - self.mantissa)) + ((127 - self.bias) << 23)
+        if self.special:
+            normal = torch.where(magnitude >= self.special, normal | 0x7F800000, normal)
+        tiny = magnitude.to(torch.float32) * 2.0 ** (1 - self.bias - self.mantissa)
+        value = torch.where(magnitude < 1 << self.mantissa, tiny, normal.view(torch.float32))
+        return torch.where(codes & sign != 0, -value, value)
 
 
 def _minifloat(tag: str, exponent: int, mantissa: int) -> Element:
