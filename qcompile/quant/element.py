@@ -69,8 +69,8 @@ class Element:
     def _decode_fields(self, codes: Tensor) -> Tensor:
         """int32 codes of sign, exponent and mantissa as float32.
 
-        Triton converts fp8 neither before sm_89 nor to float64. No denormal float32 is made on the way: compiled C++ may
-        take one for 0.
+        Triton converts fp8 neither before sm_89 nor to float64. No denormal float32 is made on the way: compiled C++
+        may take one for 0.
         """
         sign = 1 << (self.bits - 1)
         magnitude = codes & (sign - 1)
