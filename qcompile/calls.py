@@ -22,11 +22,12 @@ _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device, type)
 
 @dataclass
 class Flat:
-    """The tensors of a call, the key of everything else, and a tree to put new tensors into."""
+    """The tensors of a call, the key of everything else, and its caches; `cached` says which tensors are of caches."""
 
     tensors: list[Tensor] = field(default_factory=list)
     key: list[Hashable] = field(default_factory=list)
     caches: list[Any] = field(default_factory=list)
+    cached: set[int] = field(default_factory=set)
 
 
 def flatten(value: Any) -> tuple[Flat, Callable[[Sequence[Any]], Any]]:
@@ -74,7 +75,7 @@ def _take_cache(cache: Any, flat: Flat) -> Callable[[Sequence[Any]], Any]:
     place = len(flat.caches)
     flat.caches.append(cache)
     flat.key.append((type(cache), len(cache.layers)))
-    layers = []
+    layers, first = [], len(flat.tensors)
     for layer in cache.layers:
         flat.key.append(type(layer))
         attributes = {}
@@ -84,6 +85,7 @@ def _take_cache(cache: Any, flat: Flat) -> Callable[[Sequence[Any]], Any]:
             flat.key.append(name)
             attributes[name] = _take(item, flat)
         layers.append((layer, attributes))
+    flat.cached.update(range(first, len(flat.tensors)))
 
     def rebuild(tensors: Sequence[Any]) -> Any:
         shell = copy.copy(cache)

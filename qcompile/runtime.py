@@ -8,6 +8,7 @@ import threading
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from qcompile.errors import CaptureError, StrictError, UnsupportedError
 from qcompile.pipeline import Outcome, Pipeline
 from qcompile.plan import Plan, example_inputs
 from qcompile.program import Program, compile_call, preview_call
+from qcompile.replay import Replay
 
 # Dynamo's limit is 8 for one function. A program is made per kind of call and per set of fixed sizes (batch 1 or more,
 # one token or more), so a healthy model has two to four; this many means that something varies that should not.
@@ -118,6 +120,10 @@ class Runner:
         program = compile_call(self.model, self.original, kwargs, self.pipeline())
         if self.config.strict:
             program.outcome.insist()
+        if self.config.cuda_graphs and flat.cached and flat.tensors[0].is_cuda:
+            first = len(program.weights)
+            moving = [first + index for index in range(len(flat.tensors)) if index not in flat.cached]
+            program = replace(program, run=Replay(program.run, moving))
         self.programs.setdefault(key, []).append(program)
         weights = program.gather()
         assert weights is not None

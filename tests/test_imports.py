@@ -19,7 +19,7 @@ LAYERS = [
     {"checks", "patterns"},
     {"fusing", "transformers_config"},
     {"config", "normal"},
-    {"stores", "calls", "regions"},
+    {"stores", "calls", "regions", "replay"},
     {"storage"},
     {"step", "caches"},
     {"roles"},

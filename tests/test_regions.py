@@ -63,9 +63,9 @@ def call_of(count: int, rows: int = 3, length: int = 7) -> tuple[torch.Tensor, .
     return torch.randn(rows, 8), torch.arange(rows) + 1, *(torch.zeros(length, 8) for _ in range(count))
 
 
-def captured(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[Callable[..., Any], list[torch.Tensor]]:
+def captured(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[Callable[..., Any], list[Any]]:
     found = capture.export(model, inputs)
-    weights = [model.get_parameter(given.path) for given in found.inputs if given.path is not None]
+    weights = [model.get_parameter(x.path) for x in found.inputs if x.path is not None]
     return compile_graph(found.gm, found.fakes), weights
 
 

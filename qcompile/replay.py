@@ -1,0 +1,115 @@
+"""Calls of a compiled program on a GPU as replays of a CUDA graph: one launch instead of hundreds.
+
+A step of decoding is some two hundred small kernels, which Python launches more slowly than the GPU runs them. A call
+with the same memory as the ones before it (weights and caches stay where they are while a text grows) and the same
+shapes is recorded once and replayed from then on.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Calls of one kind that run as they are before one is recorded: lazy set-up and tuning are over then.
+WARM = 2
+# More tokens keep the GPU busier than Python takes to launch.
+MOST_TOKENS = 64
+# Recordings of a program that are kept: of as many caches, or batch sizes.
+KEPT = 4
+
+Run = Callable[..., Sequence[Any]]
+
+
+class Replay:
+    """Runs `run`, or a recording of it. It has the same inputs: those at `moving` may lie anywhere at each call, the
+    others are expected to stay where they are."""
+
+    def __init__(self, run: Run, moving: Collection[int], record: Callable[..., Run] | None = None):
+        self.run = run
+        self.moving: tuple[int, ...] = tuple(moving)
+        self.record = record or Recording
+        self.recordings: OrderedDict[Hashable, Any] = OrderedDict()
+        self.last: Hashable = None
+        self.times = 0
+        self.refused = False
+        self.lock = threading.Lock()
+
+    def __call__(self, *args: Tensor) -> Sequence[Any]:
+        if not self._pays(args):
+            return self.run(*args)
+        key = self._key(args)
+        with self.lock:
+            if (recording := self.recordings.get(key)) is None:
+                recording = self._record(key, args)
+            if recording is not None:
+                self.recordings.move_to_end(key)
+                return recording(*(args[i] for i in self.moving))
+        return self.run(*args)
+
+    def _pays(self, args: Sequence[Tensor]) -> bool:
+        moving = [args[i] for i in self.moving]
+        if self.refused or not moving or any(not x.is_cuda or x.shape[:2].numel() > MOST_TOKENS for x in moving):
+            return False
+        return not torch.cuda.is_current_stream_capturing()
+
+    def _key(self, args: Sequence[Tensor]) -> Hashable:
+        moving = set(self.moving)
+        kept = tuple((x.data_ptr(), x.shape) for i, x in enumerate(args) if i not in moving)
+        given = tuple((args[i].shape, args[i].stride()) for i in self.moving)
+        return torch.cuda.current_stream(args[self.moving[0]].device), given, kept
+
+    def _record(self, key: Hashable, args: Sequence[Tensor]) -> Run | None:
+        """A recording of this call, not yet run; None until it has come often enough."""
+        self.times = self.times + 1 if key == self.last else 1
+        self.last = key
+        if self.times <= WARM:
+            return None
+        try:
+            recording = self.record(self.run, args, self.moving, next(iter(self.recordings.values()), None))
+        except Exception as error:  # whatever a kernel may not do while it is recorded
+            warnings.warn(f"qcompile: decoding runs without a CUDA graph: {error}", stacklevel=5)
+            self.refused = True
+            return None
+        self.recordings[key] = recording
+        while len(self.recordings) > KEPT:
+            self.recordings.popitem(last=False)
+        return recording
+
+
+class Recording:
+    """A CUDA graph of one call. It refers to memory, not to tensors: who replays it has them still.
+
+    It shares its own memory with the recording `beside` it: they run one after the other, and nothing that one leaves
+    there is read after the other began.
+    """
+
+    def __init__(self, run: Run, args: Sequence[Tensor], moving: Sequence[int], beside: Recording | None = None):
+        self.inputs = [args[i].clone() for i in moving]
+        given = list(args)
+        for i, buffer in zip(moving, self.inputs, strict=True):
+            given[i] = buffer
+        device = self.inputs[0].device
+        current, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+        side.wait_stream(current)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(side), torch.no_grad():
+            # A pool is gone with the last graph in it, so it is asked of one that lives.
+            pool = beside.graph.pool() if beside else torch.cuda.graph_pool_handle()
+            self.graph.capture_begin(pool, capture_error_mode="thread_local")
+            try:
+                self.outputs = list(run(*given))
+            finally:
+                self.graph.capture_end()
+        current.wait_stream(side)
+
+    def __call__(self, *moving: Tensor) -> list[Any]:
+        for buffer, value in zip(self.inputs, moving, strict=True):
+            buffer.copy_(value)
+        self.graph.replay()
+        return [output.clone() if isinstance(output, Tensor) else output for output in self.outputs]

@@ -1,0 +1,112 @@
+"""replay."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import qcompile
+from qcompile import replay
+from qcompile.replay import KEPT, WARM, Replay
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if tensors were on a GPU."""
+    monkeypatch.setattr(Tensor, "is_cuda", property(lambda self: True))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: 0)
+
+
+class Recorded:
+    """Stands in for a CUDA graph: the same inputs again, but for those that move."""
+
+    made = 0
+
+    def __init__(self, run: Any, args: Any, moving: Any, beside: Any):
+        assert beside is None or isinstance(beside, Recorded)
+        Recorded.made += 1
+        self.run, self.args, self.moving = run, args, moving
+
+    def __call__(self, *moving: Tensor) -> Any:
+        given = list(self.args)
+        for i, value in zip(self.moving, moving, strict=True):
+            given[i] = value
+        return self.run(*given)
+
+
+@pytest.fixture
+def step(fake: None) -> Replay:
+    """A program with a weight, a cache that it writes to, and a token."""
+    Recorded.made = 0
+
+    def run(weight: Tensor, token: Tensor, cache: Tensor) -> list[Tensor]:
+        cache.add_(1)
+        return [weight * token + cache]
+
+    return Replay(run, [1], Recorded)
+
+
+def test_a_call_is_recorded_when_it_has_come_often_enough(step: Replay) -> None:
+    weight, cache = torch.tensor([2.0]), torch.zeros(1)
+    for index in range(WARM + 4):
+        assert step(weight, torch.tensor([[float(index)]]), cache)[0].item() == 2 * index + index + 1
+        assert Recorded.made == (index >= WARM)
+
+
+def test_other_memory_and_other_shapes_are_other_recordings(step: Replay) -> None:
+    weight, caches = torch.tensor([2.0]), [torch.zeros(1) for _ in range(KEPT + 2)]
+    for cache in caches:
+        for _ in range(WARM + 2):
+            step(weight, torch.ones(1, 1), cache)
+        assert cache.item() == WARM + 2
+    assert Recorded.made == KEPT + 2 and len(step.recordings) == KEPT
+    for _ in range(WARM + 1):
+        assert step(weight, torch.ones(2, 1), caches[-1])[0].shape == (2, 1)
+    assert Recorded.made == KEPT + 3
+
+
+def test_calls_that_vary_are_not_recorded(step: Replay) -> None:
+    weight, cache = torch.tensor([2.0]), torch.zeros(1)
+    for index in range(12):
+        step(weight, torch.ones(1, 1 + index % 2), cache)
+    assert Recorded.made == 0
+
+
+def test_many_tokens_are_not_recorded(step: Replay) -> None:
+    for _ in range(WARM + 2):
+        step(torch.ones(1), torch.ones(1, replay.MOST_TOKENS + 1), torch.ones(1))
+    assert Recorded.made == 0
+
+
+def test_what_cannot_be_recorded_runs_and_says_so(fake: None) -> None:
+    def refuse(*_: Any) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    step = Replay(lambda x: [x + 1], [0], refuse)
+    with pytest.warns(UserWarning, match="decoding runs without a CUDA graph: operation not permitted"):
+        results = [step(torch.zeros(1, 1))[0].item() for _ in range(WARM + 3)]
+    assert results == [1] * (WARM + 3)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("prompts", [1, 2])
+def test_generate_on_a_gpu(tiny_llama: Callable[..., nn.Module], prompts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    record = replay.Recording
+    monkeypatch.setattr(replay, "Recording", lambda *args: made.append(record(*args)) or made[-1])
+    options = dict(max_new_tokens=20, min_new_tokens=20, do_sample=False)
+    inputs = torch.randint(2, 90, (prompts, 7), device="cuda")
+    mask = torch.ones_like(inputs)
+    mask[0, :2] = 0
+    want = tiny_llama().cuda().generate(inputs, attention_mask=mask, **options)
+    model = qcompile.optimize(tiny_llama().cuda(), progress=False)
+    for _ in range(3):
+        assert torch.equal(model.generate(inputs, attention_mask=mask, **options), want)
+    assert made
+    plain = qcompile.optimize(tiny_llama().cuda(), cuda_graphs=False, progress=False)
+    count = len(made)
+    assert torch.equal(plain.generate(inputs, attention_mask=mask, **options), want)
+    assert len(made) == count
