@@ -74,6 +74,7 @@ def inductor(gm: GraphModule, fakes: Sequence[Any], patches: dict[str, Any] | No
     from torch._guards import TracingContext, tracing
     from torch._inductor.compile_fx import compile_fx
 
+    _mend_loop_split()
     context = TracingContext.try_get() or TracingContext(fake_mode_of(fakes))
     with torch.no_grad(), tracing(context), tracing_in_this_thread():
         return cast(Callable[..., Any], compile_fx(gm, list(fakes), config_patches=patches))
@@ -83,7 +84,34 @@ def inductor_training(gm: GraphModule, inputs: Sequence[Any], patches: dict[str,
     """Compile a graph of Dynamo's as it is, forward and backward."""
     from torch._inductor.compile_fx import compile_fx
 
+    _mend_loop_split()
     return cast(Callable[..., Any], compile_fx(gm, list(inputs), config_patches=patches))
+
+
+@functools.cache
+def _mend_loop_split() -> None:
+    """Keep Inductor's C++ from leaving out ends of loops.
+
+    Where an index is x // 48, it makes two loops of the one over x, the inner one of 48 rounds; without asking whether
+    48 divides the rounds of x, as scales of tiles that are cut off do not (torch 2.11 to 2.14). Here it asks.
+    """
+    from torch._inductor.codegen.cpp import CppScheduling
+    from torch._inductor.virtualized import V
+    from torch.utils._sympy.functions import FloorDiv
+
+    split = CppScheduling.try_loop_split
+
+    def divides(node: Any) -> bool:
+        _, body, _ = node.node.get_default_sizes_body()
+        expressions = [expression for expression in body.indexing_exprs.values() if hasattr(expression, "find")]
+        quotients = [quotient.args for expression in expressions for quotient in expression.find(FloorDiv)]
+        known = V.graph.sizevars.statically_known_multiple_of
+        return all(known(body.var_ranges[x], number) for x, number in quotients if x in body.var_ranges)
+
+    def try_loop_split(self: Any, nodes: list[Any]) -> list[Any]:
+        return split(self, nodes) if all(divides(node) for node in nodes) else nodes
+
+    CppScheduling.try_loop_split = try_loop_split  # type: ignore[method-assign]
 
 
 def mode_options(mode: str | None) -> dict[str, Any]:
