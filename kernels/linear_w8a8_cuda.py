@@ -77,7 +77,8 @@ def linear_codes_cuda(
 ) -> Tensor:
     columns, outputs = codes.shape[-1], data.shape[0]
     shape = (*codes.shape[:-1], outputs)
-    rows = codes.reshape(-1, columns)
+    rows = codes.reshape(-1, columns).contiguous()
+    bias = None if bias is None else bias.contiguous()
     # What torch multiplies comes in sixteens.
     if rows.shape[0] < MIN_ROWS or columns % 16 or outputs % 16:
         x = (codes.to(torch.float32) * step).to(dtype)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qcompile import _torch, calls
+from qcompile.graph.alias import is_written
 from qcompile.graph.dump import type_text
 from qcompile.pipeline import Outcome, Pipeline
 from qcompile.regions import compile_graph
@@ -18,7 +19,8 @@ from qcompile.step import Forward, capture_call
 
 @dataclass(frozen=True)
 class Program:
-    """A compiled graph, the weights it gathers from the model at each call, and the shapes it accepts."""
+    """A compiled graph, the weights it gathers from the model at each call, and the shapes it accepts; `written` are
+    the places among the caller's tensors that it writes to."""
 
     run: Callable[..., Sequence[Any]]
     weights: list[tuple[dict[str, Any], str] | Tensor]
@@ -26,6 +28,7 @@ class Program:
     accepts: Callable[[Sequence[Tensor]], bool]
     outcome: Outcome
     types: list[tuple[torch.dtype, torch.device]]
+    written: frozenset[int] = frozenset()
 
     def gather(self) -> list[Tensor] | None:
         """The model's weights as they are now, never a stale copy; None if some changed their dtype or device."""
@@ -56,8 +59,10 @@ def compile_call(model: nn.Module, forward: Forward, kwargs: Mapping[str, Any], 
     types = [(fake.dtype, fake.device) for fake in kept]
     accepts = _torch.shape_guards(fakes)
     outcome = pipeline.transform(captured.gm, describe(kwargs, fakes))
+    places = zip(captured.gm.graph.find_nodes(op="placeholder"), captured.inputs, strict=True)
+    written = frozenset(given.user for node, given in places if given.user is not None and is_written(node))
     run = compile_graph(captured.gm, captured.fakes)
-    return Program(run, weights, build, accepts, outcome, types)
+    return Program(run, weights, build, accepts, outcome, types, written)
 
 
 def preview_call(model: nn.Module, forward: Forward, kwargs: Mapping[str, Any], pipeline: Pipeline) -> Outcome:

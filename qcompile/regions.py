@@ -167,7 +167,7 @@ def _driver(
     for index, region in enumerate(regions):
         given = ", ".join([*map(_size_name, region.symbols), *(node.name for node in region.inputs)])
         results = "".join(f"{node.name}, " for node in region.outputs)
-        lines.append(f"    {results}= region_{region.like}({given})")
+        lines.append(f"    {results and results + '= '}region_{region.like}({given})")
         spent = [n.name for n in region.inputs if last[n] == index and not is_input(n) and n.op != "get_attr"]
         spent += [n.name for n in region.outputs if n not in last]
         lines += [f"    del {', '.join(spent)}"] if spent else []

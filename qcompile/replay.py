@@ -7,6 +7,7 @@ shapes is recorded once and replayed from then on.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import warnings
 from collections import OrderedDict
@@ -34,7 +35,7 @@ class Replay:
         self.run = run
         self.moving: tuple[int, ...] = tuple(moving)
         self.record = record or Recording
-        self.recordings: OrderedDict[Hashable, Any] = OrderedDict()
+        self.recordings: OrderedDict[tuple[Hashable, ...], Any] = OrderedDict()
         self.last: Hashable = None
         self.times = 0
         self.refused = False
@@ -58,20 +59,21 @@ class Replay:
             return False
         return not torch.cuda.is_current_stream_capturing()
 
-    def _key(self, args: Sequence[Tensor]) -> Hashable:
+    def _key(self, args: Sequence[Tensor]) -> tuple[Hashable, ...]:
         moving = set(self.moving)
-        kept = tuple((x.data_ptr(), x.shape) for i, x in enumerate(args) if i not in moving)
+        kept = tuple((x.data_ptr(), x.shape, x.stride()) for i, x in enumerate(args) if i not in moving)
         given = tuple((args[i].shape, args[i].stride()) for i in self.moving)
         return torch.cuda.current_stream(args[self.moving[0]].device), given, kept
 
-    def _record(self, key: Hashable, args: Sequence[Tensor]) -> Run | None:
-        """A recording of this call, not yet run; None until it has come often enough."""
+    def _record(self, key: tuple[Hashable, ...], args: Sequence[Tensor]) -> Run | None:
+        """A recording of this call, not yet run; None until it has come often enough, or if it cannot be recorded."""
         self.times = self.times + 1 if key == self.last else 1
         self.last = key
         if self.times <= WARM:
             return None
         try:
-            recording = self.record(self.run, args, self.moving, next(iter(self.recordings.values()), None))
+            beside = next((found for (stream, *_), found in self.recordings.items() if stream == key[0]), None)
+            recording = self.record(self.run, args, self.moving, beside)
         except Exception as error:  # whatever a kernel may not do while it is recorded
             warnings.warn(f"qcompile: decoding runs without a CUDA graph: {error}", stacklevel=5)
             self.refused = True
@@ -85,12 +87,13 @@ class Replay:
 class Recording:
     """A CUDA graph of one call. It refers to memory, not to tensors: who replays it has them still.
 
-    It shares its own memory with the recording `beside` it: they run one after the other, and nothing that one leaves
-    there is read after the other began.
+    It shares its own memory with the recording `beside` it, of the same stream: they run one after the other, and
+    nothing that one leaves there is read after the other began. What it returns is new memory each time.
     """
 
     def __init__(self, run: Run, args: Sequence[Tensor], moving: Sequence[int], beside: Recording | None = None):
-        self.inputs = [args[i].clone() for i in moving]
+        with torch.inference_mode(False):  # else no call outside of that mode could write to them
+            self.inputs = [torch.empty_like(args[i]).copy_(args[i]) for i in moving]
         given = list(args)
         for i, buffer in zip(moving, self.inputs, strict=True):
             given[i] = buffer
@@ -104,8 +107,11 @@ class Recording:
             self.graph.capture_begin(pool, capture_error_mode="thread_local")
             try:
                 self.outputs = list(run(*given))
-            finally:
-                self.graph.capture_end()
+            except Exception:
+                with contextlib.suppress(RuntimeError):  # it would say that the capture failed, and not why
+                    self.graph.capture_end()
+                raise
+            self.graph.capture_end()
         current.wait_stream(side)
 
     def __call__(self, *moving: Tensor) -> list[Any]:

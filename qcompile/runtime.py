@@ -121,8 +121,8 @@ class Runner:
         if self.config.strict:
             program.outcome.insist()
         if self.config.cuda_graphs and flat.cached and flat.tensors[0].is_cuda:
-            first = len(program.weights)
-            moving = [first + index for index in range(len(flat.tensors)) if index not in flat.cached]
+            first, stay = len(program.weights), flat.cached | program.written
+            moving = [first + index for index in range(len(flat.tensors)) if index not in stay]
             program = replace(program, run=Replay(program.run, moving))
         self.programs.setdefault(key, []).append(program)
         weights = program.gather()

@@ -1,5 +1,6 @@
 """replay."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -110,3 +111,26 @@ def test_generate_on_a_gpu(tiny_llama: Callable[..., nn.Module], prompts: int, m
     count = len(made)
     assert torch.equal(plain.generate(inputs, attention_mask=mask, **options), want)
     assert len(made) == count
+
+
+def test_a_recording_of_inference_mode_serves_others_too(fake: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The buffers of a recording, without its graph."""
+
+    class Graph:
+        def capture_begin(self, *_: Any, **__: Any) -> None: ...
+        def capture_end(self) -> None: ...
+        def replay(self) -> None: ...
+        def pool(self) -> None: ...
+
+    stream = type("Stream", (), {"wait_stream": lambda *_: None})()
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: stream)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device=None: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    with torch.inference_mode():
+        recording = replay.Recording(lambda x: [x], [torch.zeros(1, 1)], [0])
+    with torch.no_grad():
+        assert recording(torch.ones(1, 1))[0].item() == 1
+    with torch.inference_mode():
+        assert recording(torch.full((1, 1), 2.0))[0].item() == 2

@@ -42,10 +42,12 @@ def find_repeat(graph: Graph) -> list[Stretch]:
     start = _best_cut(nodes, start, period)
     count = (found[0] + length - start) // period
     stretches = [tuple(nodes[start + i * period : start + (i + 1) * period]) for i in range(count)]
-    same = 1
-    while same < count and correspond(stretches[0], stretches[same]):
-        same += 1
-    return stretches[:same] if same >= LEAST_TIMES else []
+    best, begin = range(0), 0
+    for index in range(count):
+        if index and not correspond(stretches[index - 1], stretches[index]):
+            begin = index
+        best = max(best, range(begin, index + 1), key=len)
+    return [stretches[index] for index in best] if len(best) >= LEAST_TIMES else []
 
 
 def externals(stretch: Sequence[Node]) -> list[Node]:

@@ -65,6 +65,22 @@ def test_a_layer_that_differs_ends_it() -> None:
     assert len(find_repeat(graph_of(*layers[:4], Layer(8, 16, extra=1), *layers[4:]))) == 4
 
 
+def test_an_odd_first_layer_stays_before() -> None:
+    class Skips(Layers):
+        """Each layer adds what came before the last one; the first has only one thing to add."""
+
+        def forward(self, *tensors):
+            (x,) = tensors
+            shift = x.mean(-1, keepdim=True).exp()
+            before = x
+            for layer in self.layers:
+                x, before = layer(x, shift) + before, x
+            return x
+
+    graph = capture.export(Skips(*(Layer(8, 16) for _ in range(7))), (torch.randn(3, 8),)).gm.graph
+    assert len(find_repeat(graph)) >= 5
+
+
 def test_alternating_layers_repeat_in_pairs() -> None:
     stretches = find_repeat(graph_of(*(Layer(8, 16 + 8 * (i % 2)) for i in range(8))))
     assert len(stretches) == 4
