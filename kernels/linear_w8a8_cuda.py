@@ -6,6 +6,8 @@ them at a time, which stays in the L2 cache, is made signed. Floats are multipli
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -51,17 +53,8 @@ def refuses(
     return None
 
 
-def _fake(
-    codes: Tensor,
-    step: Tensor,
-    data: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    spec: str,
-    activation: str | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    return codes.new_empty((*codes.shape[:-1], data.shape[0]), dtype=dtype)
+def _fake(codes: Tensor, step: Tensor, data: Tensor, *rest: Any) -> Tensor:
+    return codes.new_empty((*codes.shape[:-1], data.shape[0]), dtype=rest[-1])
 
 
 @opaque(_fake)

@@ -74,9 +74,8 @@ def inductor(gm: GraphModule, fakes: Sequence[Any], patches: dict[str, Any] | No
     from torch._guards import TracingContext, tracing
     from torch._inductor.compile_fx import compile_fx
 
-    _mend_loop_split()
     context = TracingContext.try_get() or TracingContext(fake_mode_of(fakes))
-    with torch.no_grad(), tracing(context), tracing_in_this_thread():
+    with torch.no_grad(), tracing(context), tracing_in_this_thread(), _mended_inductor():
         return cast(Callable[..., Any], compile_fx(gm, list(fakes), config_patches=patches))
 
 
@@ -84,8 +83,16 @@ def inductor_training(gm: GraphModule, inputs: Sequence[Any], patches: dict[str,
     """Compile a graph of Dynamo's as it is, forward and backward."""
     from torch._inductor.compile_fx import compile_fx
 
+    with _mended_inductor():
+        return cast(Callable[..., Any], compile_fx(gm, list(inputs), config_patches=patches))
+
+
+@contextmanager
+def _mended_inductor() -> Iterator[None]:
+    """Inductor with our mend, and apart in its cache from what it compiled without."""
     _mend_loop_split()
-    return cast(Callable[..., Any], compile_fx(gm, list(inputs), config_patches=patches))
+    with torch.compiler.config.patch(cache_key_tag=f"{torch.compiler.config.cache_key_tag}+qcompile"):
+        yield
 
 
 @functools.cache

@@ -6,6 +6,7 @@ each time with other weights. That saves most of the compiler's time; the calls 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -117,9 +118,8 @@ def _numbers(val: Any) -> Iterator[Any]:
     if isinstance(val, (torch.SymInt, torch.SymFloat, torch.SymBool)):
         yield val
     elif isinstance(val, Tensor):
-        yield from (
-            size for size in (*val.shape, *val.stride(), val.storage_offset()) if isinstance(size, torch.SymInt)
-        )
+        for number in (*val.shape, *val.stride(), val.storage_offset()):
+            yield from _numbers(number)
     elif isinstance(val, (list, tuple)):
         for part in val:
             yield from _numbers(part)
@@ -163,7 +163,7 @@ def _driver(
     last |= dict.fromkeys(end.all_input_nodes, len(regions))
     lines = [f"    {_size_name(symbol)} = {node.name}.shape[{dim}]" for symbol, (node, dim) in sizes.items()]
     for node in gm.graph.find_nodes(op="get_attr"):
-        scope[node.name] = _attribute(gm, str(node.target))
+        scope[node.name] = operator.attrgetter(str(node.target))(gm)
     for index, region in enumerate(regions):
         given = ", ".join([*map(_size_name, region.symbols), *(node.name for node in region.inputs)])
         results = "".join(f"{node.name}, " for node in region.outputs)
@@ -184,8 +184,3 @@ class _Name(str):
     """A word that is written without quotes."""
 
     __repr__ = str.__str__
-
-
-def _attribute(gm: GraphModule, path: str) -> Any:
-    owner, _, name = path.rpartition(".")
-    return getattr(gm.get_submodule(owner), name)

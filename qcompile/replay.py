@@ -31,11 +31,10 @@ class Replay:
     """Runs `run`, or a recording of it. It has the same inputs: those at `moving` may lie anywhere at each call, the
     others are expected to stay where they are."""
 
-    def __init__(self, run: Run, moving: Collection[int], record: Callable[..., Run] | None = None):
+    def __init__(self, run: Run, moving: Collection[int]):
         self.run = run
-        self.moving: tuple[int, ...] = tuple(moving)
-        self.record = record or Recording
-        self.recordings: OrderedDict[tuple[Hashable, ...], Any] = OrderedDict()
+        self.moving = tuple(moving)
+        self.recordings: OrderedDict[tuple[Hashable, ...], Recording] = OrderedDict()
         self.last: Hashable = None
         self.times = 0
         self.refused = False
@@ -60,12 +59,11 @@ class Replay:
         return not torch.cuda.is_current_stream_capturing()
 
     def _key(self, args: Sequence[Tensor]) -> tuple[Hashable, ...]:
-        moving = set(self.moving)
-        kept = tuple((x.data_ptr(), x.shape, x.stride()) for i, x in enumerate(args) if i not in moving)
+        kept = tuple((x.data_ptr(), x.shape, x.stride()) for i, x in enumerate(args) if i not in self.moving)
         given = tuple((args[i].shape, args[i].stride()) for i in self.moving)
         return torch.cuda.current_stream(args[self.moving[0]].device), given, kept
 
-    def _record(self, key: tuple[Hashable, ...], args: Sequence[Tensor]) -> Run | None:
+    def _record(self, key: tuple[Hashable, ...], args: Sequence[Tensor]) -> Recording | None:
         """A recording of this call, not yet run; None until it has come often enough, or if it cannot be recorded."""
         self.times = self.times + 1 if key == self.last else 1
         self.last = key
@@ -73,7 +71,7 @@ class Replay:
             return None
         try:
             beside = next((found for (stream, *_), found in self.recordings.items() if stream == key[0]), None)
-            recording = self.record(self.run, args, self.moving, beside)
+            recording = Recording(self.run, args, self.moving, beside)
         except Exception as error:  # whatever a kernel may not do while it is recorded
             warnings.warn(f"qcompile: decoding runs without a CUDA graph: {error}", stacklevel=5)
             self.refused = True

@@ -39,15 +39,16 @@ class Recorded:
 
 
 @pytest.fixture
-def step(fake: None) -> Replay:
+def step(fake: None, monkeypatch: pytest.MonkeyPatch) -> Replay:
     """A program with a weight, a cache that it writes to, and a token."""
     Recorded.made = 0
+    monkeypatch.setattr(replay, "Recording", Recorded)
 
     def run(weight: Tensor, token: Tensor, cache: Tensor) -> list[Tensor]:
         cache.add_(1)
         return [weight * token + cache]
 
-    return Replay(run, [1], Recorded)
+    return Replay(run, [1])
 
 
 def test_a_call_is_recorded_when_it_has_come_often_enough(step: Replay) -> None:
@@ -82,11 +83,12 @@ def test_many_tokens_are_not_recorded(step: Replay) -> None:
     assert Recorded.made == 0
 
 
-def test_what_cannot_be_recorded_runs_and_says_so(fake: None) -> None:
+def test_what_cannot_be_recorded_runs_and_says_so(fake: None, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> Any:
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    step = Replay(lambda x: [x + 1], [0], refuse)
+    monkeypatch.setattr(replay, "Recording", refuse)
+    step = Replay(lambda x: [x + 1], [0])
     with pytest.warns(UserWarning, match="decoding runs without a CUDA graph: operation not permitted"):
         results = [step(torch.zeros(1, 1))[0].item() for _ in range(WARM + 3)]
     assert results == [1] * (WARM + 3)

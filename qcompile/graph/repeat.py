@@ -38,9 +38,9 @@ def find_repeat(graph: Graph) -> list[Stretch]:
     found = _period(_labels(nodes))
     if found is None:
         return []
-    start, length, period = found
-    start = _best_cut(nodes, start, period)
-    count = (found[0] + length - start) // period
+    first, length, period = found
+    start = _best_cut(nodes, first, period)
+    count = (first + length - start) // period
     stretches = [tuple(nodes[start + i * period : start + (i + 1) * period]) for i in range(count)]
     best, begin = range(0), 0
     for index in range(count):

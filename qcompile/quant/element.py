@@ -18,7 +18,8 @@ class Element:
     have no zero point. `ternary` is three levels in two bits: -1, 0, 1 when symmetric, 0, 1, 2 with a zero point.
 
     Floats have no zero point either. Those of 8 bits are `dtype` seen as bytes; smaller ones look up `table`. Where the
-    bits are a sign, `exponent` bits and `mantissa` bits, these say how many; the bias is as in IEEE 754.
+    bits are a sign, `exponent` bits and `mantissa` bits, these say how many; the bias is as in IEEE 754,
+    and codes that are `special` or more without their sign are inf or NaN (0: none are).
     """
 
     tag: str
@@ -29,6 +30,7 @@ class Element:
     dtype: torch.dtype | None = None
     exponent: int = 0
     mantissa: int = 0
+    special: int = 0
 
     def __str__(self) -> str:
         return self.tag
@@ -36,11 +38,6 @@ class Element:
     @property
     def is_float(self) -> bool:
         return self.table is not None or self.dtype is not None
-
-    @property
-    def special(self) -> int:
-        """The first of the codes without their sign that are inf or NaN, or 0."""
-        return {"fp8_e4m3": 0x7F, "fp8_e5m2": 0x7C}.get(self.tag, 0)
 
     @property
     def bias(self) -> int:
@@ -111,8 +108,8 @@ ELEMENTS: dict[str, Element] = {
         *(Element(f"u{bits}", bits, 2**bits) for bits in _WIDTHS),
         *(Element(f"i{bits}", bits, 2**bits, offset=2 ** (bits - 1)) for bits in _WIDTHS[1:]),
         Element("ternary", 2, 3, offset=1),
-        Element("fp8_e4m3", 8, 256, dtype=torch.float8_e4m3fn, exponent=4, mantissa=3),
-        Element("fp8_e5m2", 8, 256, dtype=torch.float8_e5m2, exponent=5, mantissa=2),
+        Element("fp8_e4m3", 8, 256, dtype=torch.float8_e4m3fn, exponent=4, mantissa=3, special=0x7F),
+        Element("fp8_e5m2", 8, 256, dtype=torch.float8_e5m2, exponent=5, mantissa=2, special=0x7C),
         Element("e8m0", 8, 256, dtype=torch.float8_e8m0fnu),
         _minifloat("fp6_e2m3", 2, 3),
         _minifloat("fp6_e3m2", 3, 2),
