@@ -1,8 +1,11 @@
 """_torch: what is mended in torch itself."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import GraphModule
 
 from qcompile import _torch
 
@@ -19,13 +22,17 @@ def test_loops_over_what_is_cut_off(rows: int, columns: int, size: int) -> None:
     assert torch.equal(run(*inputs)[0], spread(*inputs)[0])
 
 
-def test_loops_of_symbolic_length() -> None:
-    def spread(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        return x * scale.repeat_interleave(12)[: x.shape[0]]
+def test_what_was_compiled_without_the_mend_is_not_taken_from_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    tags = []
 
-    torch._dynamo.reset()
-    _torch._mend_loop_split()
-    run = torch.compile(spread, dynamic=True, options={"fx_graph_cache": False})
-    for length in (70, 71, 84):
-        x, scale = torch.randn(length), torch.arange(1.0, 8.0)
-        assert torch.equal(run(x, scale), spread(x, scale))
+    def compile_fx(gm: GraphModule, *_: Any, **__: Any) -> GraphModule:
+        tags.append(torch.compiler.config.cache_key_tag)
+        return gm
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
+    gm = _torch.trace(lambda x: [x + 1], [torch.ones(2)])
+    with torch.compiler.config.patch(cache_key_tag="mine"):
+        _torch.inductor(gm, [torch.ones(2)])
+        _torch.inductor_training(gm, [torch.ones(2)], {})
+        assert torch.compiler.config.cache_key_tag == "mine"
+    assert tags == ["mine+qcompile"] * 2
