@@ -91,7 +91,8 @@ def inductor_training(gm: GraphModule, inputs: Sequence[Any], patches: dict[str,
 def _mended_inductor() -> Iterator[None]:
     """Inductor with our mend, and apart in its cache from what it compiled without."""
     _mend_loop_split()
-    with torch.compiler.config.patch(cache_key_tag=f"{torch.compiler.config.cache_key_tag}+qcompile"):
+    tag = f"{torch.compiler.config.cache_key_tag}+qcompile"
+    with torch.compiler.config.patch(cache_key_tag=tag):  # pyright: ignore[reportAttributeAccessIssue]
         yield
 
 

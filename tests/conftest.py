@@ -3,8 +3,11 @@
 import difflib
 import os
 import random
+import resource
 import sys
+import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -63,6 +66,22 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("needs the folder ../shared with checkpoints and models")
     return SHARED
+
+
+@pytest.fixture
+def refused() -> Callable[..., AbstractContextManager[None]]:
+    """`with refused("a pattern"):` what is in it is a CheckpointError, within two seconds and little memory."""
+    from qcompile.errors import CheckpointError
+
+    @contextmanager
+    def check(message: str = ".") -> Iterator[None]:
+        memory, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+        with pytest.raises(CheckpointError, match=message):
+            yield
+        assert time.process_time() - start < 2
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 200_000  # KiB
+
+    return check
 
 
 @pytest.fixture

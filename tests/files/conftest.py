@@ -1,7 +1,9 @@
-"""What load() does with the files of a checkpoint, short of making a model."""
+"""Files of a checkpoint: written for a test, and read as load() does, short of making a model."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,3 +42,16 @@ def _examine(path: Path, most: int = 1_000_000) -> int:
 @pytest.fixture
 def examine() -> Callable[..., int]:
     return _examine
+
+
+@pytest.fixture
+def write() -> Callable[[Path, dict[str, Any]], Path]:
+    """`write(folder, {"config.json": {}})`: files from bytes, texts and values of JSON; returns the folder."""
+
+    def run(folder: Path, files: dict[str, Any]) -> Path:
+        for name, content in files.items():
+            data = content if isinstance(content, bytes | str) else json.dumps(content)
+            (folder / name).write_bytes(data.encode() if isinstance(data, str) else data)
+        return folder
+
+    return run
