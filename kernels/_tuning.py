@@ -46,11 +46,25 @@ class DequantizeTile:
 
 
 @dataclass(frozen=True)
+class AttentionTile:
+    """What a program of attention_decode makes: `rows` query rows, from every splits-th block of `keys` keys; powers of
+    two."""
+
+    splits: int
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
 class Device:
-    """What the choices depend on: the compute capability's first number, and the shared memory of a program."""
+    """What the choices depend on: the compute capability's first number, the shared memory of a program, and how many
+    multiprocessors there are."""
 
     major: int = 9
     shared_bytes: int = 227 << 10
+    processors: int = 132
 
     @property
     def tensor_cores(self) -> bool:
@@ -68,7 +82,8 @@ class Device:
         if device.type != "cuda":
             return Device()
         properties = torch.cuda.get_device_properties(device)
-        return Device(properties.major, properties.shared_memory_per_block_optin)
+        shared = properties.shared_memory_per_block_optin
+        return Device(properties.major, shared, properties.multi_processor_count)
 
 
 def way(rows: int, outputs: int, inputs: int, bits: int, device: Device) -> str:
@@ -114,3 +129,22 @@ def _shared_bytes(rows: int, outputs: int, chunks: int, step: int, stages: int) 
 
 def dequantize_tile(bits: int) -> DequantizeTile:
     return DequantizeTile(outputs=8, chunks=16, warps=4)
+
+
+def attention_tile(pairs: int, rows: int, keys: int, columns: int, itemsize: int, device: Device) -> AttentionTile:
+    """For `pairs` sequences and key/value heads, with `rows` query rows for each; keys and values of `columns` columns.
+
+    How many of the keys a mask leaves is not known here: many small blocks share out what there is.
+    """
+    if itemsize > 2 or not device.tensor_cores:
+        # Products of rows, keys and columns are in registers.
+        block, stages = 16, 1
+        tile_rows = min(power_of_two(rows), max(1, 8192 // (block * columns)))
+    else:
+        block, stages = 32 if pairs * keys <= 128 * device.processors else 64, 3
+        tile_rows = max(16, min(power_of_two(rows), 8192 // columns))
+        while stages > 1 and stages * block * 2 * columns * itemsize > device.shared_bytes - (16 << 10):
+            stages -= 1
+    programs = pairs * cdiv(rows, tile_rows)
+    splits = max(1, min(cdiv(keys, block), 4 * device.processors // programs, 64))
+    return AttentionTile(1 << splits.bit_length() - 1, tile_rows, block, 4, stages)

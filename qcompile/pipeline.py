@@ -41,6 +41,7 @@ KERNELS = (
     "norm",
     "gated_act",
     "rope",
+    "attention_decode",
     "inductor",
     "linear_w8a8_cpu",
     "linear_w8a8_cuda",

@@ -18,6 +18,7 @@ TRITON_TESTS = [
     "test_norm.py",
     "test_gated_act.py",
     "test_rope.py",
+    "test_attention_decode.py",
 ]
 GPU = torch.cuda.is_available()
 INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from qcompile.kernels import _tuning, dequantize_gpu, gated_act, linear_gemm, linear_gemv, norm, rope
+from qcompile.kernels import _tuning, attention_decode, dequantize_gpu, gated_act, linear_gemm, linear_gemv, norm, rope
 from qcompile.kernels._weight import Layout
 
 triton = pytest.importorskip("triton")
@@ -49,13 +49,15 @@ def compiled(kernel: Any, gpu: int, absent: tuple[str, ...], warps: int, stages:
             signature[name] = "*i32"
         elif name == "x_ptr" and kernel is linear_gemv._gemv:
             signature[name] = "*i64"
-        elif name in ("parts_ptr", "table_ptr"):
+        elif name in ("parts_ptr", "sums_ptr", "table_ptr"):
             signature[name] = "*fp32"
+        elif name == "mask_ptr":
+            signature[name] = "*i1"
         elif name.endswith("_ptr"):
             signature[name] = f"*{short}"
         else:
-            signature[name] = "fp32" if name == "eps" else "i32"
-        if name.endswith("_ptr") or name in ("N", "K", "columns"):
+            signature[name] = "fp32" if name in ("eps", "scale") else "i32"
+        if name.endswith(("_ptr", "_batch", "_head", "_row")) or name in ("N", "K", "columns"):
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
     return triton.compile(source, target=GPUTarget("cuda", gpu, 32), options={"num_warps": warps, "num_stages": stages})
@@ -122,6 +124,25 @@ def variants(gpu: int) -> dict[str, Any]:
     found["layer_norm"] = compiled(norm._layer_norm, gpu, (), 8, BLOCK_M=1, BLOCK_N=4096)
     found["gated_act"] = compiled(gated_act._gated_act, gpu, (), 4, ACTIVATION="silu", BLOCK_M=1, BLOCK_N=1024)
     found["rope"] = compiled(rope._rope, gpu, (), 4, HALF=64, BLOCK_M=8, BLOCK_N=64)
+    return found | attentions(gpu, device)
+
+
+def attentions(gpu: int, device: _tuning.Device) -> dict[str, Any]:
+    """attention_decode for 32 query heads over 8 of 128 columns, 71 over one of 64, and 16 over 16 of 256."""
+    found = {}
+    for pairs, rows, width in ((8, 4, 128), (1, 71, 64), (512, 1, 256)):
+        if gpu not in WIDELY and width != 128:
+            continue
+        tile = _tuning.attention_tile(pairs, rows, 8192, width, 2, device)
+        sizes = {"D": width, "DV": width, "BLOCK_D": width, "BLOCK_DV": width, "BLOCK_M": tile.rows}
+        steps = {"BLOCK_N": tile.keys, "MASK_ROWS": 1, "SCAN": attention_decode.SCAN_ELEMENTS}
+        absent = () if tile.splits > 1 else ("sums_ptr", "parts_ptr")
+        plain = {"k_column": 1, "v_column": 1, "mask_column": 1}
+        found[f"attention, {rows} rows of {width}"] = compiled(
+            attention_decode._split, gpu, absent, tile.warps, tile.stages, **sizes, **steps, **plain
+        )
+    sizes = {"DV": 128, "BLOCK_DV": 128, "SPLITS": 32}
+    found["attention, combine"] = compiled(attention_decode._combine, gpu, (), 8, **sizes)
     return found
 
 
@@ -130,3 +151,10 @@ def test_compiles_and_fits(gpu: int) -> None:
     kernels = variants(gpu)
     assert {name: k.metadata.shared for name, k in kernels.items() if k.metadata.shared > GPUS[gpu] << 10} == {}
     assert {name: stack for name, k in kernels.items() if (stack := stack_bytes(k.asm["cubin"])) > 32} == {}
+
+
+def test_keys_and_values_are_fetched_ahead() -> None:
+    """Shared memory holds those of several steps."""
+    device = _tuning.Device(9, GPUS[90] << 10)
+    tile = _tuning.attention_tile(8, 4, 8192, 128, 2, device)
+    assert attentions(90, device)["attention, 4 rows of 128"].metadata.shared > 2 * tile.keys * 2 * 128 * 2

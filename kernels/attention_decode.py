@@ -1,0 +1,252 @@
+"""Attention of few query rows, as in decoding: `_split` over parts of the keys, and `_combine` of what they found.
+
+One program of `_split` takes the query rows of all heads that share a key/value head, so that keys and values are read
+once, and every parts-th block of keys, so that a cache filled halfway is work for all. It reads its part of the mask
+first and goes from the first to the last block in which anyone attends. (Dao et al. 2023, flash-decoding.)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qcompile.graph.match import known
+from qcompile.kernels import _tuning
+from qcompile.kernels._tiles import (
+    cdiv,
+    dependent_launch,
+    gdc_launch_dependents,
+    gdc_wait,
+    launch,
+    power_of_two,
+    refuses_device,
+    tl,
+    triton,
+)
+from qcompile.ops.attention import attention
+from qcompile.ops.registry import opaque
+
+MAX_LENGTH = 8
+MAX_WIDTH = 256
+SCAN_ELEMENTS = 1024
+
+
+def refuses(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float
+) -> str | None:
+    for tensor in (query, key, value):
+        if reason := refuses_device(tensor, tensor.dtype):
+            return reason
+        if tensor.dtype != query.dtype:
+            return "query, key and value differ in dtype"
+    length, width, value_width = (known(size) for size in (query.shape[2], query.shape[3], value.shape[3]))
+    if length is None or length > MAX_LENGTH:
+        return f"handles up to {MAX_LENGTH} query rows, not {query.shape[2]}"
+    if width is None or value_width is None or max(width, value_width) > MAX_WIDTH:
+        return f"handles heads of up to {MAX_WIDTH} columns, not {query.shape[3]} and {value.shape[3]}"
+    if is_causal:
+        return "handles a mask, not is_causal"
+    return None
+
+
+@opaque(lambda query, key, value, mask, scale: query.new_empty(*query.shape[:3], value.shape[3]))
+def attention_decode_cuda(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    return attend(query, key, value, mask, scale)
+
+
+@attention.implementation("triton_decode", refuses)
+def attention_decode(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float
+) -> Tensor:
+    return attention_decode_cuda(query, key, value, mask, scale)
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float,
+    tile: _tuning.AttentionTile | None = None,
+) -> Tensor:  # fmt: skip
+    """The op without is_causal, by the tile that is given or else chosen."""
+    batch, heads, length, width = query.shape
+    kv_heads, keys, value_width = *key.shape[1:3], value.shape[3]
+    out = query.new_empty(batch, heads, length, value_width)
+    if out.numel() == 0:
+        return out
+    if query.stride(3) != 1:
+        query = query.contiguous()
+    rows = heads // kv_heads * length
+    block_d, block_dv = (max(16, power_of_two(n)) for n in (width, value_width))
+    if tile is None:
+        device = _tuning.Device.of(key.device)
+        tile = _tuning.attention_tile(batch * kv_heads, rows, keys, max(block_d, block_dv), key.itemsize, device)
+    mask_strides, mask_rows = [0, 0, 0, 0], 1
+    if mask is not None:
+        mask_strides = list(mask.expand(batch, heads, length, keys).stride())
+        mask_rows = tile.rows if any(mask_strides[1:3]) else 1
+    sums = parts = None
+    if tile.splits > 1:
+        sums = query.new_empty(batch * heads * length, 2, tile.splits, dtype=torch.float32)
+        parts = query.new_empty(batch * heads * length, tile.splits, value_width, dtype=torch.float32)
+    pdl = dependent_launch(query)
+    launch(
+        _split,
+        (batch * kv_heads, tile.splits, cdiv(rows, tile.rows)),
+        query,
+        key,
+        value,
+        mask,
+        out,
+        sums,
+        parts,
+        kv_heads,
+        rows,
+        length,
+        keys,
+        scale,
+        *query.stride()[:3],
+        *key.stride(),
+        *value.stride(),
+        *mask_strides,
+        D=width,
+        DV=value_width,
+        BLOCK_M=tile.rows,
+        BLOCK_N=tile.keys,
+        BLOCK_D=block_d,
+        BLOCK_DV=block_dv,
+        MASK_ROWS=mask_rows,
+        SCAN=max(16, SCAN_ELEMENTS // mask_rows),
+        PDL=pdl,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    if tile.splits > 1:
+        launch(
+            _combine,
+            (batch * heads * length,),
+            sums,
+            parts,
+            out,
+            DV=value_width,
+            BLOCK_DV=block_dv,
+            SPLITS=tile.splits,
+            PDL=pdl,
+            num_warps=max(1, min(8, tile.splits * block_dv // 512)),
+        )
+    return out
+
+
+@triton.jit
+def _attended(mask):
+    return mask if mask.dtype == tl.int1 else mask.to(tl.float32) != float("-inf")
+
+
+@triton.jit
+def _product(a, b, c):
+    """a @ b + c in float32. Tensor cores take 16 rows or more; fewer are multiplied one by one."""
+    if a.shape[0] >= 16:
+        return tl.dot(a.to(b.dtype), b, c, input_precision="ieee")
+    else:
+        return c + tl.sum(a.to(tl.float32)[:, :, None] * b.to(tl.float32)[None, :, :], 1)
+
+
+@triton.jit
+def _split(
+    q_ptr, k_ptr, v_ptr, mask_ptr, out_ptr, sums_ptr, parts_ptr, kv_heads, rows, length, keys, scale,
+    q_batch, q_head, q_row, k_batch, k_head, k_row, k_column, v_batch, v_head, v_row, v_column,
+    mask_batch, mask_head, mask_row, mask_column,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, MASK_ROWS: tl.constexpr, SCAN: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        gdc_wait()
+    pair = tl.program_id(0).to(tl.int64)
+    batch, kv_head = pair // kv_heads, pair % kv_heads
+    part, splits = tl.program_id(1), tl.num_programs(1)
+    # Row r is query position r % length of head r // length of the group.
+    first_row = tl.program_id(2) * BLOCK_M
+    row = (first_row + tl.arange(0, BLOCK_M))[:, None]
+    head = kv_head * (rows // length) + row // length
+    d, dv = tl.arange(0, BLOCK_D)[None, :], tl.arange(0, BLOCK_DV)[None, :]
+    q_at = batch * q_batch + head * q_head + (row % length).to(tl.int64) * q_row
+    q = tl.load(q_ptr + q_at + d, mask=(row < rows) & (d < D), other=0.0)
+    # Step s of this program is block s * splits + part.
+    steps = tl.cdiv(tl.cdiv(keys, BLOCK_N) - part, splits)
+    first, end = 0, steps
+    if mask_ptr is not None:
+        seen_row = (first_row + tl.arange(0, MASK_ROWS))[:, None]
+        seen_head = kv_head * (rows // length) + seen_row // length
+        mask_ptr += batch * mask_batch + seen_head * mask_head + (seen_row % length).to(tl.int64) * mask_row
+        lowest = tl.zeros((MASK_ROWS, SCAN), tl.int32) + steps
+        highest = tl.zeros((MASK_ROWS, SCAN), tl.int32)
+        for start in range(0, steps * BLOCK_N, SCAN):
+            i = start + tl.arange(0, SCAN)[None, :]
+            step = i // BLOCK_N
+            n = (step * splits + part) * BLOCK_N + i % BLOCK_N
+            inside = (seen_row < rows) & (n < keys)
+            attended = _attended(tl.load(mask_ptr + n.to(tl.int64) * mask_column, mask=inside)) & inside
+            lowest = tl.where(attended, tl.minimum(lowest, step), lowest)
+            highest = tl.where(attended, tl.maximum(highest, step + 1), highest)
+        first, end = tl.min(lowest), tl.max(highest)
+    k_ptr += batch * k_batch + kv_head * k_head + d * k_column
+    v_ptr += batch * v_batch + kv_head * v_head + dv * v_column
+    offset = tl.arange(0, BLOCK_N)
+    top = tl.full((BLOCK_M, 1), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M, 1), tl.float32)
+    y = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
+    # From zero: Triton 3.9 loses sight of the alignment of loads in a loop that begins at a reduction's result.
+    for step in range(0, end - first):  # type: ignore[operator]
+        n = ((first + step) * splits + part) * BLOCK_N + offset  # type: ignore[operator]
+        down, across = n[:, None].to(tl.int64), n[None, :].to(tl.int64)
+        k = tl.load(k_ptr + down * k_row, mask=(down < keys) & (d < D), other=0.0)
+        v = tl.load(v_ptr + down * v_row, mask=(down < keys) & (dv < DV), other=0.0)
+        logits = _product(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32)) * scale
+        inside = across < keys
+        if mask_ptr is not None:
+            inside &= seen_row < rows
+            mask = tl.load(mask_ptr + across * mask_column, mask=inside)
+            inside &= _attended(mask)
+            if mask.dtype != tl.int1:
+                logits += mask.to(tl.float32)
+        logits = tl.where(inside, logits, float("-inf"))
+        new_top = tl.maximum(top, tl.max(logits, 1, keep_dims=True))
+        # While nothing is attended the top is -inf, and -inf less -inf is no number.
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)
+        p = tl.exp(logits - base)
+        shrink = tl.exp(top - base)
+        total = total * shrink + tl.sum(p, 1, keep_dims=True)
+        y = _product(p, v, y * shrink)
+        top = new_top
+    if PDL:
+        gdc_launch_dependents()  # not earlier: waiting programs would take room from those that read
+    result = pair * rows + row
+    if parts_ptr is None:
+        DTYPE: tl.constexpr = out_ptr.dtype.element_ty
+        # Rows that attend to nothing are zeros.
+        y /= tl.where(total == 0.0, 1.0, total)
+        tl.store(out_ptr + result * DV + dv, y.to(DTYPE), mask=(row < rows) & (dv < DV))
+    else:
+        tl.store(sums_ptr + result * 2 * splits + part, top, mask=row < rows)
+        tl.store(sums_ptr + (result * 2 + 1) * splits + part, total, mask=row < rows)
+        tl.store(parts_ptr + (result * splits + part) * DV + dv, y, mask=(row < rows) & (dv < DV))
+
+
+@triton.jit
+def _combine(
+    sums_ptr, parts_ptr, out_ptr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr
+):
+    """One program makes one row of the result."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.arange(0, SPLITS)[:, None]
+    column = tl.arange(0, BLOCK_DV)[None, :]
+    top = tl.load(sums_ptr + row * 2 * SPLITS + part)
+    total = tl.load(sums_ptr + (row * 2 + 1) * SPLITS + part)
+    y = tl.load(parts_ptr + (row * SPLITS + part) * DV + column, mask=column < DV, other=0.0)
+    highest = tl.max(top, 0, keep_dims=True)
+    weight = tl.exp(top - tl.where(highest == float("-inf"), 0.0, highest))
+    whole = tl.sum(total * weight, 0)
+    y = tl.sum(y * weight, 0) / tl.where(whole == 0.0, 1.0, whole)
+    DTYPE: tl.constexpr = out_ptr.dtype.element_ty
+    column = tl.arange(0, BLOCK_DV)
+    tl.store(out_ptr + row * DV + column, y.to(DTYPE), mask=column < DV)
