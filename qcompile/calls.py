@@ -10,6 +10,7 @@ import copy
 import sys
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ from torch import Tensor
 
 from qcompile.errors import UnsupportedError
 
-_PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device, type)
+# What a key can hold as it is.
+PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device, type)
 
 
 @dataclass
@@ -45,7 +47,7 @@ def _take(value: Any, flat: Flat) -> Callable[[Sequence[Any]], Any]:
         flat.tensors.append(value)
         flat.key.append(("tensor", value.dtype, value.device, value.dim()))
         return lambda tensors: tensors[index]
-    if isinstance(value, _PLAIN):
+    if isinstance(value, PLAIN):
         flat.key.append((type(value), value))
         return lambda tensors: value
     if is_cache(value):
@@ -89,7 +91,7 @@ def _take_cache(cache: Any, flat: Flat) -> Callable[[Sequence[Any]], Any]:
 
     def rebuild(tensors: Sequence[Any]) -> Any:
         shell = copy.copy(cache)
-        shell.layers = []
+        shell.layers, shell._qcompile_before = [], []
         for layer, attributes in layers:
             twin = copy.copy(layer)
             for name, item in attributes.items():
@@ -100,6 +102,7 @@ def _take_cache(cache: Any, flat: Flat) -> Callable[[Sequence[Any]], Any]:
                 if hasattr(twin, "max_cache_len"):
                     twin.max_cache_len = twin.keys.shape[2]
             shell.layers.append(twin)
+            shell._qcompile_before.append(dict(vars(twin)))
         shell._qcompile_place = place
         return shell
 
@@ -193,12 +196,14 @@ def _give(value: Any, given: dict[int, int], outputs: list[Any]) -> Make:
 def _changes(shell: Any, given: dict[int, int], outputs: list[Any]) -> list[dict[str, Make]]:
     """Per layer, the attributes that the caller's cache must take over."""
     changes = []
-    for layer in shell.layers:
+    for layer, before in zip_longest(shell.layers, getattr(shell, "_qcompile_before", ()), fillvalue={}):
         mine: dict[str, Make] = {}
         for name, item in sorted(vars(layer).items()):
+            if name in before and before[name] is item and not isinstance(item, torch.SymInt):
+                continue
             if isinstance(item, Tensor) and id(item) in given:
                 continue
-            if name != "max_cache_len" and isinstance(item, (Tensor, torch.SymInt, *_PLAIN)):
+            if name != "max_cache_len" and isinstance(item, (Tensor, torch.SymInt, *PLAIN)):
                 mine[name] = _give(item, given, outputs)
         changes.append(mine)
     return changes

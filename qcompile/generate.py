@@ -1,59 +1,79 @@
-"""`model.generate` of an optimized model: transformers' own loop over a static cache."""
+"""`model.generate` of an optimized model: a static cache, and a loop of its own for what it is mostly called with."""
 
 from __future__ import annotations
 
+import functools
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from qcompile.caches import static_cache
+from qcompile.decode import decode
 from qcompile.errors import ConfigError
-from qcompile.runtime import runner_of
+from qcompile.runtime import Runner, runner_of
 
 # Cache lengths are rounded up to this many tokens.
 LENGTH_STEP = 64
-# Arguments with which transformers runs another loop or another cache than the one meant here.
-_ELSEWHERE = ("past_key_values", "assistant_model", "prompt_lookup_num_tokens", "custom_generate", "inputs_embeds")
+# With one of these, transformers runs another loop than sampling or greedy decoding, or the loop has more to do.
+_OTHER_LOOPS = (
+    "assistant_model", "assistant_early_exit", "use_mtp", "prompt_lookup_num_tokens", "custom_generate", "dola_layers",
+    "penalty_alpha", "constraints", "force_words_ids", "synced_gpus", "token_healing", "output_attentions",
+    "output_hidden_states",
+)  # fmt: skip
+# With one of these, a cache comes from elsewhere.
+_OTHER_CACHES = ("past_key_values", "assistant_model", "prompt_lookup_num_tokens", "custom_generate", "inputs_embeds")
 
 
 class Generate:
-    """Replaces `model.generate` on the instance and adds a static cache where the caller names no other cache."""
+    """Replaces `model.generate` on the instance.
+
+    It adds a static cache where the caller names no other cache. Greedy decoding and sampling run in qcompile.decode
+    and give what transformers' own loop gives; beams, assisted decoding and the like run in transformers' loops.
+    """
 
     def __init__(self, model: Any):
         self.model = model
         self.__signature__ = inspect.signature(type(model).generate.__get__(model))
 
-    def __call__(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         original = type(self.model).generate.__get__(self.model)
-        cache = self._cache(inputs, kwargs)
-        if cache is not None:
-            kwargs["past_key_values"] = cache
-            kwargs.pop("cache_implementation", None)
+        kwargs |= zip(self.__signature__.parameters, args, strict=False)
+        runner = runner_of(self.model)
+        if (
+            runner is not None
+            and not self.model.config.is_encoder_decoder
+            and self._setting(kwargs, "num_beams", 1) == 1
+        ):
+            if (cache := self._cache(runner, kwargs)) is not None:
+                kwargs["past_key_values"] = cache
+                kwargs.pop("cache_implementation", None)
+            if not any(self._setting(kwargs, name) for name in _OTHER_LOOPS):
+                kwargs = self._with_stop_strings(kwargs)
+                kwargs["custom_generate"] = functools.partial(decode, streamer=kwargs.get("streamer"))
         # Our forward is compiled already; transformers would wrap it in torch.compile again.
         kwargs.setdefault("disable_compile", True)
-        return original(inputs, *args, **kwargs)
+        return original(**kwargs)
 
-    def _cache(self, inputs: torch.Tensor | None, kwargs: dict[str, Any]) -> Any:
-        runner = runner_of(self.model)
-        tokens = kwargs.get("input_ids", inputs)
-        config = kwargs.get("generation_config") or self.model.generation_config
-
-        def setting(name: str, default: Any = None) -> Any:
-            given = kwargs.get(name, getattr(config, name, None))
-            return default if given is None else given
-
-        if runner is None or tokens is None:
-            return None
-        plain = (
-            tokens.dim() == 2
-            and not getattr(self.model.config, "is_encoder_decoder", False)
-            and not any(kwargs.get(name) is not None for name in _ELSEWHERE)
-            and setting("use_cache", True)
-            and setting("num_beams", 1) == 1
-            and setting("cache_implementation", "static") in ("static", "hybrid")
+    def _setting(self, kwargs: Mapping[str, Any], name: str, default: Any = None) -> Any:
+        """A value as generate() will take it: from the call, from the call's config, from the model's config."""
+        places = (
+            kwargs,
+            vars(kwargs.get("generation_config") or self.model.generation_config),
+            vars(self.model.generation_config),
         )
-        if not plain or runner.heads is None:
+        return next((value for place in places if (value := place.get(name)) is not None), default)
+
+    def _cache(self, runner: Runner, kwargs: Mapping[str, Any]) -> Any:
+        setting = functools.partial(self._setting, kwargs)
+        tokens = kwargs.get("input_ids", kwargs.get("inputs"))
+        if (
+            tokens is None
+            or tokens.dim() != 2
+            or any(kwargs.get(name) is not None for name in _OTHER_CACHES)
+            or not setting("use_cache", True)
+            or setting("cache_implementation", "static") not in ("static", "hybrid")
+            or runner.heads is None
+        ):
             return None
         batch, prompt = tokens.shape
         new = setting("max_new_tokens")
@@ -64,7 +84,18 @@ class Generate:
                 raise ConfigError(f"{prompt} prompt and {needed - prompt} new tokens exceed fuse_max_seq_len={limit}")
             length = limit
         batch *= setting("num_return_sequences", 1)
-        return static_cache(runner.heads, length, batch, self.model.dtype, tokens.device)
+        return static_cache(runner.heads, length, batch, self.model.dtype, self.model.device)
+
+    def _with_stop_strings(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Arguments with a criterion made of stop strings: transformers gives no tokenizer to a `custom_generate`."""
+        from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
+
+        tokenizer, strings = kwargs.pop("tokenizer", None), self._setting(kwargs, "stop_strings")
+        if tokenizer is None or strings is None:
+            return kwargs
+        criteria = StoppingCriteriaList(kwargs.get("stopping_criteria") or ())
+        criteria.append(StopStringCriteria(tokenizer, strings))
+        return {**kwargs, "stop_strings": None, "stopping_criteria": criteria}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Generate:
         return Generate(memo[id(self.model)])

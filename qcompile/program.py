@@ -14,45 +14,53 @@ from qcompile.graph.alias import is_written
 from qcompile.graph.dump import type_text
 from qcompile.pipeline import Outcome, Pipeline
 from qcompile.regions import compile_graph
+from qcompile.replay import Form, Replay
 from qcompile.step import Forward, capture_call
 
 
 @dataclass(frozen=True)
 class Program:
     """A compiled graph, the weights it gathers from the model at each call, and the shapes it accepts; `written` are
-    the places among the caller's tensors that it writes to."""
+    the places among the caller's tensors that it writes to, `replay` records it on a GPU."""
 
     run: Callable[..., Sequence[Any]]
-    weights: list[tuple[dict[str, Any], str] | Tensor]
+    weights: list[tuple[dict[str, Any], str]]
     build: Callable[..., Any]
     accepts: Callable[[Sequence[Tensor]], bool]
     outcome: Outcome
     types: list[tuple[torch.dtype, torch.device]]
     written: frozenset[int] = frozenset()
+    replay: Replay | None = None
 
-    def gather(self) -> list[Tensor] | None:
-        """The model's weights as they are now, never a stale copy; None if some changed their dtype or device."""
-        weights = [place if isinstance(place, Tensor) else place[0][place[1]] for place in self.weights]
-        fits = all((w.dtype, w.device) == kind for w, kind in zip(weights, self.types, strict=True))
-        return weights if fits else None
+    def gather(self) -> list[Tensor]:
+        """The model's weights as they are now, never a stale copy."""
+        return [owner[name] for owner, name in self.weights]
 
-    def __call__(self, weights: Sequence[Tensor], tensors: Sequence[Tensor], caches: Sequence[Any]) -> Any:
+    def takes(self, weights: Sequence[Tensor], tensors: Sequence[Tensor]) -> bool:
+        """Whether it was made for tensors of these shapes, and for weights of these dtypes on these devices."""
+        return self.accepts(tensors) and all(
+            (weight.dtype, weight.device) == kind for weight, kind in zip(weights, self.types, strict=True)
+        )
+
+    def __call__(self, weights: Sequence[Tensor], tensors: Sequence[Tensor], caches: Sequence[Any], form: Form) -> Any:
+        """The caller's result. `form` says what weights, caches and written tensors are like (see Replay)."""
+        given = (*weights, *tensors)
         with torch.no_grad():
-            outputs = self.run(*weights, *tensors)
+            outputs = self.run(*given) if self.replay is None else self.replay(given, form)
         return self.build(outputs, tensors, caches)
 
 
 def compile_call(model: nn.Module, forward: Forward, kwargs: Mapping[str, Any], pipeline: Pipeline) -> Program:
     """Capture, transform and compile `forward(**kwargs)`. Raises CaptureError or UnsupportedError where it cannot."""
     captured, _, build = capture_call(model, forward, kwargs)
-    weights: list[tuple[dict[str, Any], str] | Tensor] = []
+    weights: list[tuple[dict[str, Any], str]] = []
     for given in captured.inputs:
         if given.path is not None:
             path, _, name = given.path.rpartition(".")
             owner = model.get_submodule(path)
             weights.append((owner._parameters if name in owner._parameters else owner._buffers, name))
         elif given.constant is not None:
-            weights.append(given.constant)
+            weights.append(({"": given.constant}, ""))
     # torch.export lists weights first and the caller's tensors last, in the order they were given.
     fakes = [fake for given, fake in zip(captured.inputs, captured.fakes, strict=True) if given.user is not None]
     kept = [fake for given, fake in zip(captured.inputs, captured.fakes, strict=True) if given.user is None]

@@ -25,6 +25,7 @@ MOST_TOKENS = 64
 KEPT = 4
 
 Run = Callable[..., Sequence[Any]]
+Form = Callable[[Sequence[Tensor]], bool]
 
 
 class Replay:
@@ -33,21 +34,27 @@ class Replay:
 
     def __init__(self, run: Run, moving: Collection[int]):
         self.run = run
-        self.moving = tuple(moving)
+        self.moving = tuple(sorted(moving))
         self.recordings: OrderedDict[tuple[Hashable, ...], Recording] = OrderedDict()
         self.last: Hashable = None
         self.times = 0
         self.refused = False
         self.lock = threading.Lock()
 
-    def __call__(self, *args: Tensor) -> Sequence[Any]:
+    def __call__(self, args: Sequence[Tensor], form: Form) -> Sequence[Any]:
+        """`form` holds for those of `args` that stay, and is not asked again where it was the last time."""
         if not self._pays(args):
             return self.run(*args)
-        key = self._key(args)
+        kept = list(args)
+        for i in reversed(self.moving):
+            del kept[i]
+        key = self._key(args, kept)
         with self.lock:
-            if (recording := self.recordings.get(key)) is None:
-                recording = self._record(key, args)
+            recording = self.recordings.get(key)
+            if recording is None or (recording.form is not form and not recording.form(kept)):
+                recording = self._record(key, args, form)
             if recording is not None:
+                recording.form = form
                 self.recordings.move_to_end(key)
                 return recording(*(args[i] for i in self.moving))
         return self.run(*args)
@@ -58,12 +65,11 @@ class Replay:
             return False
         return not torch.cuda.is_current_stream_capturing()
 
-    def _key(self, args: Sequence[Tensor]) -> tuple[Hashable, ...]:
-        kept = tuple((x.data_ptr(), x.shape, x.stride()) for i, x in enumerate(args) if i not in self.moving)
-        given = tuple((args[i].shape, args[i].stride()) for i in self.moving)
-        return torch.cuda.current_stream(args[self.moving[0]].device), given, kept
+    def _key(self, args: Sequence[Tensor], kept: Sequence[Tensor]) -> tuple[Hashable, ...]:
+        given = tuple((args[i].shape, _strides(args[i])) for i in self.moving)
+        return torch.cuda.current_stream(args[self.moving[0]].device), given, tuple(map(Tensor.data_ptr, kept))
 
-    def _record(self, key: tuple[Hashable, ...], args: Sequence[Tensor]) -> Recording | None:
+    def _record(self, key: tuple[Hashable, ...], args: Sequence[Tensor], form: Form) -> Recording | None:
         """A recording of this call, not yet run; None until it has come often enough, or if it cannot be recorded."""
         self.times = self.times + 1 if key == self.last else 1
         self.last = key
@@ -71,7 +77,7 @@ class Replay:
             return None
         try:
             beside = next((found for (stream, *_), found in self.recordings.items() if stream == key[0]), None)
-            recording = Recording(self.run, args, self.moving, beside)
+            recording = Recording(self.run, args, self.moving, form, beside)
         except Exception as error:  # whatever a kernel may not do while it is recorded
             warnings.warn(f"qcompile: decoding runs without a CUDA graph: {error}", stacklevel=5)
             self.refused = True
@@ -82,21 +88,31 @@ class Replay:
         return recording
 
 
+def _strides(x: Tensor) -> tuple[int, ...]:
+    """Those that say where elements lie: over a single element any stride is the same."""
+    return tuple(stride for stride, size in zip(x.stride(), x.shape, strict=True) if size != 1)
+
+
 class Recording:
-    """A CUDA graph of one call. It refers to memory, not to tensors: who replays it has them still.
+    """A CUDA graph of one call. It refers to memory, not to tensors: who replays it has them still, of the same `form`.
 
     It shares its own memory with the recording `beside` it, of the same stream: they run one after the other, and
     nothing that one leaves there is read after the other began. What it returns is new memory each time.
     """
 
-    def __init__(self, run: Run, args: Sequence[Tensor], moving: Sequence[int], beside: Recording | None = None):
+    def __init__(
+        self, run: Run, args: Sequence[Tensor], moving: Sequence[int], form: Form, beside: Recording | None = None
+    ):
+        self.form = form
         with torch.inference_mode(False):  # else no call outside of that mode could write to them
             self.inputs = [torch.empty_like(args[i]).copy_(args[i]) for i in moving]
         given = list(args)
         for i, buffer in zip(moving, self.inputs, strict=True):
             given[i] = buffer
         device = self.inputs[0].device
-        current, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+        current = torch.cuda.current_stream(device)
+        # What libraries keep for a stream, such as cuBLAS its workspace, is made once for recordings that take turns.
+        self.side = side = beside.side if beside else torch.cuda.Stream(device)
         side.wait_stream(current)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(side), torch.no_grad():

@@ -9,12 +9,15 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from qcompile import _torch, calls
+from qcompile.again import Again, Bound
 from qcompile.caches import Heads, allocate, heads_of
 from qcompile.config import Config
 from qcompile.errors import CaptureError, StrictError, UnsupportedError
@@ -50,7 +53,11 @@ class Runner:
     def _reset(self) -> None:
         self.programs: dict[Any, list[Program]] = {}
         self.eager: Counter[str] = Counter()
-        self._structure: list[tuple[dict[str, Any], str, Any]] | None = None
+        self._again: Again | None = None
+        # Each submodule: where it is kept, under which name, itself, its attributes.
+        self._structure: tuple[tuple[Any, ...], ...] | None = None
+        # As long as this number stays, no hook was registered on anything.
+        self._hooks = RemovableHandle.next_id
         parameters = self.__signature__.parameters.values()
         self._rest = next((p.name for p in parameters if p.kind is p.VAR_KEYWORD), "")
         # `*args` and arguments without a name of their own cannot be said by name.
@@ -67,16 +74,15 @@ class Runner:
         with _COMPILING:
             if (reason := self._why_eager()) is None:
                 try:
-                    flat, _ = calls.flatten(kwargs)
-                    if self._allocate(flat):
-                        flat, _ = calls.flatten(kwargs)
-                    program, weights = self._find(flat, kwargs)
+                    self._check_structure()
+                    bound = (self._again and self._again(kwargs)) or self._find(kwargs)
                 except (CaptureError, UnsupportedError) as error:
                     reason = str(error)
             if reason is not None:
                 self._note(reason)
                 return self.original(**kwargs)
-        return program(weights, flat.tensors, flat.caches)
+        program, weights, tensors, caches, form = bound
+        return program(weights, tensors, caches, form)
 
     def _note(self, reason: str) -> None:
         """Count a call that runs uncompiled; warn at the first one that nobody asked for."""
@@ -109,12 +115,16 @@ class Runner:
             return AUTOGRAD
         return None
 
-    def _find(self, flat: calls.Flat, kwargs: Mapping[str, Any]) -> tuple[Program, Sequence[Tensor]]:
-        """The program for a call, made if there is none yet, with the weights for it."""
-        self._check_structure()
-        key = tuple(flat.key)
-        if found := self._known(key, flat):
-            return found
+    def _find(self, kwargs: Mapping[str, Any]) -> Bound:
+        """The program for a call, made if there is none yet, with the tensors for it."""
+        flat, _ = calls.flatten(kwargs)
+        if self._allocate(flat):
+            flat, _ = calls.flatten(kwargs)
+        program, weights = self._known(flat) or self._made(flat, kwargs)
+        self._again = Again(program, kwargs, flat, weights)
+        return program, weights, flat.tensors, flat.caches, self._again.form
+
+    def _made(self, flat: calls.Flat, kwargs: Mapping[str, Any]) -> tuple[Program, Sequence[Tensor]]:
         if sum(map(len, self.programs.values())) >= PROGRAM_LIMIT:
             raise UnsupportedError(f"{PROGRAM_LIMIT} programs are compiled already, and no one fits this call")
         program = compile_call(self.model, self.original, kwargs, self.pipeline())
@@ -123,15 +133,14 @@ class Runner:
         if self.config.cuda_graphs and flat.cached and flat.tensors[0].is_cuda:
             first, stay = len(program.weights), flat.cached | program.written
             moving = [first + index for index in range(len(flat.tensors)) if index not in stay]
-            program = replace(program, run=Replay(program.run, moving))
-        self.programs.setdefault(key, []).append(program)
-        weights = program.gather()
-        assert weights is not None
-        return program, weights
+            program = replace(program, replay=Replay(program.run, moving))
+        self.programs.setdefault(tuple(flat.key), []).append(program)
+        return program, program.gather()
 
-    def _known(self, key: tuple[Any, ...], flat: calls.Flat) -> tuple[Program, Sequence[Tensor]] | None:
-        for program in self.programs.get(key, ()):
-            if program.accepts(flat.tensors) and (weights := program.gather()) is not None:
+    def _known(self, flat: calls.Flat) -> tuple[Program, Sequence[Tensor]] | None:
+        for program in self.programs.get(tuple(flat.key), ()):
+            weights = program.gather()
+            if program.takes(weights, flat.tensors):
                 return program, weights
         return None
 
@@ -176,18 +185,21 @@ class Runner:
 
     def _check_structure(self) -> None:
         """Forget all programs if a submodule was exchanged or hooked since they were made (PEFT does)."""
-        if self._structure is not None and all(
-            modules.get(name) is child and not child._forward_pre_hooks and not child._forward_hooks
-            for modules, name, child in self._structure
-        ):
-            return
+        if self._structure is not None:
+            owners, names, children, states = self._structure
+            hooks, self._hooks = self._hooks, RemovableHandle.next_id
+            hooked = hooks != self._hooks and any(s["_forward_pre_hooks"] or s["_forward_hooks"] for s in states)
+            if not hooked and all(map(is_, map(dict.get, owners, names), children)):
+                return
         self.programs.clear()
-        self._structure = [
-            (module._modules, name, child)
+        self._again = None
+        found = [
+            (module._modules, name, child, vars(child))
             for module in self.model.modules()
             for name, child in module._modules.items()
             if child is not None and not child._forward_pre_hooks and not child._forward_hooks
         ]
+        self._structure = tuple(zip(*found, strict=True)) or ((), (), (), ())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Runner:
         twin = self._bare()

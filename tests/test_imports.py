@@ -28,7 +28,9 @@ LAYERS = [
     {"explain"},
     # what a user calls
     {"program"},
+    {"again"},
     {"runtime"},
+    {"decode"},
     {"backend", "generate", "models", "conversion"},
     {"save"},
     {"save_pretrained"},

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import qcompile
-from qcompile import replay
+from qcompile import _torch, replay
 from qcompile.replay import KEPT, WARM, Replay
 
 
@@ -26,10 +26,10 @@ class Recorded:
 
     made = 0
 
-    def __init__(self, run: Any, args: Any, moving: Any, beside: Any):
+    def __init__(self, run: Any, args: Any, moving: Any, form: Any, beside: Any):
         assert beside is None or isinstance(beside, Recorded)
         Recorded.made += 1
-        self.run, self.args, self.moving = run, args, moving
+        self.run, self.args, self.moving, self.form = run, args, moving, form
 
     def __call__(self, *moving: Tensor) -> Any:
         given = list(self.args)
@@ -51,10 +51,18 @@ def step(fake: None, monkeypatch: pytest.MonkeyPatch) -> Replay:
     return Replay(run, [1])
 
 
+def same(_: Any) -> bool:
+    return True
+
+
+def call(step: Replay, *args: Tensor, form: Any = same) -> Any:
+    return step(args, form)
+
+
 def test_a_call_is_recorded_when_it_has_come_often_enough(step: Replay) -> None:
     weight, cache = torch.tensor([2.0]), torch.zeros(1)
     for index in range(WARM + 4):
-        assert step(weight, torch.tensor([[float(index)]]), cache)[0].item() == 2 * index + index + 1
+        assert call(step, weight, torch.tensor([[float(index)]]), cache)[0].item() == 2 * index + index + 1
         assert Recorded.made == (index >= WARM)
 
 
@@ -62,24 +70,43 @@ def test_other_memory_and_other_shapes_are_other_recordings(step: Replay) -> Non
     weight, caches = torch.tensor([2.0]), [torch.zeros(1) for _ in range(KEPT + 2)]
     for cache in caches:
         for _ in range(WARM + 2):
-            step(weight, torch.ones(1, 1), cache)
+            call(step, weight, torch.ones(1, 1), cache)
         assert cache.item() == WARM + 2
     assert Recorded.made == KEPT + 2 and len(step.recordings) == KEPT
     for _ in range(WARM + 1):
-        assert step(weight, torch.ones(2, 1), caches[-1])[0].shape == (2, 1)
+        assert call(step, weight, torch.ones(2, 1), caches[-1])[0].shape == (2, 1)
     assert Recorded.made == KEPT + 3
+
+
+def test_memory_read_in_another_way_is_another_recording(step: Replay) -> None:
+    weight, cache, token = torch.arange(4.0).view(2, 2), torch.zeros(1), torch.ones(1, 1)
+    forms = [_torch.same_form([x, cache]) for x in (weight, weight.t())]
+    for _ in range(WARM + 2):
+        call(step, weight, token, cache, form=forms[0])
+    assert Recorded.made == 1
+    assert call(step, weight, token, cache, form=_torch.same_form([weight, cache])) and Recorded.made == 1
+    assert torch.equal(call(step, weight.t(), token, cache, form=forms[1])[0], weight.t() + cache)
+    assert Recorded.made == 2
+
+
+def test_strides_over_one_element_make_no_difference(step: Replay) -> None:
+    weight, cache, tokens = torch.tensor([2.0]), torch.zeros(1), torch.ones(1, 9)
+    for index in range(WARM + 3):
+        call(step, weight, tokens[:, : 2 + index][:, -1:], cache)
+        call(step, weight, torch.ones(1, 1), cache)
+    assert Recorded.made == 1
 
 
 def test_calls_that_vary_are_not_recorded(step: Replay) -> None:
     weight, cache = torch.tensor([2.0]), torch.zeros(1)
     for index in range(12):
-        step(weight, torch.ones(1, 1 + index % 2), cache)
+        call(step, weight, torch.ones(1, 1 + index % 2), cache)
     assert Recorded.made == 0
 
 
 def test_many_tokens_are_not_recorded(step: Replay) -> None:
     for _ in range(WARM + 2):
-        step(torch.ones(1), torch.ones(1, replay.MOST_TOKENS + 1), torch.ones(1))
+        call(step, torch.ones(1), torch.ones(1, replay.MOST_TOKENS + 1), torch.ones(1))
     assert Recorded.made == 0
 
 
@@ -90,7 +117,7 @@ def test_what_cannot_be_recorded_runs_and_says_so(fake: None, monkeypatch: pytes
     monkeypatch.setattr(replay, "Recording", refuse)
     step = Replay(lambda x: [x + 1], [0])
     with pytest.warns(UserWarning, match="decoding runs without a CUDA graph: operation not permitted"):
-        results = [step(torch.zeros(1, 1))[0].item() for _ in range(WARM + 3)]
+        results = [call(step, torch.zeros(1, 1))[0].item() for _ in range(WARM + 3)]
     assert results == [1] * (WARM + 3)
 
 
@@ -131,7 +158,7 @@ def test_a_recording_of_inference_mode_serves_others_too(fake: None, monkeypatch
     monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     with torch.inference_mode():
-        recording = replay.Recording(lambda x: [x], [torch.zeros(1, 1)], [0])
+        recording = replay.Recording(lambda x: [x], [torch.zeros(1, 1)], [0], same)
     with torch.no_grad():
         assert recording(torch.ones(1, 1))[0].item() == 1
     with torch.inference_mode():
