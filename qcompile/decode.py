@@ -11,19 +11,13 @@ import inspect
 import math
 import warnings
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qcompile.errors import ConfigError
-
-# Arguments that this loop carries on from step to step; any others must be plain values.
-_CARRIED = ("past_key_values", "attention_mask", "position_ids")
-# A model that has one of its own takes steps unlike other models'.
-_METHODS = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation", "_prefill", "_sample")
-_NO_CACHE = "there is no key/value cache"
+from qcompile.decode_step import NO_CACHE, Step, check_room, room_of, why_not
 
 
 @torch.no_grad()
@@ -43,35 +37,28 @@ def decode(
     """
     from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-    if (reason := _why_not(model, input_ids, model_kwargs)) is not None:
-        if reason != _NO_CACHE:
+    if (reason := why_not(model, input_ids, model_kwargs)) is not None:
+        if reason != NO_CACHE:
             warnings.warn(f"qcompile: generate() runs transformers' own loop: {reason}", stacklevel=2)
         return type(model)._sample(
             model, input_ids, logits_processor, stopping_criteria, generation_config, streamer=streamer, **model_kwargs
         )
-    cache, config, device = model_kwargs["past_key_values"], generation_config, input_ids.device
-    room = _room(cache)
-    _check_room(room, input_ids, config, model_kwargs)
-    outputs = model._prefill(input_ids, config, model_kwargs)
+    config, device = generation_config, input_ids.device
+    room = room_of(model_kwargs["past_key_values"])
+    check_room(room, input_ids, config, model_kwargs)
     late = input_ids.is_cuda and room is not None and _is_transformers([*logits_processor, *stopping_criteria])
+    step, choose = Step(model, config, model_kwargs, room), Choice(config.do_sample, late)
     ended = Ended(streamer, stopping_criteria.max_length, late)
-    step = Step(model, outputs, model_kwargs, room)
     process = _processor(logits_processor)
     pad = config._pad_token_tensor if any(hasattr(c, "eos_token_id") for c in stopping_criteria) else None
     unfinished = torch.ones(len(input_ids), dtype=torch.bool, device=device)
     all_scores = [] if config.return_dict_in_generate and config.output_scores else None
     all_logits = [] if config.return_dict_in_generate and config.output_logits else None
-    random = None
+    logits = step.first(input_ids)
     with model._optimize_model_for_decode():
         while True:
-            # A copy, since a view of the last row would keep the logits of a whole prompt.
-            logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32)
             scores = process(input_ids, logits)
-            if config.do_sample:
-                random = torch.cuda.get_rng_state(device) if late else None
-                tokens = torch.multinomial(scores.softmax(-1), 1).squeeze(1)
-            else:
-                tokens = scores.argmax(-1)
+            tokens = choose(scores)
             if pad is not None:
                 tokens = torch.where(unfinished, tokens, pad.to(device))
             input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
@@ -83,12 +70,13 @@ def decode(
             unfinished = unfinished & ~stopping_criteria(input_ids, seen)
             if ended(unfinished, tokens, input_ids.shape[1]):
                 break
-            outputs = step(tokens)
-    kept = slice(None, -ended.surplus or None)
+            logits = step(tokens)
+    choose.check()
+    kept = slice(None)
     if ended.surplus:
+        kept = slice(None, -ended.surplus)
         step.undo(ended.surplus)
-        if random is not None:
-            torch.cuda.set_rng_state(random, device)
+        choose.undo()
     if streamer is not None:
         streamer.end()
     if not config.return_dict_in_generate:
@@ -101,43 +89,35 @@ def decode(
     )
 
 
-class Step:
-    """The model's call for one more token of every sequence, after the call that gave `outputs`.
+class Choice:
+    """The next token of every sequence, i64[batch] of scores f32[batch, vocabulary]: the likeliest, or `sample`d."""
 
-    `room` is the length of a static cache: an attention mask for it has that length from the start, of ones for the
-    tokens to come, which the model hides by itself. Other masks grow.
-    """
+    def __init__(self, sample: bool, late: bool):
+        self.sample, self.late = sample, late
+        self.before: Tensor | None = None
+        self.broken: Tensor | None = None
 
-    def __init__(self, model: Any, outputs: Any, model_kwargs: Mapping[str, Any], room: int | None):
-        self.model = model
-        self.plain = {name: value for name, value in model_kwargs.items() if name not in _CARRIED}
-        self.cache = outputs.get("past_key_values", model_kwargs["past_key_values"])
-        position = model_kwargs.get("position_ids")
-        self.position = None if position is None else position[..., -1:]
-        mask = model_kwargs.get("attention_mask")
-        self.mask = None if mask is None or (mask == 1).all() else mask
-        self.grows = room is None
-        if self.mask is not None and room is not None:
-            self._lengthen(room - self.mask.shape[1])
+    def __call__(self, scores: Tensor) -> Tensor:
+        if not self.sample:
+            return scores.argmax(-1)
+        likely = scores.softmax(-1)
+        if not self.late:
+            return torch.multinomial(likely, 1).squeeze(1)
+        # What multinomial does, without its wait for the GPU to look for NaN; a row has one everywhere or nowhere.
+        self.device, self.before = scores.device, torch.cuda.get_rng_state(scores.device)
+        broken = likely[:, 0].isnan().any()
+        self.broken = broken if self.broken is None else self.broken | broken
+        return (likely / torch.empty_like(likely).exponential_()).argmax(-1)
 
-    def __call__(self, tokens: Tensor) -> Any:
-        given = {"input_ids": tokens[:, None], "past_key_values": self.cache}
-        if self.position is not None:
-            given["position_ids"] = self.position = self.position + 1
-        if self.mask is not None:
-            if self.grows:
-                self._lengthen(1)
-            given["attention_mask"] = self.mask
-        return self.model(**given, **self.plain, return_dict=True)
+    def undo(self) -> None:
+        """As if the last token had not been drawn: who draws next gets the numbers that it had."""
+        if self.before is not None:
+            torch.cuda.set_rng_state(self.before, self.device)
 
-    def _lengthen(self, count: int) -> None:
-        assert self.mask is not None
-        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), count)], dim=1)
-
-    def undo(self, count: int) -> None:
-        """Forget the last tokens of a static cache. What they wrote will be written over and is hidden until then."""
-        for layer in self.cache.layers:
-            layer.cumulative_length.sub_(count)
+    def check(self) -> None:
+        """Raises RuntimeError, as multinomial does, if there was nothing to choose from."""
+        if self.broken is not None and self.broken:
+            raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
 
 
 class Ended:
@@ -175,48 +155,6 @@ class Ended:
     @property
     def surplus(self) -> int:
         return len(self.unread)
-
-
-def _why_not(model: Any, input_ids: Tensor, model_kwargs: Mapping[str, Any]) -> str | None:
-    """Why these steps need transformers' own loop; None if this one can take them."""
-    from transformers import GenerationMixin
-
-    kind = type(model)
-    for name in _METHODS:
-        if getattr(kind, name, None) is not getattr(GenerationMixin, name, name):
-            return f"{kind.__name__} has a {name} of its own"
-    if hasattr(kind, "create_masks_for_generate"):
-        return f"{kind.__name__} makes masks of its own"
-    if model_kwargs.get("past_key_values") is None or not model_kwargs.get("use_cache", True):
-        return _NO_CACHE
-    if input_ids.device != model.device:
-        return f"input_ids are on {input_ids.device}, the model is on {model.device}"
-    for name, value in model_kwargs.items():
-        if name not in _CARRIED and not isinstance(value, (type(None), bool, int, float, str)):
-            return f"the argument {name}"
-    return None
-
-
-def _room(cache: Any) -> int | None:
-    """How many tokens a static cache holds; None for caches that grow, or have layers of several lengths."""
-    from transformers.cache_utils import StaticLayer
-
-    rooms = {layer.max_cache_len if type(layer) is StaticLayer else None for layer in getattr(cache, "layers", ())}
-    return rooms.pop() if len(rooms) == 1 else None
-
-
-def _check_room(room: int | None, input_ids: Tensor, config: Any, model_kwargs: Mapping[str, Any]) -> None:
-    if room is None or config.max_length is None:
-        return
-    given, mask = input_ids.shape[1], model_kwargs.get("attention_mask")
-    # A mask covers what the cache holds already, also where input_ids are only what comes after.
-    before = getattr(config, "_mask_length", given) if mask is None else mask.shape[1]
-    new = config.max_length - given
-    if (needed := before + new - 1) > room:  # the last token is not put into the cache
-        raise ConfigError(
-            f"past_key_values has room for {room} tokens, a prompt of {before} and {new} new ones need {needed}; "
-            "make it longer, or max_new_tokens smaller"
-        )
 
 
 def _processor(processors: Any) -> Callable[[Tensor, Tensor], Tensor]:

@@ -37,11 +37,12 @@ class Generate:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         original = type(self.model).generate.__get__(self.model)
-        kwargs |= zip(self.__signature__.parameters, args, strict=False)
+        named = self.__signature__.bind(*args, **kwargs).arguments
+        kwargs = {**named.pop("kwargs", {}), **named}
         runner = runner_of(self.model)
         if (
             runner is not None
-            and not self.model.config.is_encoder_decoder
+            and not getattr(self.model.config, "is_encoder_decoder", False)
             and self._setting(kwargs, "num_beams", 1) == 1
         ):
             if (cache := self._cache(runner, kwargs)) is not None:

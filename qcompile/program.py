@@ -89,7 +89,7 @@ def describe(kwargs: Mapping[str, Any], fakes: Sequence[Any]) -> str:
         if isinstance(argument, Tensor):
             words.append(f"{name} {type_text(next(given), symbols)}")
         elif calls.is_cache(argument):
-            words.append(f"{name} {type(argument.layers[0]).__name__}")
+            words.append(f"{name} {type(next(iter(argument.layers), argument)).__name__}")
             for _ in calls.flatten(argument)[0].tensors:
                 next(given)
     return ", ".join(words)

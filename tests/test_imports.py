@@ -19,7 +19,7 @@ LAYERS = [
     {"checks", "patterns"},
     {"fusing", "transformers_config"},
     {"config", "normal"},
-    {"stores", "calls", "regions", "replay"},
+    {"stores", "calls", "regions", "replay", "decode_step"},
     {"storage"},
     {"step", "caches"},
     {"roles"},
