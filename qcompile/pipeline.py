@@ -23,6 +23,7 @@ from qcompile.passes.fuse_attention import FuseAttention
 from qcompile.passes.fuse_mlp import FuseMlp
 from qcompile.passes.fuse_norm import FuseNorm
 from qcompile.passes.fuse_rope import FuseRope
+from qcompile.passes.fuse_rope_cache import FuseRopeCache
 from qcompile.passes.fuse_siblings import FuseSiblings
 from qcompile.passes.lower import Lowered, lower
 from qcompile.passes.quantize_activation import QuantizeActivation
@@ -41,6 +42,7 @@ KERNELS = (
     "norm",
     "gated_act",
     "rope",
+    "rope_into_cache",
     "attention_decode",
     "inductor",
     "linear_w8a8_cpu",
@@ -97,6 +99,7 @@ def _fusing_passes(config: Config) -> list[Rule[Any]]:
         # After siblings: gate and up are halves of one tensor, and a linear with an activation is no sibling.
         ("mlp", FuseMlp()),
         ("attention", FuseAttention()),
+        ("attention", FuseRopeCache()),
     ]
     if named is None:
         return [rule for _, rule in fusing]

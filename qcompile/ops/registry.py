@@ -11,7 +11,7 @@ neighbours. What a compiler must not look into (a C++ call, a kernel with a laun
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,33 +85,37 @@ class Op:
 OPS: dict[str, Op] = {}
 
 
-def op(meaning: Function, fake: Function | None = None) -> Op:
+def op(meaning: Function, fake: Function | None = None, writes: Sequence[str] = ()) -> Op:
     """Register `meaning`, a function of tensors and plain values in plain torch, as `torch.ops.qcompile.<its name>`.
 
-    `fake`, where the meaning is slow on fake tensors, gives an empty result of the same type and strides.
+    `fake`, where the meaning is slow on fake tensors, gives an empty result of the same type and strides. `writes`
+    names the parameters that it writes to.
     """
     name = meaning.__name__
-    OPS[name] = Op(name, meaning, _define(_OPS, meaning, fake=fake or meaning))
+    OPS[name] = Op(name, meaning, _define(_OPS, meaning, fake or meaning, writes))
     OPS[name].__doc__ = meaning.__doc__
     return OPS[name]
 
 
-def op_with_fake(fake: Function) -> Callable[[Function], Op]:
+def op_with_fake(fake: Function, writes: Sequence[str] = ()) -> Callable[[Function], Op]:
     """`op` with a fake of its own."""
-    return lambda meaning: op(meaning, fake)
+    return lambda meaning: op(meaning, fake, writes)
 
 
-def opaque(fake: Function) -> Callable[[Function], torch._ops.OpOverload]:
+def opaque(fake: Function, writes: Sequence[str] = ()) -> Callable[[Function], torch._ops.OpOverload]:
     """Register a function as `torch.ops.qcompile_kernels.<its name>`, which compilers call and never look into.
 
-    `fake` takes the same arguments and gives empty tensors of the right shape, dtype and strides.
+    `fake` takes the same arguments and gives empty tensors of the right shape, dtype and strides. `writes` names the
+    parameters that the function writes to.
     """
-    return lambda function: _define(_KERNELS, function, fake)
+    return lambda function: _define(_KERNELS, function, fake, writes)
 
 
-def _define(library: torch.library.Library, function: Function, fake: Function) -> torch._ops.OpOverload:
+def _define(
+    library: torch.library.Library, function: Function, fake: Function, writes: Sequence[str]
+) -> torch._ops.OpOverload:
     name = function.__name__
-    library.define(name + torch.library.infer_schema(function, mutates_args=()))
+    library.define(name + torch.library.infer_schema(function, mutates_args=tuple(writes)))
     library.impl(name, function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{library.ns}::{name}", fake, lib=library)
     return getattr(getattr(torch.ops, library.ns), name).default

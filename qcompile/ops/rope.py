@@ -20,3 +20,21 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = x.shape[-1] // 2
     rotated = torch.cat([-y[..., half:], y[..., :half]], dim=-1)
     return (y * wide(cos) + rotated * wide(sin)).to(x.dtype)
+
+
+def _turned(query: Tensor, *others: Tensor) -> Tensor:
+    return torch.empty_like(query)
+
+
+@op_with_fake(_turned, writes=("keys", "values"))
+def rope_into_cache(
+    query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, positions: Tensor
+) -> Tensor:
+    """rope(query); rope(key) and value are written to keys and values, at these positions of dimension 2.
+
+    query (batch, heads, length, n), key and value (batch, kv_heads, length, n or another width), keys and values
+    (batch, kv_heads, capacity, …), positions (length,) integers below the capacity, no two the same.
+    """
+    keys.index_copy_(2, positions, rope.meaning(key, cos, sin))
+    values.index_copy_(2, positions, value)
+    return rope.meaning(query, cos, sin)

@@ -19,6 +19,7 @@ TRITON_TESTS = [
     "test_gated_act.py",
     "test_rope.py",
     "test_attention_decode.py",
+    "test_rope_into_cache.py",
 ]
 GPU = torch.cuda.is_available()
 INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"

@@ -63,7 +63,7 @@ MASKS = {
 }
 
 
-@pytest.mark.parametrize(("shape", "tile"), zip((SHAPES["grouped"], SHAPES["few queries"]), TILES), ids=str)
+@pytest.mark.parametrize(("shape", "tile"), list(zip((SHAPES["grouped"], SHAPES["few queries"]), TILES)), ids=str)
 @pytest.mark.parametrize("mask_shape", MASKS.values(), ids=MASKS)
 @pytest.mark.parametrize("additive", [False, True], ids=["bool", "additive"])
 def test_masks(

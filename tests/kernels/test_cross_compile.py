@@ -14,7 +14,17 @@ from typing import Any
 import pytest
 import torch
 
-from qcompile.kernels import _tuning, attention_decode, dequantize_gpu, gated_act, linear_gemm, linear_gemv, norm, rope
+from qcompile.kernels import (
+    _tuning,
+    attention_decode,
+    dequantize_gpu,
+    gated_act,
+    linear_gemm,
+    linear_gemv,
+    norm,
+    rope,
+    rope_into_cache,
+)
 from qcompile.kernels._weight import Layout
 
 triton = pytest.importorskip("triton")
@@ -53,6 +63,8 @@ def compiled(kernel: Any, gpu: int, absent: tuple[str, ...], warps: int, stages:
             signature[name] = "*fp32"
         elif name == "mask_ptr":
             signature[name] = "*i1"
+        elif name == "positions_ptr":
+            signature[name] = "*i64"
         elif name.endswith("_ptr"):
             signature[name] = f"*{short}"
         else:
@@ -124,6 +136,8 @@ def variants(gpu: int) -> dict[str, Any]:
     found["layer_norm"] = compiled(norm._layer_norm, gpu, (), 8, BLOCK_M=1, BLOCK_N=4096)
     found["gated_act"] = compiled(gated_act._gated_act, gpu, (), 4, ACTIVATION="silu", BLOCK_M=1, BLOCK_N=1024)
     found["rope"] = compiled(rope._rope, gpu, (), 4, HALF=64, BLOCK_M=8, BLOCK_N=64)
+    sizes = {"HALF": 64, "WIDTH": 128, "BLOCK_M": 4, "BLOCK_N": 64, "BLOCK_V": 128}
+    found["rope_into_cache"] = compiled(rope_into_cache._rope_into_cache, gpu, (), 4, **sizes)
     return found | attentions(gpu, device)
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qcompile.ops.rope import rope
+from qcompile.ops.rope import rope, rope_into_cache
 
 INPUTS = {
     "heads": lambda: torch.randn(2, 4, 7, 16),
@@ -66,3 +66,20 @@ def test_pairs_turn_without_changing_their_length():
 def test_symbolic_sizes(symbolic):
     cos, sin = torch.rand(2, 5, 8)
     symbolic(lambda x: rope(x, cos, sin), (torch.randn(3, 2, 5, 8),), (torch.randn(6, 2, 5, 8),))
+
+
+def step(length=1, dtype=torch.float32):
+    """4 heads of 16 columns over 2, values of 24, and caches of 9 positions."""
+    q, k, v = (torch.randn(2, heads, length, width).to(dtype) for heads, width in ((4, 16), (2, 16), (2, 24)))
+    keys, values = torch.randn(2, 2, 9, 16).to(dtype), torch.randn(2, 2, 9, 24).to(dtype)
+    return [q, k, v, *angles(q, dtype), keys, values, torch.randperm(9)[:length]]
+
+
+@pytest.mark.parametrize("length", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rope_into_cache(length, dtype):
+    q, k, v, cos, sin, keys, values, positions = step(length, dtype)
+    torch.library.opcheck(rope_into_cache.overload, (q, k, v, cos, sin, keys, values, positions))
+    want = keys.index_copy(2, positions, rope(k, cos, sin)), values.index_copy(2, positions, v)
+    assert torch.equal(rope_into_cache(q, k, v, cos, sin, keys, values, positions), rope(q, cos, sin))
+    assert torch.equal(keys, want[0]) and torch.equal(values, want[1])

@@ -1,0 +1,150 @@
+"""Rotary embedding of queries and keys, and the writing of keys and values to a cache, in one launch.
+
+One program takes a few positions of one head: of the queries, of the keys or of the values.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from qcompile.kernels._tiles import (
+    cdiv,
+    dependent_launch,
+    gdc_launch_dependents,
+    gdc_wait,
+    launch,
+    power_of_two,
+    refuses_device,
+    tl,
+    triton,
+)
+from qcompile.ops.registry import opaque
+from qcompile.ops.rope import rope_into_cache
+
+BLOCK_ELEMENTS = 512
+WRITES = ("keys", "values")
+
+
+def refuses(
+    query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, positions: Tensor
+) -> str | None:
+    for tensor in (query, key, value, cos, sin, keys, values):
+        if reason := refuses_device(tensor, tensor.dtype):
+            return reason
+    if positions.device != query.device:
+        return f"the positions are on {positions.device.type}"
+    if query.shape[-1] % 2:
+        return f"the last dimension must be even, not {query.shape[-1]}"
+    if any(part.dim() > 4 or (part.dim() > 2 and part.shape[-3] != 1) for part in (cos, sin)):
+        return "cos and sin differ from head to head"
+    if keys.stride(3) != 1 or values.stride(3) != 1:
+        return "the columns of the cache are not neighbours"
+    return None
+
+
+@opaque(lambda query, *others: query.new_empty(query.shape), writes=WRITES)
+def rope_into_cache_cuda(
+    query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, positions: Tensor
+) -> Tensor:
+    out = query.new_empty(query.shape)
+    if out.numel() == 0:
+        return out
+    batch, heads, length, n = query.shape
+    kv_heads, width = key.shape[1], value.shape[3]
+    cos, sin = (part.expand(batch, 1, length, n) for part in (cos, sin))
+    query, key, value, cos = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value, cos))
+    if sin.stride() != cos.stride():
+        cos, sin = cos.contiguous(), sin.contiguous()
+    block_n, block_v = power_of_two(n // 2), power_of_two(width)
+    block_m = min(power_of_two(length), max(1, BLOCK_ELEMENTS // max(block_n, block_v)))
+    launch(
+        _rope_into_cache,
+        (heads + 2 * kv_heads, cdiv(length, block_m), batch),
+        query,
+        key,
+        value,
+        cos,
+        sin,
+        keys,
+        values,
+        positions.contiguous(),
+        out,
+        heads,
+        kv_heads,
+        length,
+        keys.shape[2],
+        *(stride for x in (query, key, value, keys, values) for stride in x.stride()[:3]),
+        cos.stride(0),
+        cos.stride(2),
+        HALF=n // 2,
+        WIDTH=width,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_V=block_v,
+        PDL=dependent_launch(query),
+        num_warps=max(1, min(4, block_m * max(block_n, block_v) // 128)),
+    )
+    return out
+
+
+@rope_into_cache.implementation("triton", refuses)
+def rope_into_cache_triton(
+    query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, positions: Tensor
+) -> Tensor:
+    return rope_into_cache_cuda(query, key, value, cos, sin, keys, values, positions)
+
+
+@triton.jit
+def _rotate(x_ptr, cos_ptr, sin_ptr, out_ptr, rows, HALF: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Both halves of the rows that are in `rows`."""
+    column = tl.arange(0, BLOCK_N)[None, :]
+    inside = rows & (column < HALF)
+    low = tl.load(x_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    high = tl.load(x_ptr + column + HALF, mask=inside, other=0.0).to(tl.float32)
+    cos_low = tl.load(cos_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    cos_high = tl.load(cos_ptr + column + HALF, mask=inside, other=0.0).to(tl.float32)
+    sin_low = tl.load(sin_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    sin_high = tl.load(sin_ptr + column + HALF, mask=inside, other=0.0).to(tl.float32)
+    DTYPE: tl.constexpr = out_ptr.dtype.element_ty
+    tl.store(out_ptr + column, (low * cos_low - high * sin_low).to(DTYPE), mask=inside)
+    tl.store(out_ptr + column + HALF, (high * cos_high + low * sin_high).to(DTYPE), mask=inside)
+
+
+@triton.jit
+def _copy(x_ptr, out_ptr, rows, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr):
+    column = tl.arange(0, BLOCK_N)[None, :]
+    inside = rows & (column < WIDTH)
+    tl.store(out_ptr + column, tl.load(x_ptr + column, mask=inside), mask=inside)
+
+
+@triton.jit
+def _rope_into_cache(
+    q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, keys_ptr, values_ptr, positions_ptr, out_ptr, heads, kv_heads, length,
+    capacity, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, keys_batch, keys_head, keys_row,
+    values_batch, values_head, values_row, angle_batch, angle_row,
+    HALF: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    head, batch = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
+    row = (tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None]
+    # A position outside the cache is the caller's mistake, and must not become a write to other memory.
+    position = tl.load(positions_ptr + row, mask=row < length, other=-1).to(tl.int64)
+    written = (position >= 0) & (position < capacity)
+    cos_ptr += batch * angle_batch + row * angle_row
+    sin_ptr += batch * angle_batch + row * angle_row
+    kv_head = head - heads
+    if kv_head < 0:
+        q_at = batch * q_batch + head * q_head + row * q_row
+        out_at = ((batch * heads + head) * length + row) * (2 * HALF)
+        _rotate(q_ptr + q_at, cos_ptr, sin_ptr, out_ptr + out_at, row < length, HALF, BLOCK_N)
+    elif kv_head < kv_heads:
+        k_at = batch * k_batch + kv_head * k_head + row * k_row
+        keys_at = batch * keys_batch + kv_head * keys_head + position * keys_row
+        _rotate(k_ptr + k_at, cos_ptr, sin_ptr, keys_ptr + keys_at, written, HALF, BLOCK_N)
+    else:
+        v_at = batch * v_batch + (kv_head - kv_heads) * v_head + row * v_row
+        values_at = batch * values_batch + (kv_head - kv_heads) * values_head + position * values_row
+        _copy(v_ptr + v_at, values_ptr + values_at, written, WIDTH, BLOCK_V)

@@ -1,0 +1,82 @@
+"""What a step does between its projections and attention becomes one op.
+
+    q = qcompile.rope(q', cos, sin)                           q = qcompile.rope_into_cache(
+    K' = index_copy_(K, 2, at, qcompile.rope(k, cos, sin))            q', k, v, cos, sin, K, V, at)
+    V' = index_copy_(V, 2, at, v)                     ->
+    y = qcompile.attention(q, K', V', …)                      y = qcompile.attention(q, K, V, …)
+
+Why: at a token of decoding these are four launches that move a few kilobytes.
+
+The op writes to K and V, as the calls that it replaces do. Inductor keeps such a write in place where the cache is an
+input of the graph (no copies in the code it makes, torch 2.13), and an op that is functional could not write at all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch.fx import Node
+
+from qcompile.graph.alias import aliases, is_written_between
+from qcompile.graph.match import Miss, aten, is_call, only_user
+from qcompile.graph.rewrite import Rewriter
+from qcompile.ops.attention import attention
+from qcompile.ops.rope import rope, rope_into_cache
+
+
+@dataclass(frozen=True)
+class Turned:
+    """`root` is attention of `query`, a rope, over what `writes` left in the caches among the `operands`."""
+
+    root: Node
+    query: Node
+    writes: tuple[Node, Node]
+    operands: tuple[Node, ...]
+
+
+class FuseRopeCache:
+    name = "fuse_rope_cache"
+
+    def match(self, node: Node) -> Turned | Miss | None:
+        if not is_call(node, attention.overload):
+            return None
+        args: Any = node.args
+        query, *writes = args[:3]
+        if not is_call(query, rope.overload) or not all(_is_write(write) for write in writes):
+            return None
+        (keys, _, positions, key), (values, _, value_positions, value) = (write.args for write in writes)
+        if not is_call(key, rope.overload):
+            return None
+        if key.args[1:] != query.args[1:]:
+            return Miss("queries and keys are turned by different angles", node)
+        if value_positions is not positions:
+            return Miss("keys and values are written at different positions", node)
+        for x in (query, key):
+            if only_user(x) is None:
+                return Miss(f"{x.name} has another user", x)
+        for write in writes:
+            if (other := _reader_between(write, node)) is not None:
+                return Miss(f"{other.name} reads the cache before attention does", other)
+        read = (query.args[0], key.args[0], value, *query.args[1:])
+        for x in (*read, positions):
+            if is_written_between(x, node):
+                return Miss(f"{x.name} is written to in between", node)
+        return Turned(node, query, (writes[0], writes[1]), (*read, keys, values, positions))
+
+    def rewrite(self, g: Rewriter, m: Turned) -> None:
+        with g.before(m.root):
+            g.replace(m.query, g.call(rope_into_cache.overload, *m.operands))
+            for write, cache in zip(m.writes, m.operands[5:7]):
+                g.replace(write, cache)
+                g.erase(write)
+
+
+def _is_write(node: Any) -> bool:
+    return is_call(node, aten.index_copy_.default) and node.args[1] in (2, -2)
+
+
+def _reader_between(write: Node, end: Node) -> Node | None:
+    """What uses the memory that `write` writes to, after it and before `end`; fuse_attention leaves no other writes."""
+    users = (user for one in aliases(write) for user in one.users)
+    return next((user for user in users if write < user < end), None)
