@@ -136,7 +136,9 @@ class Ended:
     def __call__(self, unfinished: Tensor, tokens: Tensor, length: int) -> bool:
         event = None
         # On the way from a GPU `non_blocking` memory is pinned, and has its content when the event has come.
-        going, tokens = (x.to("cpu", non_blocking=self.late) for x in (unfinished.any(), tokens))
+        going = unfinished.any().to("cpu", non_blocking=self.late)
+        if self.streamer is not None:
+            tokens = tokens.to("cpu", non_blocking=self.late)
         if self.late:
             event = torch.cuda.Event(blocking=True)
             event.record(torch.cuda.current_stream(unfinished.device))

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 import qcompile
-from qcompile.errors import ConfigError
 from qcompile.runtime import AUTOGRAD, TRAINING
 
 Make = Callable[..., nn.Module]
@@ -44,75 +43,6 @@ def test_positional_and_named_arguments_are_one_call(pair, interpreted: None) ->
     for out in (model(x), model(input_ids=x), model(input_ids=x, attention_mask=None)):
         torch.testing.assert_close(out.logits, reference(x).logits, rtol=1e-4, atol=1e-5)
     assert programs(model) == 1 and not model.forward.eager
-
-
-def test_prompt_lengths_share_two_programs(pair, interpreted: None) -> None:
-    model, reference = pair
-    for length in (4, 9, 17, 30):
-        x = ids(1, length)
-        got, want = (m.generate(x, max_new_tokens=length, do_sample=False, pad_token_id=0) for m in (model, reference))
-        assert torch.equal(got, want)
-    # One graph for prefill and one for decode.
-    assert programs(model) == 2 and not model.forward.eager
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_padded_batch(pair, interpreted: None, side: str) -> None:
-    model, reference = pair
-    x, mask = ids(3, 8), torch.ones((3, 8), dtype=torch.long)
-    mask[0, : 3 if side == "left" else None] = 0 if side == "left" else 1
-    if side == "right":
-        mask[1, 5:] = 0
-    arguments = dict(attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0)
-    assert torch.equal(model.generate(x, **arguments), reference.generate(x, **arguments))
-    assert not model.forward.eager
-
-
-@pytest.mark.parametrize("cache", ["static", "dynamic"])
-def test_caches_of_the_caller(pair, interpreted: None, cache: str) -> None:
-    from transformers import DynamicCache, StaticCache
-
-    model, reference = pair
-    x = ids(2, 6)
-    outs = []
-    for m in (model, reference):
-        kv = StaticCache(config=m.config, max_cache_len=32) if cache == "static" else DynamicCache(config=m.config)
-        outs.append(m.generate(x, past_key_values=kv, max_new_tokens=6, do_sample=False, pad_token_id=0))
-    assert torch.equal(*outs)
-    assert not model.forward.eager
-
-
-def test_sliding_windows_run_compiled(interpreted: None) -> None:
-    from transformers import Gemma3ForCausalLM, Gemma3TextConfig, MistralConfig, MistralForCausalLM
-
-    sizes = dict(hidden_size=64, intermediate_size=128, num_attention_heads=4, num_key_value_heads=2, vocab_size=100)
-    for config, cls in ((MistralConfig, MistralForCausalLM), (Gemma3TextConfig, Gemma3ForCausalLM)):
-        torch.manual_seed(0)
-        fields = dict(**sizes, num_hidden_layers=2, head_dim=16, sliding_window=8, max_position_embeddings=128)
-        model, reference = pair_of(cls(config(**fields)).eval())
-        x = ids(2, 6)
-        arguments = dict(max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None)
-        assert torch.equal(model.generate(x, **arguments), reference.generate(x, **arguments)), cls.__name__
-        assert programs(model) == 2 and not model.forward.eager
-
-
-def test_sampling_takes_transformers_arguments(pair, interpreted: None) -> None:
-    model, reference = pair
-    x, outs = ids(2, 5), []
-    for m in (model, reference):
-        torch.manual_seed(1)
-        out = m.generate(
-            x, max_new_tokens=5, do_sample=True, top_k=5, temperature=0.7, num_return_sequences=2,
-            return_dict_in_generate=True, pad_token_id=0,
-        )  # fmt: skip
-        outs.append(out.sequences)
-    assert torch.equal(*outs) and outs[0].shape[0] == 4
-
-
-def test_too_long_for_the_stated_length(tiny_llama: Make) -> None:
-    model, _ = pair_of(tiny_llama(), fuse_max_seq_len=16)
-    with pytest.raises(ConfigError, match="12 prompt and 8 new tokens exceed fuse_max_seq_len=16"):
-        model.generate(ids(1, 12), max_new_tokens=8)
 
 
 def test_training_runs_eagerly_with_gradients(pair, interpreted: None) -> None:
