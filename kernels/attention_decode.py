@@ -143,7 +143,11 @@ def _attended(mask):
 def _product(a, b, c):
     """a @ b + c in float32. Tensor cores take 16 rows or more; fewer are multiplied one by one."""
     if a.shape[0] >= 16:
-        return tl.dot(a.to(b.dtype), b, c, input_precision="ieee")
+        rounded = a.to(b.dtype)
+        c = tl.dot(rounded, b, c, input_precision="ieee")
+        if a.dtype != b.dtype:  # what rounding took away counts as well
+            c = tl.dot((a - rounded.to(a.dtype)).to(b.dtype), b, c, input_precision="ieee")
+        return c
     else:
         return c + tl.sum(a.to(tl.float32)[:, :, None] * b.to(tl.float32)[None, :, :], 1)
 
