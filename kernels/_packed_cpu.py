@@ -79,8 +79,8 @@ def library(defines: str) -> ctypes.CDLL:
     found.dequantize.argtypes, found.dequantize.restype = [*weight, pointer, number, number], None
     found.few_rows.argtypes, found.few_rows.restype = [*weight, *x_and_y], None
     found.many_rows.argtypes, found.many_rows.restype = [*weight, *x_and_y], None
-    for ask in (found.has_many_rows, found.has_dot):
-        ask.argtypes, ask.restype = [], number
+    found.has_many_rows.argtypes, found.has_many_rows.restype = [], number
+    found.has_dot.argtypes, found.has_dot.restype = [size, size], number
     return found
 
 
@@ -89,7 +89,7 @@ class Reader:
     """How to read weights of one spec with `columns` inputs, worked out once.
 
     many_rows   None where this processor has no such kernel
-    has_dot     does it multiply bfloat16 in pairs?
+    has_dot     does few_rows multiply bfloat16 in pairs?
     group       inputs that share a scale
     height      rows that share their scales
     by_row      does each row, or each `height` rows, have scales of their own?
@@ -121,7 +121,7 @@ class Reader:
             dequantize=found.dequantize,
             few_rows=found.few_rows,
             many_rows=found.many_rows if found.has_many_rows() else None,
-            has_dot=bool(found.has_dot()),
+            has_dot=bool(found.has_dot(columns, columns // groups)),
             bits=parsed.element.bits,
             columns=columns,
             group=columns // groups,

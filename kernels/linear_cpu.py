@@ -20,14 +20,14 @@ from qcompile.ops.activation import ACTIVATIONS
 from qcompile.ops.linear import linear
 from qcompile.ops.registry import opaque
 
-# The most rows that few_rows takes, and where bfloat16 has a dot instruction and codes less than eight bits. ms of one
-# thread, few_rows | many_rows, 16384 × 2048, weights out of the cache, Zen 4 (torch's linear in bfloat16: 5.7 to 8):
-#               4 rows        5 rows        6 rows        8 rows         10 rows        12 rows
-# u4 bfloat16   2.71 | 4.61   3.47 | 4.97   3.82 | 5.25   4.87 | 5.83    6.01 | 6.49    7.18 | 6.93
-# u8 bfloat16   3.82 | 4.91   4.86 | 5.19   5.44 | 5.48   6.93 | 6.06    8.52 | 6.85    10.1 | 7.31
-# u4 float32    4.53 | 6.78   7.99 | 6.57   9.10 | 7.17   11.4 | 8.36    14.6 | 9.81    17.0 | 11.4
-# u8 float32    4.92 | 7.26   7.96 | 7.05   9.15 | 7.65   11.9 | 8.81    14.9 | 10.4    17.6 | 12.0
-FEW_ROWS, FEW_ROWS_TO_DOT = 4, 8
+# The most rows that few_rows takes; where it multiplies bfloat16 in pairs, by codes of fewer bits or of eight. ms of
+# one thread, few_rows | many_rows, 16384 × 2048, weights out of the cache, Zen 4 (torch's linear in bfloat16: 5.7 to 10):
+#               1 row         4 rows        5 rows        6 rows        8 rows        16 rows       24 rows
+# u4 bfloat16   1.32 | 3.87   2.53 | 4.48   2.84 | 4.82   3.28 | 5.07   4.19 | 5.69   7.58 | 8.10   11.1 | 10.4
+# u8 bfloat16   2.23 | 4.29   4.09 | 4.92   4.84 | 5.20   5.76 | 5.55   7.37 | 6.08   13.7 | 8.44   20.3 | 10.9
+# u4 float32                  4.53 | 6.78   7.99 | 6.57   9.10 | 7.17   11.4 | 8.36
+# u8 float32                  4.92 | 7.26   7.96 | 7.05   9.15 | 7.65   11.9 | 8.81
+FEW_ROWS, FEW_ROWS_TO_DOT, FEW_ROWS_OF_BYTES_TO_DOT = 4, 20, 5
 # The most rows without the copy: where there is many_rows, the same beside AMX, and without it (AVX2 code on Zen 4,
 # bfloat16, few_rows | copy: 3.1 | 4.0 ms for 8 rows, 6.1 | 4.6 for 16). AMX is an estimate: torch's linear took 10.6 ms
 # for 64 rows and 47.6 for 512, 16384 × 2048 on a Xeon with AMX, where AVX512 alone could not beat 100 for 512.
@@ -70,9 +70,8 @@ def linear_packed(
     if rows > _rows_without_copy(x.dtype, reader.many_rows is not None):
         _multiply_copy(flat, data, scale, zero, bias, spec, y.view(rows, outputs))
         return y
-    dot = x.dtype == torch.bfloat16 and reader.has_dot and reader.bits < 8
     function = reader.few_rows
-    if reader.many_rows is not None and rows > (FEW_ROWS_TO_DOT if dot else FEW_ROWS):
+    if reader.many_rows is not None and rows > _few_rows(x.dtype, reader):
         function = reader.many_rows
     function(
         *reader.arguments(data, scale, zero),
@@ -86,6 +85,12 @@ def linear_packed(
         packed.threads(rows * outputs * columns),
     )
     return y
+
+
+def _few_rows(dtype: torch.dtype, reader: packed.Reader) -> int:
+    if dtype != torch.bfloat16 or not reader.has_dot:
+        return FEW_ROWS
+    return FEW_ROWS_TO_DOT if reader.bits < 8 else FEW_ROWS_OF_BYTES_TO_DOT
 
 
 @functools.cache

@@ -14,6 +14,7 @@ from qcompile.config import Config
 from qcompile.errors import ConfigError, WeightError
 from qcompile.explain import Report
 from qcompile.generate import Generate
+from qcompile.kernels._pages import use_large_pages
 from qcompile.load import load
 from qcompile.plan import Entry, Plan, example_inputs, make_plan
 from qcompile.quant.spec import QSpec
@@ -65,6 +66,7 @@ def optimize(
             _pack(model, group, config, bar)
     model.requires_grad_(False)
     model.eval()
+    use_large_pages([*model.parameters(), *model.buffers()])
     # Past nn.Module.__setattr__, which is for parameters and submodules.
     model.__dict__["forward"] = Runner(model, config, plan, example)
     if hasattr(type(model), "generate"):

@@ -52,7 +52,7 @@ def perplexity(
 
 @dataclass(frozen=True)
 class Speed:
-    """Tokens a second at batch 1: `prefill` of `prompt` tokens at once, then `decode` of `new` tokens, one by one."""
+    """Tokens a second of one text: `prefill` of `prompt` tokens at once, then `decode` of `new` tokens, one by one."""
 
     prefill: float
     decode: float
@@ -72,22 +72,24 @@ def throughputs(
     rounds: int = 3,
     warm_up: bool = True,
     seconds: float = math.inf,
+    batch: int = 1,
     **options: Any,
 ) -> dict[str, Speed]:
     """The speed of several models side by side: they take turns, so that a machine's bad moments hit all of them.
 
     Reported are the median time to a first token and the median time of all later ones. After `seconds` no new round
-    begins. `warm_up` is False where each model has generated as many tokens before. `options` go to generate().
+    begins. `warm_up` is False where each model has generated as many tokens before. `batch` texts grow at once; figures
+    are those of one of them. `options` go to generate().
     """
     if warm_up:
         for model in models.values():
-            _token_times(model, prompt, new + 1, options)
+            _token_times(model, prompt, new + 1, options, batch)
     first: dict[str, list[float]] = {name: [] for name in models}
     later: dict[str, list[float]] = {name: [] for name in models}
     began = time.perf_counter()
     for _ in range(rounds):
         for name, model in models.items():
-            start, *ends = _token_times(model, prompt, new + 1, options)
+            start, *ends = _token_times(model, prompt, new + 1, options, batch)
             first[name].append(ends[0] - start)
             later[name] += [end - begin for begin, end in itertools.pairwise(ends)]
         if time.perf_counter() - began > seconds:
@@ -99,12 +101,12 @@ def throughputs(
 
 
 @torch.no_grad()
-def _token_times(model: Any, prompt: int, new: int, options: Mapping[str, Any]) -> list[float]:
+def _token_times(model: Any, prompt: int, new: int, options: Mapping[str, Any], batch: int) -> list[float]:
     """When generating began, and when each new token was there."""
     device = next(iter([*model.parameters(), *model.buffers()])).device
     vocabulary = getattr(model.config, "vocab_size", None) or model.config.get_text_config().vocab_size
     # Which tokens they are makes no difference.
-    tokens = torch.arange(prompt, device=device).mul(7919).remainder(vocabulary)[None]
+    tokens = torch.arange(prompt, device=device).mul(7919).remainder(vocabulary).expand(batch, -1)
     times: list[float] = []
 
     def tick(input_ids: Tensor, scores: Any, **others: Any) -> Tensor:

@@ -85,12 +85,21 @@ const float* floats(const void* x, int64_t rows, int64_t columns, int64_t x_stri
 
 }  // namespace
 
+// Does few_rows multiply bfloat16 in pairs?
+extern "C" int has_dot(int64_t columns, int64_t group) {
+#ifdef HAS_BF16_DOT
+    return !IS_FLOAT && groups_of_lane(columns, group);
+#else
+    return 0;
+#endif
+}
+
 extern "C" void few_rows(WEIGHT_ARGUMENTS, const void* x, int64_t x_rows, int64_t x_stride, int kind, void* y,
                          const void* bias, int bias_kind, int threads) {
     const Weight w = WEIGHT;
     const Output out = {y, bias, rows, kind, bias_kind};
 #ifdef HAS_BF16_DOT
-    if (kind == BF16 && !IS_FLOAT) return few_rows_dot(w, x, x_rows, x_stride, out, threads);
+    if (kind == BF16 && has_dot(columns, group)) return few_rows_dot(w, x, x_rows, x_stride, out, threads);
 #endif
     few_rows_f32(w, floats(x, x_rows, columns, x_stride, kind), x_rows, out, threads);
 }

@@ -226,14 +226,6 @@ extern "C" int has_many_rows() {
 #endif
 }
 
-extern "C" int has_dot() {
-#ifdef HAS_BF16_DOT
-    return !IS_FLOAT;
-#else
-    return 0;
-#endif
-}
-
 extern "C" void many_rows(WEIGHT_ARGUMENTS, const void* x, int64_t x_rows, int64_t x_stride, int kind, void* y,
                           const void* bias, int bias_kind, int threads) {
 #ifdef HAS_AVX512

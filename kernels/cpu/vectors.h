@@ -228,6 +228,12 @@ INLINE f32x16 load_some(const void* base, int64_t index, int64_t count, int kind
     return load16(&raw, 0, kind);
 }
 INLINE void store_some(void* base, int64_t index, int64_t count, int kind, f32x16 v) {
+#ifdef HAS_AVX512
+    const uint16_t mask = (1u << count) - 1;
+    char* at = (char*)base + index * size_of(kind);
+    if (kind == F32) return _mm512_mask_storeu_ps(at, mask, bits_of<__m512>(v));
+    return _mm256_mask_storeu_epi16(at, mask, bits_of<__m256i>(kind == BF16 ? to_bf16(v) : to_half(v)));
+#endif
     char raw[64];
     store16(raw, 0, kind, v);
     std::memcpy((char*)base + index * size_of(kind), raw, count * size_of(kind));
