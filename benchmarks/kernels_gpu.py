@@ -19,6 +19,7 @@ import math
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks._gpu import DEVICE, START, Report, Row, in_parallel, log, random_weight
-from qcompile.kernels import _tuning, gated_act, linear_cuda, linear_gemv, norm, rope
-from qcompile.kernels._tuning import GemmTile, GemvTile
-from qcompile.kernels._weight import Weight
+from qcompile.kernels import _tuning, gated_act, linear_cuda, linear_dot, norm, rope
+from qcompile.kernels._gluon import can_read
+from qcompile.kernels._tuning import DotTile, GemmTile, MmaTile
+from qcompile.kernels._weight import Layout, Weight
+from qcompile.kernels.linear_dot import dot
 from qcompile.kernels.linear_gemm import gemm
-from qcompile.kernels.linear_gemv import gemv
+from qcompile.kernels.linear_mma import mma
 from qcompile.kernels.linear_w8a8_cuda import linear_w8a8_cuda
 from qcompile.ops.activation import gated_act as gated_act_op
 from qcompile.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
@@ -53,7 +56,8 @@ SHAPES = {
 SPECS = ("i8/g64/sym", "u4/g64/asym", "i4/g128/sym", "u3/g64/asym", "u2/g64/asym", "u1/g64/asym")
 ROWS = (1, 4, 16, 64, 256, 2048)
 W8A8_ROWS = (256, 2048)
-SWEPT_BY_GEMV = ("u4/g64/asym", "i4/g128/sym", "i8/g64/sym", "u2/g64/asym", "u3/g64/asym", "u1/g64/asym")
+SWEPT_BY_DOT = ("u4/g64/asym", "i4/g128/sym", "i8/g64/sym", "u3/g64/asym", "u2/g64/asym", "u1/g64/asym")
+SWEPT_BY_MMA = ("u4/g64/asym", "i8/g64/sym")
 SWEPT_BY_GEMM = "i4/g128/sym"
 
 Run = Callable[[Tensor, Weight], Tensor]
@@ -155,9 +159,12 @@ def warm_cases() -> Iterator[Row]:
     """Everything that linear and sweep launch, on the smaller shapes: equal constants are one compilation."""
     for spec, rows, name in itertools.product(SPECS, ROWS, ("o", "down")):
         yield {"way": "default", "spec": spec, "rows": rows, "shape": name}
-    for spec, rows, name in itertools.product(SWEPT_BY_GEMV, (1, 4, 8), ("o", "down")):
-        for tile in gemv_tiles(spec):
-            yield {"way": "gemv", "spec": spec, "rows": rows, "shape": name, "tile": vars(tile)}
+    for spec, rows, name in itertools.product(SWEPT_BY_DOT, (1, 2), ("o", "down")):
+        for tile in dot_tiles(spec):
+            yield {"way": "dot", "spec": spec, "rows": rows, "shape": name, "tile": vars(tile)}
+    for spec, rows in itertools.product(SWEPT_BY_MMA, (4, 16, 64)):
+        for tile in mma_tiles(spec, rows):
+            yield {"way": "mma", "spec": spec, "rows": rows, "shape": "o", "tile": vars(tile)}
     for rows, name in itertools.product((16, 64, 256), ("o", "down")):
         # The number of splits is no constant of the kernel, but for whether there are any.
         seen = {str({**vars(tile), "splits": tile.splits > 1}): tile for tile in gemm_tiles(rows)}
@@ -172,8 +179,10 @@ def warm(case: Row) -> Row:
         x, weight = random_x(case["rows"], k), raw_weights(case["spec"], n, k, 1)[0]
         if case["way"] == "default":
             linear_cuda.linear_cuda(x, *weight, None, case["spec"], None)
-        elif case["way"] == "gemv":
-            gemv(x, Weight.of(*weight, case["spec"], k), None, None, GemvTile(**case["tile"]))
+        elif case["way"] == "dot":
+            dot(x, Weight.of(*weight, case["spec"], k), None, None, DotTile(**case["tile"]))
+        elif case["way"] == "mma":
+            mma(x, Weight.of(*weight, case["spec"], k), None, None, MmaTile(**case["tile"]))
         else:
             gemm(x, Weight.of(*weight, case["spec"], k), None, None, GemmTile(**case["tile"]))
         torch.cuda.synchronize()
@@ -198,7 +207,7 @@ def part_linear(report: Report, deadline: float) -> None:
                 report.fail("linear", f"{spec} {name} {rows}: {failure}"[:400])
                 continue
             gbps = weight_bytes(spec, n, k) / us / 1e3
-            way = _tuning.way(rows, n, k, QSpec.parse(spec).element.bits, _tuning.Device.of(x.device))
+            way = _tuning.way(rows, can_read(x, Weight.of(*weights[0], spec, k)), _tuning.Device.of(x.device))
             report.add(
                 "linear", spec=spec, shape=name, rows=rows, way=way, us=us, gbps=gbps, vs_bf16=dense_us(name)[rows] / us
             )
@@ -294,23 +303,28 @@ def part_sweep(report: Report, deadline: float) -> None:
 
 def sweeps() -> Iterator[tuple[str, str, str, int, dict[str, Run]]]:
     """(kind, spec, shape, rows, runs by label) to compare."""
-    for rows, spec, name in itertools.product((1, 4, 8), SWEPT_BY_GEMV, ("o", "down", "gate_up", "qkv")):
-        if (name == "qkv" and (rows != 1 or spec not in SWEPT_BY_GEMV[:2])) or (rows == 8 and spec != SWEPT_BY_GEMV[0]):
-            continue
-        yield "gemv", spec, name, rows, dict(by_gemv(t) for t in gemv_tiles(spec) if t.outputs * rows <= 32)
+    names = ("qkv", "o", "gate_up", "down")
+    for rows, spec, name in itertools.product((1, 2), SWEPT_BY_DOT, names):
+        yield "dot", spec, name, rows, dict(map(by_dot, dot_tiles(spec)))
+    for rows, spec, name in itertools.product((4, 16, 64), SWEPT_BY_MMA, names):
+        yield "mma", spec, name, rows, dict(map(by_mma, mma_tiles(spec, rows)))
     for rows, name in itertools.product((4, 16, 64, 256), ("o", "gate_up", "down")):
         yield "gemm", SWEPT_BY_GEMM, name, rows, dict([*map(by_gemm, gemm_tiles(rows)), by_slab(_tuning.SLAB_ELEMENTS)])
     # Does starting early (programmatic dependent launch) pay?
     for name in ("o", "gate_up", "down"):
-        label, run = by_gemv(_tuning.gemv_tile(1, *SHAPES[name], 32))
-        yield "gemv and PDL", SWEPT_BY_GEMV[0], name, 1, {f"with, {label}": run, f"without, {label}": without_pdl(run)}
+        label, run = by_dot(_tuning.dot_tile(1, *SHAPES[name], 32))
+        yield "dot and PDL", SWEPT_BY_DOT[0], name, 1, {f"with, {label}": run, f"without, {label}": without_pdl(run)}
     # Does the slab of the float copy stay in the cache?
     for rows in (256, 2048):
         yield "slab", SWEPT_BY_GEMM, "gate_up", rows, dict(map(by_slab, (4 << 20, 8 << 20, 16 << 20, 1 << 40)))
 
 
-def by_gemv(tile: GemvTile) -> tuple[str, Run]:
-    return label_of(tile), lambda x, weight: gemv(x, weight, None, None, tile)
+def by_dot(tile: DotTile) -> tuple[str, Run]:
+    return label_of(tile), lambda x, weight: dot(x, weight, None, None, tile)
+
+
+def by_mma(tile: MmaTile) -> tuple[str, Run]:
+    return label_of(tile), lambda x, weight: mma(x, weight, None, None, tile)
 
 
 def by_gemm(tile: GemmTile) -> tuple[str, Run]:
@@ -327,23 +341,33 @@ def by_slab(elements: int) -> tuple[str, Run]:
 
 def without_pdl(run: Run) -> Run:
     def without(x: Tensor, weight: Weight) -> Tensor:
-        with mock.patch.object(linear_gemv, "dependent_launch", lambda x: False):
+        with mock.patch.object(linear_dot, "dependent_launch", lambda x: False):
             return run(x, weight)
 
     return without
 
 
-def label_of(tile: GemvTile | GemmTile) -> str:
+def label_of(tile: DotTile | MmaTile | GemmTile) -> str:
     return " ".join(f"{key}={value}" for key, value in vars(tile).items())
 
 
 # Tiles to try
 
 
-def gemv_tiles(spec: str) -> list[GemvTile]:
-    bits = QSpec.parse(spec).element.bits
-    spans = ((32, 1), (64, 1), (64, 2), (128, 4)) if bits < 4 else ((64, 2), (128, 2), (128, 4), (256, 4), (256, 8))
-    return [GemvTile(outputs, chunks, warps) for (chunks, warps) in spans for outputs in (1, 2, 4, 8)]
+def dot_tiles(spec: str) -> list[DotTile]:
+    splits = (2, 4, 8) if QSpec.parse(spec).element.bits in (4, 8) else (1, 2, 4)
+    tiles = [
+        DotTile(outputs, split, split * by) for split, by, outputs in itertools.product(splits, (1, 2), (4, 8, 16))
+    ]
+    # A thread has the registers for so many rows.
+    return [tile for tile in tiles if tile.warps <= 8 and tile.outputs * tile.split // tile.warps <= 16]
+
+
+def mma_tiles(spec: str, rows: int) -> list[MmaTile]:
+    layout = Layout.of(spec)
+    tile = _tuning.mma_tile(rows, 4096, 4096, 16 * layout.fields, layout.run)
+    sizes = itertools.product((1, 2), {tile.columns, 2 * tile.columns}, (1, 2), (2, 4, 8))
+    return [replace(tile, tiles=t, columns=c, ahead=a, warps=w) for t, c, a, w in sizes if t * c <= 8]
 
 
 def gemm_tiles(rows: int) -> list[GemmTile]:

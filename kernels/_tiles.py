@@ -18,11 +18,12 @@ try:
     import triton
     import triton.language as tl
     from triton import constexpr_function
+    from triton.language import constexpr
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 except ImportError:  # the modules still import, and every kernel refuses
     triton = SimpleNamespace(jit=lambda function: function)
     tl = gdc_launch_dependents = gdc_wait = None
-    constexpr_function = triton.jit
+    constexpr = constexpr_function = triton.jit
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)

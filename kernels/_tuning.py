@@ -7,6 +7,7 @@ plane that a step takes from each weight row; `step` is how many codes one of th
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,32 @@ class GemvTile:
 
     outputs: int
     chunks: int
+    warps: int
+
+
+@dataclass(frozen=True)
+class DotTile:
+    """What a program of linear_dot makes: `outputs` columns, `split` of its warps side by side along a weight row."""
+
+    outputs: int
+    split: int
+    warps: int
+
+
+@dataclass(frozen=True)
+class MmaTile:
+    """What a program of linear_mma makes: 16 * tiles outputs of 8 / spread * columns rows of x.
+
+    words   of a chunk that a lane loads, 4 or 2
+    spread  columns that a row of x takes, because its lanes' codes do not share a scale
+    ahead   steps that are loaded before they are needed
+    """
+
+    words: int
+    spread: int
+    tiles: int
+    columns: int
+    ahead: int
     warps: int
 
 
@@ -86,11 +113,41 @@ class Device:
         return Device(properties.major, shared, properties.multi_processor_count)
 
 
-def way(rows: int, outputs: int, inputs: int, bits: int, device: Device) -> str:
-    """The fastest way for this shape: `gemv`, `gemm` or `dequantize`."""
+def way(rows: int, integers: bool, device: Device) -> str:
+    """The fastest way for so many rows: `dot` or `mma`, where codes are `integers`; `gemv`, `gemm` or `dequantize`."""
+    if integers and rows <= 2:
+        return "dot"
+    if integers and rows <= 64 and device.tensor_cores:
+        return "mma"
     if rows <= 8:
         return "gemv"
     return "gemm" if rows < 256 and device.tensor_cores else "dequantize"
+
+
+def dot_tile(rows: int, outputs: int, inputs: int, step: int) -> DotTile:
+    chunks = cdiv(inputs, step)
+    if step == 16:  # codes of eight bits: many chunks, and few codes in each that pay for x
+        return DotTile(outputs=4, split=4, warps=4)
+    if chunks <= 64 or outputs > 5000:
+        split = 2 if chunks > 32 else 1
+        return DotTile(outputs=4 if rows > 1 and step > 64 else 8, split=split, warps=2)
+    return DotTile(outputs=16 if chunks <= 128 else 8, split=4, warps=4)
+
+
+def mma_tile(rows: int, outputs: int, inputs: int, step: int, run: int) -> MmaTile:
+    """`run` codes that begin at a multiple of it share a scale, a power of two."""
+    # Lanes that share a chunk may share a scale where others do not; for few rows wide loads are worth more.
+    words = 2 if run == 2 * step > 32 and rows > 4 else 4
+    spread = max(1, min(words, words * step // run))
+    columns = min(4, power_of_two(cdiv(rows * spread, 8)))
+    wide = outputs >= 16384
+    if rows <= 8:
+        warps = 4 if wide else 8
+    else:
+        warps = 2 if wide else 8 if columns <= 2 else 4
+    # No more warps than have something to do.
+    warps = max(1, min(warps, power_of_two(cdiv(inputs, step * words))))
+    return MmaTile(words, spread, 1, columns, 1 if wide or columns > 2 else 2, warps)
 
 
 def gemv_tile(rows: int, outputs: int, inputs: int, step: int) -> GemvTile:
@@ -146,5 +203,14 @@ def attention_tile(pairs: int, rows: int, keys: int, columns: int, itemsize: int
         while stages > 1 and stages * block * 2 * columns * itemsize > device.shared_bytes - (16 << 10):
             stages -= 1
     programs = pairs * cdiv(rows, tile_rows)
-    splits = max(1, min(cdiv(keys, block), 4 * device.processors // programs, 64))
+    splits = max(1, min(cdiv(keys, block), 2 * device.processors // programs, 64))
     return AttentionTile(1 << splits.bit_length() - 1, tile_rows, block, 4, stages)
+
+
+def slab_rows(inputs: int, height: int) -> int:
+    """Rows of a float copy of about SLAB_ELEMENTS, whole tiles of `height` rows.
+
+    And whole tiles of a matrix product: cuBLAS is three times slower where rows of its output are misaligned.
+    """
+    whole = math.lcm(height, 256)
+    return max(1, SLAB_ELEMENTS // inputs // whole) * whole

@@ -78,10 +78,14 @@ class Layout:
         return 8 // (self.p2 or self.p1 or self.p0)
 
     @property
+    def run(self) -> int:
+        """A power of two: so many codes that begin at a multiple of it share a scale."""
+        return self.group & -self.group or 1 << 30
+
+    @property
     def sharing(self) -> int:
-        """A power of two of neighbouring units that surely share a scale, `fields` at most."""
-        units = self.group // 16
-        return min(self.fields, units & -units) if self.group else self.fields
+        """Neighbouring units of a chunk that share a scale."""
+        return min(self.fields, self.run // 16)
 
     @staticmethod
     @functools.lru_cache(maxsize=1024)

@@ -1,7 +1,8 @@
-"""linear on CUDA: the number of rows, known only at the call, decides between three ways (see _tuning.way).
+"""linear on CUDA: the number of rows, known only at the call, decides which way it goes (see _tuning.way).
 
-A few rows are bound by reading the weight (linear_gemv), more keep the tensor cores busy with codes unpacked on the way
-(linear_gemm), and many are fastest as a float weight, written once and multiplied by cuBLAS.
+A few rows are bound by reading the weight (linear_dot and linear_mma for integers, linear_gemv for all), more keep the
+tensor cores busy with codes unpacked on the way (linear_gemm), and many are fastest as a float weight, written once and
+multiplied by cuBLAS.
 """
 
 from __future__ import annotations
@@ -10,11 +11,14 @@ import torch
 from torch import Tensor
 
 from qcompile.kernels import _tuning
+from qcompile.kernels._gluon import can_read
 from qcompile.kernels._tiles import refuses_device
 from qcompile.kernels._weight import Weight, refuses_weight
 from qcompile.kernels.dequantize_gpu import write_weight
+from qcompile.kernels.linear_dot import dot
 from qcompile.kernels.linear_gemm import gemm
 from qcompile.kernels.linear_gemv import gemv
+from qcompile.kernels.linear_mma import mma
 from qcompile.ops.activation import ACTIVATIONS
 from qcompile.ops.linear import linear
 from qcompile.ops.precision import wide
@@ -48,14 +52,19 @@ def linear_cuda(
     weight = Weight.of(data, scale, zero, spec, columns)
     bias = None if bias is None else bias.contiguous()
     device = _tuning.Device.of(x.device)
-    way = _tuning.way(rows.shape[0], weight.rows, columns, weight.layout.bits, device)
-    if way == "gemv":
-        tile = _tuning.gemv_tile(rows.shape[0], weight.rows, columns, weight.step)
-        return gemv(rows, weight, bias, activation, tile).reshape(shape)
-    if way == "gemm":
-        tile = _tuning.gemm_tile(rows.shape[0], weight.rows, columns, weight.step, rows.dtype, device)
-        return gemm(rows, weight, bias, activation, tile).reshape(shape)
-    return dequantize_and_multiply(rows, weight, bias, activation).reshape(shape)
+    m, n, step = rows.shape[0], weight.rows, weight.step
+    way = _tuning.way(m, can_read(rows, weight), device)
+    if way == "dot":
+        y = dot(rows, weight, bias, activation, _tuning.dot_tile(m, n, columns, step))
+    elif way == "mma":
+        y = mma(rows, weight, bias, activation, _tuning.mma_tile(m, n, columns, step, weight.layout.run))
+    elif way == "gemv":
+        y = gemv(rows, weight, bias, activation, _tuning.gemv_tile(m, n, columns, step))
+    elif way == "gemm":
+        y = gemm(rows, weight, bias, activation, _tuning.gemm_tile(m, n, columns, step, rows.dtype, device))
+    else:
+        y = dequantize_and_multiply(rows, weight, bias, activation)
+    return y.reshape(shape)
 
 
 @linear.implementation("triton", refuses)
@@ -69,7 +78,7 @@ def dequantize_and_multiply(x: Tensor, weight: Weight, bias: Tensor | None, acti
     """act(x @ W.T + bias) through a float copy of a slab of weight rows at a time, which stays in the L2 cache."""
     out = x.new_empty(x.shape[0], weight.rows)
     height = weight.layout.height
-    slab = max(1, _tuning.SLAB_ELEMENTS // weight.columns // height) * height
+    slab = _tuning.slab_rows(weight.columns, height)
     scratch = x.new_empty(min(slab, weight.rows), weight.columns)
     for first in range(0, weight.rows, slab):
         count = min(slab, weight.rows - first)

@@ -19,8 +19,10 @@ from qcompile.kernels import (
     attention_decode,
     dequantize_gpu,
     gated_act,
+    linear_dot,
     linear_gemm,
     linear_gemv,
+    linear_mma,
     norm,
     rope,
     rope_into_cache,
@@ -33,13 +35,18 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
+from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
 # Compute capability → shared memory of a program, in KiB.
 GPUS = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 
 WIDELY = (80, 90)  # where every variant is tried; elsewhere one a kernel, to save time
 
+# Kernels that read several elements of x at once.
+PACKED = {linear_gemv._gemv: "*i64", linear_dot._dot: "*i64", linear_mma._mma: "*i32"}
+
 FOUR_BITS = Layout.of("u4/g64/asym")
+EIGHT_BITS = Layout.of("i8/row/sym")
 THREE_BITS = Layout.of("i3/g64/sym")
 FP8_TILES = Layout.of("fp8_e4m3/b128x128/sym")
 NF4 = Layout.of("nf4/g64/sym")
@@ -57,8 +64,8 @@ def compiled(kernel: Any, gpu: int, absent: tuple[str, ...], warps: int, stages:
             signature[name] = "constexpr"
         elif name == "data_ptr":
             signature[name] = "*i32"
-        elif name == "x_ptr" and kernel is linear_gemv._gemv:
-            signature[name] = "*i64"
+        elif name == "x_ptr" and kernel in PACKED:
+            signature[name] = PACKED[kernel]
         elif name in ("parts_ptr", "sums_ptr", "table_ptr"):
             signature[name] = "*fp32"
         elif name == "mask_ptr":
@@ -71,12 +78,12 @@ def compiled(kernel: Any, gpu: int, absent: tuple[str, ...], warps: int, stages:
             signature[name] = "fp32" if name in ("eps", "scale") else "i32"
         if name.endswith(("_ptr", "_batch", "_head", "_row")) or name in ("N", "K", "columns"):
             attributes[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constants, attributes)
+    source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, signature, constants, attributes)
     return triton.compile(source, target=GPUTarget("cuda", gpu, 32), options={"num_warps": warps, "num_stages": stages})
 
 
 def absent_of(layout: Layout) -> tuple[str, ...]:
-    return ("zero_ptr",) * (layout is not FOUR_BITS) + ("table_ptr",) * (not layout.table)
+    return ("table_ptr",) * (not layout.table) + ("zero_ptr",) * (layout is not FOUR_BITS)
 
 
 def stack_bytes(cubin: bytes) -> int:
@@ -105,6 +112,21 @@ def variants(gpu: int) -> dict[str, Any]:
         absent = ("bias_ptr", *absent_of(layout))
         kernel = linear_gemv._gemv
         found[f"gemv, {name}"] = compiled(kernel, gpu, absent, tile.warps, ACTIVATION="silu", W=layout, **sizes)
+    for name, layout, rows in (("one row", FOUR_BITS, 1), ("two rows", THREE_BITS, 2), ("eight bits", EIGHT_BITS, 1)):
+        if name != "one row" and gpu not in WIDELY:
+            continue
+        tile = _tuning.dot_tile(rows, 4096, 4096, 16 * layout.fields)
+        sizes = {"WHOLE": True, "ROWS": rows, "OUTPUTS": tile.outputs, "SPLIT": tile.split}
+        absent, kernel = ("bias_ptr", *absent_of(layout)[1:]), linear_dot._dot
+        found[f"dot, {name}"] = compiled(kernel, gpu, absent, tile.warps, ACTIVATION="silu", W=layout, **sizes)
+    few = (("four rows", FOUR_BITS, 4), ("16 rows", FOUR_BITS, 16), ("64 rows", FOUR_BITS, 64))
+    for name, layout, rows in (*few, ("three bits", THREE_BITS, 8), ("eight bits", EIGHT_BITS, 64)):
+        if not device.tensor_cores or (name != "16 rows" and gpu not in WIDELY):
+            continue
+        tile = _tuning.mma_tile(rows, 4096, 4096, 16 * layout.fields, layout.run)
+        sizes = {name.upper(): value for name, value in vars(tile).items() if name != "warps"}
+        absent, kernel = ("bias_ptr", *absent_of(layout)[1:]), linear_mma._mma
+        found[f"mma, {name}"] = compiled(kernel, gpu, absent, tile.warps, ACTIVATION="silu", W=layout, **sizes)
     some = (("16 rows", FOUR_BITS, 16), ("200 rows", FOUR_BITS, 200), ("three bits", THREE_BITS, 64))
     for name, layout, rows in (*some, ("fp8", FP8_TILES, 64), ("nf4", NF4, 200)):
         if name != "200 rows" and gpu not in WIDELY:

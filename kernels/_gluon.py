@@ -1,0 +1,112 @@
+"""Pieces that the Gluon kernels share. Gluon is Triton with layouts stated: which thread holds which element.
+
+These kernels unpack codes in the registers they were loaded to, where Triton would send them through shared memory.
+Triton's interpreter does not run them: they are compiled for every GPU without one, and tested on one.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+from torch import Tensor
+
+from qcompile.kernels._tiles import INTERPRET, plane_words
+from qcompile.kernels._weight import Weight
+
+try:
+    from triton.experimental import gluon
+    from triton.experimental.gluon import language as gl
+except ImportError:  # the modules still import, and `refuses` says why
+    gluon = SimpleNamespace(jit=lambda function: function)
+    gl = None
+
+
+def can_read(x: Tensor, weight: Weight) -> bool:
+    """Do these kernels take contiguous x (M, K) and this weight? Integers in groups, x in 16 bits and whole chunks."""
+    layout = weight.layout
+    return (
+        gl is not None
+        and not INTERPRET
+        and not (layout.exponent or layout.table)
+        and layout.height == 1
+        and x.element_size() == 2
+        and x.shape[1] % 8 == 0
+        and x.data_ptr() % 16 == 0
+    )
+
+
+@gluon.jit
+def launch_dependents():
+    """Let the kernel behind this one start."""
+    gl.inline_asm_elementwise("griddepcontrol.launch_dependents; // $0", "=r", [], gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def wait():
+    """Wait until the kernels before this one are done, their results written."""
+    gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def pick_bytes(a, b, SELECTOR: gl.constexpr):
+    """Four bytes of a (0 … 3) and b (4 … 7); a hexadecimal digit of SELECTOR each, the lowest first."""
+    return gl.inline_asm_elementwise(
+        "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, SELECTOR], gl.int32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def load_words(row, chunk, word, K, W: gl.constexpr):
+    """The words of each plane that belong to a chunk of the smallest one; `codes` takes them apart."""
+    FIELDS: gl.constexpr = W.fields
+    words = _load_plane(row, chunk, word, K, FIELDS, W.p0)
+    if W.p1 > 0:
+        row += plane_words(K, W.p0)
+        words += _load_plane(row, chunk, word, K, FIELDS, W.p1)
+    if W.p2 > 0:
+        row += plane_words(K, W.p1)
+        words += _load_plane(row, chunk, word, K, FIELDS, W.p2)
+    return words
+
+
+@gluon.jit
+def _load_plane(row, chunk, word, K, FIELDS: gl.constexpr, WIDTH: gl.constexpr):
+    COUNT: gl.constexpr = FIELDS * WIDTH // 8
+    words = ()
+    for i in gl.static_range(COUNT):
+        at = (chunk * COUNT + i) * 4
+        words += (gl.load(row + (at + word), mask=at < plane_words(K, WIDTH), other=0),)
+    return words
+
+
+@gluon.jit
+def codes(words, FIELD: gl.constexpr, W: gl.constexpr):
+    """Unit FIELD of a chunk in byte form (see _tiles.py)."""
+    SECOND: gl.constexpr = W.fields * W.p0 // 8
+    THIRD: gl.constexpr = SECOND + W.fields * W.p1 // 8
+    found = _field(words, 0, FIELD, W.p0)
+    if W.p1 > 0:
+        found |= _field(words, SECOND, FIELD, W.p1) << W.p0
+    if W.p2 > 0:
+        found |= _field(words, THIRD, FIELD, W.p2) << (W.p0 + W.p1)
+    return found
+
+
+@gluon.jit
+def _field(words, FIRST: gl.constexpr, FIELD: gl.constexpr, WIDTH: gl.constexpr):
+    PER_CHUNK: gl.constexpr = 8 // WIDTH
+    found = words[FIRST + FIELD // PER_CHUNK]
+    if WIDTH < 8:
+        found = (found >> (FIELD % PER_CHUNK * WIDTH)) & (0x01010101 * ((1 << WIDTH) - 1))
+    return found
+
+
+@gluon.jit
+def load_sides(row, chunk, K, W: gl.constexpr, SHARING: gl.constexpr):
+    """Scales or zero points of a chunk, one for every SHARING units; nothing where the whole row has but one."""
+    FIELDS: gl.constexpr = W.fields
+    sides = ()
+    if W.group != 0:
+        for first in gl.static_range(0, FIELDS, SHARING):
+            sides += (gl.load(row + gl.minimum((chunk * FIELDS + first) * 16, K - 1) // W.group),)
+    return sides

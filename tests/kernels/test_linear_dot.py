@@ -1,0 +1,97 @@
+"""One or two rows in fixed point against the meaning of `linear`; on a GPU, as Gluon has no interpreter."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from qcompile.kernels import _tuning
+from qcompile.kernels._gluon import can_read
+from qcompile.kernels._tuning import DotTile
+from qcompile.kernels._weight import Weight
+from qcompile.kernels.linear_dot import dot
+from qcompile.ops.activation import ACTIVATIONS
+from qcompile.ops.linear import linear
+from qcompile.quant.tensor import QTensor
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+# spec, rows of x, rows of the weight, columns
+CASES = [
+    *(("u4/g64/asym", m, n, k) for m, n, k in ((1, 5, 192), (2, 130, 1024), (1, 4099, 4096))),
+    *(("i4/g128/sym", 1, 1, 128), ("u4/g16/asym_int", 2, 3, 48), ("u4/g32/asym", 1, 2, 544), ("u4/g48/asym", 2, 9, 96)),
+    *(
+        ("i4/row/sym", 1, 7, 56),
+        ("i8/row/sym", 2, 33, 136),
+        ("u8/g256/asym_int", 1, 3, 512),
+        ("i8/tensor/sym", 1, 2, 8),
+    ),
+    *(("u3/g64/asym", 2, 3, 320), ("i3/row/sym", 1, 2, 40), ("u2/g32/asym", 1, 5, 96), ("u2/g16/asym_int", 1, 2, 80)),
+    *(
+        ("u1/g64/asym", 1, 3, 192),
+        ("u1/g256/asym", 2, 2, 1024),
+        ("ternary/g128/sym", 2, 1, 256),
+        ("i5/g64/sym", 1, 2, 64),
+    ),
+    *(
+        ("u6/g128/asym", 2, 2, 384),
+        ("u7/tensor/asym", 1, 3, 272),
+        ("u4/g32/shift", 2, 3, 160),
+        ("u2/row/shift", 1, 3, 72),
+    ),
+]
+HALVES = (torch.float16, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize(("spec", "m", "n", "k"), CASES)
+def test_meaning(
+    spec: str, m: int, n: int, k: int, dtype: torch.dtype, random_weight: Callable[..., QTensor],
+    assert_close: Callable[..., None],
+) -> None:  # fmt: skip
+    q, x = random_weight(spec, n, k, dtype), (torch.randn(m, k, device="cuda") + 0.25).to(dtype)
+    weight = Weight.of(q.data, q.scale, q.zero, spec, k)
+    assert can_read(x, weight)
+    want = linear.meaning(x.double(), q.data, q.scale, q.zero, None, spec, None)
+    assert_close(dot(x, weight, None, None, _tuning.dot_tile(m, n, k, weight.step)), want)
+
+
+@pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
+def test_bias_and_activation(
+    activation: str | None, random_weight: Callable[..., QTensor], assert_close: Callable[..., None]
+) -> None:
+    spec = "i8/row/sym"
+    q, x = random_weight(spec, 6, 32, torch.float32), torch.randn(2, 32, device="cuda").bfloat16()
+    bias = torch.randn(6, device="cuda").bfloat16()
+    got = dot(x, Weight.of(q.data, q.scale, q.zero, spec, 32), bias, activation, DotTile(4, 2, 2))
+    assert_close(got, linear.meaning(x.double(), q.data, q.scale, q.zero, bias.double(), spec, activation))
+
+
+@pytest.mark.parametrize("tile", [DotTile(1, 1, 1), DotTile(16, 1, 2), DotTile(8, 8, 8), DotTile(4, 2, 8)], ids=str)
+def test_many_tiles(tile: DotTile, random_weight: Callable[..., QTensor], assert_close: Callable[..., None]) -> None:
+    for spec in ("u3/g64/asym", "u4/g64/asym"):
+        q, x = random_weight(spec, 37, 1600, torch.float16), torch.randn(1, 1600, device="cuda").half()
+        got = dot(x, Weight.of(q.data, q.scale, q.zero, spec, 1600), None, None, tile)
+        assert_close(got, linear.meaning(x.double(), q.data, q.scale, q.zero, None, spec, None))
+
+
+def test_fixed_point_of_uneven_inputs(random_weight: Callable[..., QTensor], assert_close: Callable[..., None]) -> None:
+    """One input a thousand times the others takes ten bits of its neighbours; tiny and huge ones are all there."""
+    spec = "i4/g64/sym"
+    q = random_weight(spec, 64, 4096, torch.float32)
+    weight = Weight.of(q.data, q.scale, q.zero, spec, 4096)
+    uneven = torch.randn(1, 4096, device="cuda")
+    uneven[0, 77] = 1000.0
+    for x in (uneven, torch.randn(1, 4096, device="cuda") * 1e-20, torch.randn(1, 4096, device="cuda") * 1e20):
+        x = x.bfloat16()
+        got = dot(x, weight, None, None, DotTile(8, 4, 4))
+        assert_close(got, linear.meaning(x.double(), q.data, q.scale, q.zero, None, spec, None))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_so(bad: float, random_weight: Callable[..., QTensor]) -> None:
+    for spec in ("i4/g64/sym", "u4/g64/asym"):
+        q, x = random_weight(spec, 8, 256, torch.float32), torch.randn(1, 256, device="cuda").bfloat16()
+        x[0, 100] = bad
+        got = dot(x, Weight.of(q.data, q.scale, q.zero, spec, 256), None, None, DotTile(4, 2, 2))
+        assert not got.isfinite().any()
