@@ -8,7 +8,7 @@
 Why: at a token of decoding these are four launches that move a few kilobytes.
 
 The op writes to K and V, as the calls that it replaces do. Inductor keeps such a write in place where the cache is an
-input of the graph (no copies in the code it makes, torch 2.13), and an op that is functional could not write at all.
+input of the graph (torch 2.11 and 2.13: no copies), and an op that is functional could not write at all.
 """
 
 from __future__ import annotations

@@ -42,10 +42,10 @@ class Step(nn.Module):
         return self.function(*heads, cos.unsqueeze(1), sin.unsqueeze(1), *others)
 
 
-def inputs(length=1, dtype=torch.float32) -> Any:
-    q, k, v = (torch.randn(2, length, 8 * heads) for heads in (4, 2, 2))
-    cos, sin = torch.randn(2, 2, length, 8)
-    keys, values = torch.randn(2, 2, 2, 12, 8)
+def inputs(length=1, dtype=torch.float32, batch=2) -> Any:
+    q, k, v = (torch.randn(batch, length, 8 * heads) for heads in (4, 2, 2))
+    cos, sin = torch.randn(2, batch, length, 8)
+    keys, values = torch.randn(2, batch, 2, 12, 8)
     return [*(x.to(dtype) for x in (q, k, v, cos, sin, keys, values)), torch.arange(3, 3 + length)]
 
 
@@ -59,7 +59,9 @@ def fused(graph):
 
 
 def test_text(graph, golden):
-    g = graph(Step(llama), *inputs(dtype=torch.bfloat16)).prepare(*normalizing_passes(), FuseRope(), FuseAttention())
+    g = graph(Step(llama), *inputs(dtype=torch.bfloat16, batch=1)).prepare(
+        *normalizing_passes(), FuseRope(), FuseAttention()
+    )
     before = g.text()
     g.apply(FuseRopeCache())
     golden("passes/fuse_rope_cache", f"{before}\nbecomes\n\n{g.text()}")
