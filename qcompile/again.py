@@ -77,6 +77,7 @@ class KnownCache:
         layer = [place for place, layer in enumerate(cache.layers) for _ in vars(layer)]
         order = sorted(range(len(values)), key=lambda i: (layer[i], self.names[i]))
         self.places = [i for i in order if isinstance(values[i], Tensor)]
+        self.kinds = [type(values[i]) for i in self.places]
         # The longest length of an allocated layer is the size of a tensor.
         self.rest = [i for i in order if i not in {*self.places} and self.names[i] != "max_cache_len"]
         self.plain = [values[i] if isinstance(values[i], calls.PLAIN) else object() for i in self.rest]
@@ -89,7 +90,7 @@ class KnownCache:
         if not all(map(is_, [values[i] for i in self.rest], self.plain)):
             return None
         found = [values[i] for i in self.places]
-        return found if all(isinstance(x, Tensor) for x in found) else None
+        return found if list(map(type, found)) == self.kinds else None
 
 
 def _names(cache: Any) -> list[str]:
@@ -97,4 +98,4 @@ def _names(cache: Any) -> list[str]:
 
 
 def _values(cache: Any) -> list[Any]:
-    return list(chain.from_iterable(vars(layer).values() for layer in cache.layers))
+    return list(chain.from_iterable(map(dict.values, map(vars, cache.layers))))
