@@ -61,7 +61,13 @@ class Replay:
 
     def _pays(self, args: Sequence[Tensor]) -> bool:
         moving = [args[i] for i in self.moving]
-        if self.refused or not moving or any(not x.is_cuda or x.shape[:2].numel() > MOST_TOKENS for x in moving):
+        # The first tensor that a call gives is its tokens; a mask may be as wide as the cache is long.
+        if (
+            self.refused
+            or not moving
+            or moving[0].shape[:2].numel() > MOST_TOKENS
+            or not all(x.is_cuda for x in moving)
+        ):
             return False
         return not torch.cuda.is_current_stream_capturing()
 

@@ -14,7 +14,7 @@ from transformers.generation.logits_process import LogitsProcessor
 from transformers.generation.streamers import BaseStreamer
 
 import qcompile
-from qcompile import _torch, decode
+from qcompile import _torch, decode, replay
 from qcompile.decode import Choice, Ended
 from qcompile.errors import ConfigError
 
@@ -273,6 +273,44 @@ def test_a_choice_without_waiting_is_that_of_multinomial(as_on_gpu: None) -> Non
     late(scores)
     with pytest.raises(RuntimeError, match="probability tensor contains"):
         late.check()
+
+
+def test_recorded_steps(tiny_llama: Any, interpreted: None, as_on_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the memory that a recording was made of, while texts, caches and weights are exchanged."""
+    made: list[Any] = []
+
+    class Recorded:
+        def __init__(self, run: Any, args: Any, moving: Any, form: Any, beside: Any):
+            self.run, self.args, self.moving, self.form, self.times = run, list(args), moving, form, 0
+            made.append(self)
+
+        def __call__(self, *moving: Tensor) -> Any:
+            self.times += 1
+            for i, value in zip(self.moving, moving, strict=True):
+                self.args[i] = value
+            return self.run(*self.args)
+
+    monkeypatch.setattr(replay, "Recording", Recorded)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    reference = tiny_llama()
+    model = qcompile.optimize(copy.deepcopy(reference), "u4/g32/asym", progress=False)
+    reference.load_state_dict(qcompile.dequantize(model))
+    cache = StaticCache(config=model.config, max_cache_len=40)
+    for options in ({}, dict(do_sample=True), dict(past_key_values=cache)):
+        assert_same((model, reference), prompts(), **options)
+        cache.reset()
+    assert made and all(recording.times >= 8 for recording in made)
+    before = len(made)
+    for twin in (model, reference):
+        twin.model.norm.weight.data = torch.linspace(0.5, 2, 64)
+    options = dict(past_key_values=cache, return_dict_in_generate=True, output_logits=True)
+    for _ in range(2):
+        logits = []
+        for twin in (model, reference):
+            logits.append(torch.stack(twin.generate(**prompts(), max_new_tokens=8, pad_token_id=0, **options).logits))
+            cache.reset()
+        torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-5)
+    assert len(made) == before + 1
 
 
 @pytest.fixture

@@ -110,6 +110,15 @@ def test_many_tokens_are_not_recorded(step: Replay) -> None:
     assert Recorded.made == 0
 
 
+def test_one_token_beside_a_wide_mask_is_recorded(fake: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    Recorded.made = 0
+    monkeypatch.setattr(replay, "Recording", Recorded)
+    step, cache = Replay(lambda cache, token, mask: [token + mask.sum()], [1, 2]), torch.zeros(1)
+    for _ in range(WARM + 2):
+        call(step, cache, torch.ones(1, 1), torch.ones(1, replay.MOST_TOKENS + 1))
+    assert Recorded.made == 1
+
+
 def test_what_cannot_be_recorded_runs_and_says_so(fake: None, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> Any:
         raise RuntimeError("operation not permitted when stream is capturing")
