@@ -69,8 +69,11 @@ def test_a_call_is_recorded_when_it_has_come_often_enough(step: Replay) -> None:
 def test_other_memory_and_other_shapes_are_other_recordings(step: Replay) -> None:
     weight, caches = torch.tensor([2.0]), [torch.zeros(1) for _ in range(KEPT + 2)]
     for cache in caches:
-        for _ in range(WARM + 2):
+        for times in range(WARM + 2):
+            before = Recorded.made
             call(step, weight, torch.ones(1, 1), cache)
+            # A kind of call that was recorded before needs no more than a second call on its memory.
+            assert (Recorded.made > before) == (times == (WARM if cache is caches[0] else 1))
         assert cache.item() == WARM + 2
     assert Recorded.made == KEPT + 2 and len(step.recordings) == KEPT
     for _ in range(WARM + 1):
