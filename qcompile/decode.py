@@ -20,7 +20,6 @@ from torch import Tensor
 from qcompile.decode_step import NO_CACHE, Step, check_room, room_of, why_not
 
 
-@torch.no_grad()
 def decode(
     model: Any,
     input_ids: Tensor,
@@ -71,12 +70,12 @@ def decode(
             if ended(unfinished, tokens, input_ids.shape[1]):
                 break
             logits = step(tokens)
-    choose.check()
     kept = slice(None)
     if ended.surplus:
         kept = slice(None, -ended.surplus)
         step.undo(ended.surplus)
         choose.undo()
+    choose.check()
     if streamer is not None:
         streamer.end()
     if not config.return_dict_in_generate:
@@ -94,8 +93,8 @@ class Choice:
 
     def __init__(self, sample: bool, late: bool):
         self.sample, self.late = sample, late
-        self.before: Tensor | None = None
-        self.broken: Tensor | None = None
+        self.broken: Tensor | bool = False
+        self.before: tuple[Tensor, torch.device, Tensor | bool] | None = None
 
     def __call__(self, scores: Tensor) -> Tensor:
         if not self.sample:
@@ -104,19 +103,19 @@ class Choice:
         if not self.late:
             return torch.multinomial(likely, 1).squeeze(1)
         # What multinomial does, without its wait for the GPU to look for NaN; a row has one everywhere or nowhere.
-        self.device, self.before = scores.device, torch.cuda.get_rng_state(scores.device)
-        broken = likely[:, 0].isnan().any()
-        self.broken = broken if self.broken is None else self.broken | broken
+        self.before = torch.cuda.get_rng_state(scores.device), scores.device, self.broken
+        self.broken = likely[:, 0].isnan().any() | self.broken
         return (likely / torch.empty_like(likely).exponential_()).argmax(-1)
 
     def undo(self) -> None:
         """As if the last token had not been drawn: who draws next gets the numbers that it had."""
         if self.before is not None:
-            torch.cuda.set_rng_state(self.before, self.device)
+            state, device, self.broken = self.before
+            torch.cuda.set_rng_state(state, device)
 
     def check(self) -> None:
         """Raises RuntimeError, as multinomial does, if there was nothing to choose from."""
-        if self.broken is not None and self.broken:
+        if self.broken:
             raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
 
 

@@ -269,7 +269,11 @@ def test_a_choice_without_waiting_is_that_of_multinomial(as_on_gpu: None) -> Non
     late(scores)
     late.undo()
     assert torch.equal(torch.get_rng_state(), state)
-    late(scores.index_fill(0, torch.tensor([3]), -torch.inf))
+    nothing = scores.index_fill(0, torch.tensor([3]), -torch.inf)
+    late(nothing)
+    late.undo()
+    late.check()
+    late(nothing)
     late(scores)
     with pytest.raises(RuntimeError, match="probability tensor contains"):
         late.check()
