@@ -125,7 +125,7 @@ def linear_cases(smoke: bool) -> Iterator[Row]:
         # Shapes take turns, so that each is met by every way and dtype, and no element costs an hour.
         offset = draw.randrange(part) % len(shapes)
         for n, k in shapes[offset :: 12 if smoke else part]:
-            if gluon and k % 8:
+            if gluon and k % 16:
                 continue
             yield {
                 "kind": "linear",

@@ -22,7 +22,7 @@ except ImportError:  # the modules still import, and `refuses` says why
 
 
 def can_read(x: Tensor, weight: Weight) -> bool:
-    """Do these kernels take contiguous x (M, K) and this weight? Integers in groups, x in 16 bits and whole chunks."""
+    """Do these kernels take contiguous x (M, K) and this weight? Integers without tiles, x in 16 bits and whole units."""
     layout = weight.layout
     return (
         gl is not None
@@ -30,7 +30,7 @@ def can_read(x: Tensor, weight: Weight) -> bool:
         and not (layout.exponent or layout.table)
         and layout.height == 1
         and x.element_size() == 2
-        and x.shape[1] % 8 == 0
+        and x.shape[1] % 16 == 0
         and x.data_ptr() % 16 == 0
     )
 

@@ -195,16 +195,17 @@ def attention_tile(pairs: int, rows: int, keys: int, columns: int, itemsize: int
     """
     if itemsize > 2 or not device.tensor_cores:
         # Products of rows, keys and columns are in registers.
-        block, stages = 16, 1
+        block, warps, stages = 16, 4, 1
         tile_rows = min(power_of_two(rows), max(1, 8192 // (block * columns)))
     else:
-        block, stages = 32 if pairs * keys <= 128 * device.processors else 64, 3
         tile_rows = max(16, min(power_of_two(rows), 8192 // columns))
+        block = 32 if tile_rows > 32 else 64 if tile_rows > 16 or keys <= 4096 else 128
+        warps, stages = 4 if tile_rows > 16 or pairs * keys <= 8192 else 8, 3
         while stages > 1 and stages * block * 2 * columns * itemsize > device.shared_bytes - (16 << 10):
             stages -= 1
     programs = pairs * cdiv(rows, tile_rows)
-    splits = max(1, min(cdiv(keys, block), 2 * device.processors // programs, 64))
-    return AttentionTile(1 << splits.bit_length() - 1, tile_rows, block, 4, stages)
+    splits = max(1, min(cdiv(keys, block), device.processors // programs, 64))
+    return AttentionTile(1 << splits.bit_length() - 1, tile_rows, block, warps, stages)
 
 
 def slab_rows(inputs: int, height: int) -> int:

@@ -101,9 +101,10 @@ def _mma(
                     xs = ()
                     for c in gl.static_range(COLUMNS):
                         at = token + c * TOKENS
-                        inside = (own & (at < M) & (k < K))[:, None]
+                        inside = own & (at < M)
                         x = (x_ptr + at.to(gl.int64) * (K // 2) + k // 2)[:, None] + four
-                        xs += (gl.load(x, mask=inside, other=0), gl.load(x + OTHER, mask=inside, other=0))
+                        xs += (gl.load(x, mask=(inside & (k < K))[:, None], other=0),)
+                        xs += (gl.load(x + OTHER, mask=(inside & (k + 2 * OTHER < K))[:, None], other=0),)
                     new = ()
                     for t in gl.static_range(TILES):
                         a, b = _floats(step[t][0], unit, W, DTYPE, L), _floats(step[t][1], unit, W, DTYPE, L)
