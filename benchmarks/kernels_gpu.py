@@ -1,6 +1,6 @@
 """Times every GPU kernel: `python -m benchmarks.kernels_gpu --out FOLDER [--record]`, about nine minutes on one H100.
 
-1. compile  what linear and sweep time, in parallel processes, so that both find it in Triton's cache
+1. compile  what linear times, and compile_sweep what sweep does: in parallel, so that they find it in Triton's cache
 2. linear   against bf16 F.linear at the shapes of Llama-3-8B, with the tiles of kernels/_tuning.py
 3. w8a8     products of 8-bit codes, with the making of the codes of x, against bf16 F.linear at the same shapes
 4. light    norms, gated activations and rope against what Inductor makes of their meaning
@@ -146,8 +146,8 @@ def median_us(calls: list[Callable[[], Any]], at_least: int = 24) -> float:
 # The parts
 
 
-def part_compile(report: Report, deadline: float) -> None:
-    cases = list(warm_cases())
+def part_compile(report: Report, deadline: float, sweeping: bool = False) -> None:
+    cases = list(swept_cases() if sweeping else timed_cases())
     results, troubles = in_parallel(warm, cases, report.folder, 0.35 * (deadline - time.time()))
     report.notes.append(f"Compiled ahead: {len(results)} of {len(cases)}.")
     failures = [f"{case}" for case in results if case["why"]]
@@ -155,10 +155,14 @@ def part_compile(report: Report, deadline: float) -> None:
         report.fail("compile", trouble)
 
 
-def warm_cases() -> Iterator[Row]:
-    """Everything that linear and sweep launch, on the smaller shapes: equal constants are one compilation."""
+def timed_cases() -> Iterator[Row]:
+    """Everything that linear launches, on the smaller shapes: equal constants are one compilation."""
     for spec, rows, name in itertools.product(SPECS, ROWS, ("o", "down")):
         yield {"way": "default", "spec": spec, "rows": rows, "shape": name}
+
+
+def swept_cases() -> Iterator[Row]:
+    """What sweep launches."""
     for spec, rows, name in itertools.product(SWEPT_BY_DOT, (1, 2), ("o", "down")):
         for tile in dot_tiles(spec):
             yield {"way": "dot", "spec": spec, "rows": rows, "shape": name, "tile": vars(tile)}
@@ -386,6 +390,7 @@ PARTS: dict[str, Callable[[Report, float], None]] = {
     "linear": part_linear,
     "w8a8": part_w8a8,
     "light": part_light,
+    "compile_sweep": partial(part_compile, sweeping=True),
     "sweep": part_sweep,
 }
 
