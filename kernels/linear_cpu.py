@@ -21,7 +21,7 @@ from qcompile.ops.linear import linear
 from qcompile.ops.registry import opaque
 
 # The most rows that few_rows takes; where it multiplies bfloat16 in pairs, by codes of fewer bits or of eight. ms of
-# one thread, few_rows | many_rows, 16384 × 2048, weights out of the cache, Zen 4 (torch's linear in bfloat16: 5.7 to 10):
+# one thread, few_rows | many_rows, 16384 × 2048, weights out of the cache, Zen 4 (torch in bfloat16: 5.7 to 10):
 #               1 row         4 rows        5 rows        6 rows        8 rows        16 rows       24 rows
 # u4 bfloat16   1.32 | 3.87   2.53 | 4.48   2.84 | 4.82   3.28 | 5.07   4.19 | 5.69   7.58 | 8.10   11.1 | 10.4
 # u8 bfloat16   2.23 | 4.29   4.09 | 4.92   4.84 | 5.20   5.76 | 5.55   7.37 | 6.08   13.7 | 8.44   20.3 | 10.9

@@ -127,32 +127,47 @@ struct Weight {
     int64_t rows, columns, group, height, data_stride, scale_stride, zero_stride;
     int scale_kind, zero_kind;
     float offset;
+    int64_t group_count = columns / group;  // once: dividing takes longer than reading a row's scales
 
-    INLINE int64_t groups() const { return columns / group; }
+    INLINE int64_t groups() const { return group_count; }
     INLINE int64_t blocks() const { return whole(columns) / LANES; }
     INLINE Row row(int64_t n) const { return Row(data + n * data_stride, columns); }
     // The scales and zero points of a row that comes later.
     INLINE void prefetch_sides(int64_t n) const {
+        const int64_t row = height == 1 ? n : n / height;
         auto fetch = [&](const void* side, int64_t stride, int kind) __attribute__((always_inline)) {
-            const char* at = (const char*)side + n / height * stride * size_of(kind);
+            const char* at = (const char*)side + row * stride * size_of(kind);
             for (int64_t i = 0; i < groups() * size_of(kind); i += 64) __builtin_prefetch(at + i, 0, 2);
         };
         fetch(scale, scale_stride, scale_kind);
         if (zero) fetch(zero, zero_stride, zero_kind & ~ADDED);
     }
-    // The scales and zero points of row n: a number is (code - zero) * scale.
-    INLINE void sides(float* s, float* z, int64_t n) const {
+    // The scales and zero points of row n, sixteen groups at a time: a number is (code - zero) * scale.
+    template <typename Use> INLINE void each_sides(int64_t n, Use use) const {
         const int64_t at = height == 1 ? n : n / height;
+        const char* scales = (const char*)scale + at * scale_stride * size_of(scale_kind);
         const int kind = zero_kind & ~ADDED;
-        to_floats(s, (const char*)scale + at * scale_stride * size_of(scale_kind), groups(), scale_kind);
-        if (!zero) return std::fill(z, z + whole(groups()), offset);
-        to_floats(z, (const char*)zero + at * zero_stride * size_of(kind), groups(), kind);
-        if (zero_kind & ADDED)
-            for (int64_t g = 0; g < groups(); g++) {
+        const char* zeros = (const char*)zero + at * zero_stride * size_of(kind);
+        for (int64_t g = 0; g < groups(); g += LANES) {
+            const int64_t count = std::min(LANES, groups() - g);
+            auto read = [&](const char* from, int kind) __attribute__((always_inline)) {
+                return count == LANES ? load16(from, g, kind) : load_some(from, g, count, kind);
+            };
+            f32x16 s = read(scales, scale_kind), z = zero ? read(zeros, kind) : splat(offset);
+            if (zero_kind & ADDED) {
                 // A group of one number has scale 0 and the number added: codes must not matter, the sum must.
-                if (s[g] == 0) s[g] = 0x1p-100f;
-                z[g] = -z[g] / s[g];
+                const u32x16 is_zero = (bits_of<u32x16>(s) & 0x7fffffff) < 1;
+                s = bits_of<f32x16>(bits_of<u32x16>(s) | (is_zero & 0x0d800000));  // 2^-100
+                z = f32x16{} - z / s;
             }
+            use(g, s, z);
+        }
+    }
+    INLINE void sides(float* s, float* z, int64_t n) const {
+        each_sides(n, [&](int64_t g, f32x16 scales, f32x16 zeros) __attribute__((always_inline)) {
+            store(s + g, scales);
+            store(z + g, zeros);
+        });
     }
 };
 

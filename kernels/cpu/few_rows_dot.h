@@ -100,19 +100,18 @@ INLINE void unpack_step(__m512i (&w)[W_VECTORS], const Row& row, int64_t step, i
 
 // Which scales a step needs: lane by lane, SPLIT of them for the codes of a lane; one after the other in memory.
 struct Scales {
-    const float* at;
     int64_t stride, per_step, steps_of_one;  // per_step scales to a step, or one scale for several steps
     __m512i place[4];
 
-    INLINE __m512 of(int r, int64_t step, int part) const {
-        const float* from = at + r * stride + (steps_of_one ? step / steps_of_one : step * per_step);
+    INLINE __m512 of(const float* row, int64_t step, int part) const {
+        const float* from = row + (steps_of_one ? step / steps_of_one : step * per_step);
         return _mm512_permutexvar_ps(place[part], _mm512_loadu_ps(from));
     }
 };
 
 template <int R, int M, int SPLIT, bool LAST>
 INLINE void add_step(__m512 (&total)[R][M], const Row* row, int64_t step, int64_t columns, const Dotted& x, int64_t m0,
-                     const Scales& scales) {
+                     const Scales& scales, const float* scale_rows) {
     // Two at a time: reading 64 bytes of x takes longer than multiplying them.
     constexpr int PAIR = R == 1 ? 1 : 2;
     for (int r = 0; r < R; r += PAIR) {
@@ -124,7 +123,7 @@ INLINE void add_step(__m512 (&total)[R][M], const Row* row, int64_t step, int64_
         }
         for (int part = 0; part < SPLIT; part++) {
             __m512 scale[PAIR];
-            for (int i = 0; i < PAIR; i++) scale[i] = scales.of(r + i, step, part);
+            for (int i = 0; i < PAIR; i++) scale[i] = scales.of(scale_rows + (r + i) * scales.stride, step, part);
 #pragma GCC unroll 8
             for (int m = 0; m < M; m++) {
                 __m512 sum[PAIR];
@@ -142,8 +141,9 @@ INLINE void add_step(__m512 (&total)[R][M], const Row* row, int64_t step, int64_
 
 // R rows of the weight times M rows of x.
 template <int R, int M, int SPLIT>
-void few_rows_dot(const Weight& w, int64_t n, const Dotted& x, int64_t m0, const Scales& scales, const float* shift,
+void few_rows_dot(const Weight& w, int64_t n, const Dotted& x, int64_t m0, const Scales& scales, const float* scale,
                   const Output& out) {
+    const float* shift = scale + 4 * scales.stride;
     Row row[R];
     for (int r = 0; r < R; r++) row[r] = w.row(n + r);
     __m512 total[R][M];
@@ -155,8 +155,8 @@ void few_rows_dot(const Weight& w, int64_t n, const Dotted& x, int64_t m0, const
                 total[r][m] = _mm512_fnmadd_ps(_mm512_load_ps(shift + r * scales.stride + g),
                                                _mm512_load_ps(x.sums + (m0 + m) * x.groups + g), total[r][m]);
     const int64_t full = w.columns / STEP;
-    for (int64_t s = 0; s < full; s++) add_step<R, M, SPLIT, false>(total, row, s, w.columns, x, m0, scales);
-    if (full * STEP < w.columns) add_step<R, M, SPLIT, true>(total, row, full, w.columns, x, m0, scales);
+    for (int64_t s = 0; s < full; s++) add_step<R, M, SPLIT, false>(total, row, s, w.columns, x, m0, scales, scale);
+    if (full * STEP < w.columns) add_step<R, M, SPLIT, true>(total, row, full, w.columns, x, m0, scales, scale);
     for (int m = 0; m < M; m++) {
         __m512 each[4];
         for (int r = 0; r < 4; r++) each[r] = r < R ? total[r < R ? r : 0][m] : _mm512_setzero_ps();
@@ -166,16 +166,15 @@ void few_rows_dot(const Weight& w, int64_t n, const Dotted& x, int64_t m0, const
 
 // Four rows of the weight times all rows of x, as many at a time as there are registers for sums.
 template <int SPLIT>
-INLINE void four_rows_dot(const Weight& w, int64_t n, const Dotted& x, int64_t rows, Scales scales, const float* shift,
-                          const Output& out) {
+INLINE void four_rows_dot(const Weight& w, int64_t n, const Dotted& x, int64_t rows, const Scales& scales,
+                          const float* scale, const Output& out) {
     const int64_t parts = (rows + 7) / 8;
     for (int64_t part = 0; part < parts; part++) {
         const int64_t m = rows * part / parts, count = rows * (part + 1) / parts - m;
         auto run = [&](auto height, auto most) __attribute__((always_inline)) {
             constexpr int R = decltype(height)::value, M = decltype(most)::value;
-            Scales mine = scales;
-            for (int r = 0; r < 4; r += R, mine.at += R * scales.stride)
-                few_rows_dot<R, M, SPLIT>(w, n + r, x, m, mine, shift + r * scales.stride, out);
+            for (int r = 0; r < 4; r += R)
+                few_rows_dot<R, M, SPLIT>(w, n + r, x, m, scales, scale + r * scales.stride, out);
         };
         switch (count) {
             case 1: run(Count<4>(), Count<1>()); break;
@@ -198,10 +197,10 @@ void few_rows_dot(const Weight& w, const Dotted& x, int64_t rows, const Output& 
 #pragma omp parallel num_threads(threads)
     {
         static thread_local Scratch scratch;
-        float* scale = scratch.get<float>(2 * R * stride);
-        float* shift = scale + R * stride;
-        std::fill(scale, scale + 2 * R * stride, 0.0f);
-        Scales scales = {scale, stride, std::max<int64_t>(STEP / w.group, 1), 0, {}};
+        // Those of four rows and, ahead of their time, of the next four: what was just stored is slow to read elsewhere.
+        float* const sides = scratch.get<float>(4 * R * stride);
+        std::fill(sides, sides + 4 * R * stride, 0.0f);
+        Scales scales = {stride, std::max<int64_t>(STEP / w.group, 1), 0, {}};
         if (w.group > STEP) scales.steps_of_one = w.group >= w.columns ? 1ll << 62 : w.group / STEP;
         for (int part = 0; part < SPLIT; part++) {
             int32_t place[16];
@@ -209,30 +208,33 @@ void few_rows_dot(const Weight& w, const Dotted& x, int64_t rows, const Output& 
                 place[i] = w.group > STEP ? 0 : (i / 4 * STEP / 4 + part * STEP / 4 / SPLIT) / w.group;
             scales.place[part] = _mm512_loadu_si512(place);
         }
-        // shift = scale * (zero + MAGIC)
-        auto prepare = [&](int64_t n, int r) {
-            float *s = scale + r * stride, *z = shift + r * stride;
-            w.sides(s, z, n);
-            for (int64_t g = 0; g < groups; g += LANES)
-                store(z + g, (load<f32x16>(z + g) + MAGIC) * load<f32x16>(s + g));
-        };
         const bool varies = w.scale_stride || w.zero_stride;
-        if (!varies)
-            for (int r = 0; r < R; r++) prepare(0, r);
+        auto side = [&](int64_t n) { return sides + (varies ? n / R % 2 * 2 * R * stride : 0); };
+        // shift = scale * (zero + MAGIC), behind the scales
+        auto prepare = [&](int64_t n, int64_t count) {
+            for (int64_t r = 0; r < count; r++) {
+                float *s = side(n) + r * stride, *z = s + R * stride;
+                w.each_sides(n + r, [&](int64_t g, f32x16 scale, f32x16 zero) __attribute__((always_inline)) {
+                    store(s + g, scale);
+                    store(z + g, (zero + MAGIC) * scale);
+                });
+                w.prefetch_sides(n + r + 4 * R);
+            }
+        };
+        if (!varies) prepare(0, std::min<int64_t>(R, w.rows));
 #pragma omp for schedule(dynamic)
         for (int64_t first = 0; first < w.rows; first += step) {
             const int64_t last = std::min(first + step, w.rows);
-            int64_t n = first;
-            for (; n + R <= last; n += R) {
-                for (int r = 0; r < R && varies; r++) {
-                    prepare(n + r, r);
-                    w.prefetch_sides(n + r + 16);
+            if (varies) prepare(first, std::min<int64_t>(R, last - first));
+            for (int64_t n = first; n < last; n += R) {
+                if (varies && n + R < last) prepare(n + R, std::min<int64_t>(R, last - n - R));
+                const float* scale = side(n);
+                if (n + R <= last) {
+                    four_rows_dot<SPLIT>(w, n, x, rows, scales, scale, out);
+                    continue;
                 }
-                four_rows_dot<SPLIT>(w, n, x, rows, scales, shift, out);
-            }
-            for (; n < last; n++) {
-                if (varies) prepare(n, 0);
-                for (int64_t m = 0; m < rows; m++) few_rows_dot<1, 1, SPLIT>(w, n, x, m, scales, shift, out);
+                for (int64_t r = 0; n + r < last; r++, scale += stride)
+                    for (int64_t m = 0; m < rows; m++) few_rows_dot<1, 1, SPLIT>(w, n + r, x, m, scales, scale, out);
             }
         }
     }

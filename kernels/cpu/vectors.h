@@ -94,6 +94,7 @@ typedef Vector<uint32_t> u32x16;
 OPERATOR(+)
 OPERATOR(-)
 OPERATOR(*)
+OPERATOR(/)
 OPERATOR(&)
 OPERATOR(|)
 OPERATOR(<<)
