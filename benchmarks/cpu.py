@@ -41,6 +41,7 @@ SPECS = ("u8/g64/asym", "u4/g64/asym", "u3/g64/asym", "u2/g64/asym", "u1/g64/asy
 HEADS = "u8/g64/asym"
 LLAMA_CPP = {"Q8_0": "i8/g32/sym", "Q4_0": "i4/g32/sym"}
 PROMPTS = (16, 128, 512)
+LINEARS = ("::linear_packed", "::linear_codes")
 BATCHES = (2, 4, 8, 16, 32, 64)
 NEW = 24
 
@@ -255,7 +256,7 @@ def spent(model: nn.Module, prompt: int = 128) -> Spent:
     with profile(activities=[ProfilerActivity.CPU]) as found:
         throughputs({"": model}, prompt, NEW, 1, warm_up=False)
     # The longest, as many as there are in a prefill, are those.
-    calls = sorted(event.cpu_time_total for event in found.events() or () if "::linear" in event.name)
+    calls = sorted(event.cpu_time_total for event in found.events() or () if event.name.endswith(LINEARS))
     count = len(calls) // (NEW + 1)
     linears = sum(calls[: count * NEW]) / NEW / 1e3
     return Spent(1e3 / speed.decode, linears, statistics.median(programs) * 1e3)

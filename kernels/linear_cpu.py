@@ -7,14 +7,16 @@ vectors of 512 bits for that, or torch has matrix instructions that we have not,
 
 from __future__ import annotations
 
+import ctypes
 import functools
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from qcompile.kernels import _packed_cpu as packed
-from qcompile.kernels._cpp import processor_features
+from qcompile.kernels._cpp import load_cpp, processor_features
 from qcompile.kernels.dequantize_cpu import dequantize_packed
 from qcompile.ops.activation import ACTIVATIONS
 from qcompile.ops.linear import linear
@@ -53,7 +55,7 @@ def _fake(x: Tensor, data: Tensor, scale: Tensor, zero: Tensor | None, bias: Ten
 
 
 @opaque(_fake)
-def linear_packed(
+def linear_anyhow(
     x: Tensor, data: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, spec: str
 ) -> Tensor:
     columns, outputs = x.shape[-1], data.shape[0]
@@ -66,6 +68,7 @@ def linear_packed(
         zero = packed.with_dense_rows(zero)
     if bias is not None:
         bias = bias.contiguous()
+    _make_known(spec, columns)
     rows, reader, kind = flat.shape[0], packed.Reader.of(spec, columns), packed.KINDS[x.dtype]
     if rows > _rows_without_copy(x.dtype, reader.many_rows is not None):
         _multiply_copy(flat, data, scale, zero, bias, spec, y.view(rows, outputs))
@@ -87,10 +90,47 @@ def linear_packed(
     return y
 
 
+@opaque(_fake)
+def linear_packed(
+    x: Tensor, data: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, spec: str
+) -> Tensor:
+    # After the first call linear_op.cpp takes this one's place, and gives back what is not for it.
+    return linear_anyhow(x, data, scale, zero, bias, spec)
+
+
 def _few_rows(dtype: torch.dtype, reader: packed.Reader) -> int:
     if dtype != torch.bfloat16 or not reader.has_dot:
         return FEW_ROWS
     return FEW_ROWS_TO_DOT if reader.bits < 8 else FEW_ROWS_OF_BYTES_TO_DOT
+
+
+@functools.lru_cache(maxsize=4096)
+def _make_known(spec: str, columns: int) -> None:
+    """Tell linear_op.cpp how to multiply a few rows by weights of this spec."""
+    if (op := without_python()) is None:
+        return
+    reader = packed.Reader.of(spec, columns)
+    most = [
+        min(_few_rows(dtype, reader), _rows_without_copy(dtype, True)) if reader.many_rows else ROWS_WITHOUT_MANY_ROWS
+        for dtype in packed.FLOATS
+    ]
+    few_rows = ctypes.cast(reader.few_rows, ctypes.c_void_p)  # type: ignore[arg-type]
+    shape = (reader.group, reader.groups, reader.height, reader.bytes, reader.by_row)
+    op.know(spec.encode(), columns, few_rows, *most, *shape, packed.ADDED * reader.added, reader.offset)
+
+
+@functools.cache
+def without_python() -> ctypes.CDLL | None:
+    """linear_packed in C++, from the first call on; None where torch's headers do not compile."""
+    source = Path(__file__).with_name("cpu").joinpath("linear_op.cpp").read_text(encoding="utf-8")
+    try:
+        op = load_cpp(f"constexpr long WORK_OF_A_THREAD = {packed.WORK_OF_A_THREAD};\n{source}")
+    except RuntimeError:
+        return None
+    size, number = ctypes.c_int64, ctypes.c_int
+    op.know.argtypes = [ctypes.c_char_p, size, ctypes.c_void_p, *[size] * 7, number, number, ctypes.c_float]
+    op.know.restype = op.forget.restype = None
+    return op
 
 
 @functools.cache

@@ -141,14 +141,19 @@ def test_dequantize_more_dimensions() -> None:
 @pytest.fixture(params=["__AVX512BF16__", "__AVX512F__", "__AVX512F__ __AVX2__"])
 def lesser_processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The code for processors without these instructions."""
-    caches, load = (packed.library, packed.missing, packed.Reader.of), packed.load_cpp
+    caches, load = (packed.library, packed.missing, packed.Reader.of, linear_cpu._make_known), packed.load_cpp
     without = "".join(f"#undef {name}\n" for name in request.param.split())
     monkeypatch.setattr(packed, "load_cpp", lambda source: load(without + source))
-    for cache in caches:
-        cache.cache_clear()
+
+    def forget() -> None:
+        for cache in caches:
+            cache.cache_clear()
+        if (op := linear_cpu.without_python()) is not None:
+            op.forget()
+
+    forget()
     yield
-    for cache in caches:
-        cache.cache_clear()
+    forget()
 
 
 @pytest.mark.usefixtures("lesser_processor")
@@ -361,6 +366,22 @@ def test_what_the_compiler_says() -> None:
 def test_wrong_shapes_are_not_read() -> None:
     q, x = weight("u4/g64/asym", 16, 128), torch.randn(1, 128)
     data, scale, zero = parts(q)
+    linear_packed(x, data, scale, zero, None, "u4/g64/asym")
     for wrong in ((data[:, :-16], scale, zero), (data, scale[:8], zero), (data, scale, zero[:, :1])):
         with pytest.raises(FormatError, match=r"of \(16, 128\) cannot be"):
+            linear_cpu.linear_anyhow(x, *wrong, None, "u4/g64/asym")
+        with pytest.raises((FormatError, RuntimeError)):  # torch's C interface knows one kind of error
             linear_packed(x, *wrong, None, "u4/g64/asym")
+
+
+@pytest.mark.parametrize("spec", ["u4/g64/asym", "u4/g32/shift", "i8/row/sym", "i4/tensor/sym", "fp8_e4m3/b16x32/sym"])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_the_op_without_python_gives_the_same(spec: str, dtype: torch.dtype) -> None:
+    if linear_cpu.without_python() is None:
+        pytest.skip("torch's headers do not compile here")
+    q, bias = weight(spec, 48, 128, torch.float16), torch.randn(48)
+    for shape in ((128,), (1, 128), (2, 1, 128), (3, 128), (2, 3, 128), (50, 128), (0, 128)):
+        x = torch.randn(shape).to(dtype)
+        for each in (x, x.transpose(0, -1).contiguous().transpose(0, -1)):
+            arguments = (each, *parts(q), bias, spec)
+            assert torch.equal(linear_packed(*arguments), linear_cpu.linear_anyhow(*arguments))
