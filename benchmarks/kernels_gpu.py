@@ -211,7 +211,9 @@ def part_linear(report: Report, deadline: float) -> None:
                 report.fail("linear", f"{spec} {name} {rows}: {failure}"[:400])
                 continue
             gbps = weight_bytes(spec, n, k) / us / 1e3
-            way = _tuning.way(rows, can_read(x, Weight.of(*weights[0], spec, k)), _tuning.Device.of(x.device))
+            weight = Weight.of(*weights[0], spec, k)
+            run = weight.layout.run if can_read(x, weight) else None
+            way = _tuning.way(rows, run, weight.step, _tuning.Device.of(x.device))
             report.add(
                 "linear", spec=spec, shape=name, rows=rows, way=way, us=us, gbps=gbps, vs_bf16=dense_us(name)[rows] / us
             )

@@ -113,11 +113,15 @@ class Device:
         return Device(properties.major, shared, properties.multi_processor_count)
 
 
-def way(rows: int, integers: bool, device: Device) -> str:
-    """The fastest way for so many rows: `dot` or `mma`, where codes are `integers`; `gemv`, `gemm` or `dequantize`."""
-    if integers and rows <= 2:
+def way(rows: int, run: int | None, step: int, device: Device) -> str:
+    """The fastest way for so many rows: `dot` or `mma`, `gemv`, `gemm` or `dequantize`.
+
+    The first two need integer codes; `run` of those, a power of two, share a scale, and it is None for others.
+    """
+    if run is not None and rows <= 2:
         return "dot"
-    if integers and rows <= 64 and device.tensor_cores:
+    # Where lanes share no scale, several rows of x take the room of one.
+    if run is not None and rows <= (64 if mma_spread(rows, step, run)[1] == 1 else 8) and device.tensor_cores:
         return "mma"
     if rows <= 8:
         return "gemv"
@@ -128,17 +132,24 @@ def dot_tile(rows: int, outputs: int, inputs: int, step: int) -> DotTile:
     chunks = cdiv(inputs, step)
     if step == 16:  # codes of eight bits: many chunks, and few codes in each that pay for x
         return DotTile(outputs=4, split=4, warps=4)
+    if step == 128:  # a chunk of a 1-bit plane takes the registers of many inputs
+        return DotTile(outputs=4 if rows > 1 else 8, split=1, warps=2)
     if chunks <= 64 or outputs > 5000:
-        split = 2 if chunks > 32 else 1
-        return DotTile(outputs=4 if rows > 1 and step > 64 else 8, split=split, warps=2)
+        return DotTile(outputs=8, split=2, warps=2)
+    if step == 64:
+        return DotTile(outputs=16, split=2, warps=4)
     return DotTile(outputs=16 if chunks <= 128 else 8, split=4, warps=4)
 
 
+def mma_spread(rows: int, step: int, run: int) -> tuple[int, int]:
+    """(words, spread) of an MmaTile. Two lanes for a chunk may share a scale where one each does not, and take less of
+    x at once; for few rows wide loads are worth more."""
+    words = 2 if run >= 2 * step > 32 and rows > 4 else 4
+    return words, max(1, min(words, words * step // run))
+
+
 def mma_tile(rows: int, outputs: int, inputs: int, step: int, run: int) -> MmaTile:
-    """`run` codes that begin at a multiple of it share a scale, a power of two."""
-    # Lanes that share a chunk may share a scale where others do not; for few rows wide loads are worth more.
-    words = 2 if run == 2 * step > 32 and rows > 4 else 4
-    spread = max(1, min(words, words * step // run))
+    words, spread = mma_spread(rows, step, run)
     columns = min(4, power_of_two(cdiv(rows * spread, 8)))
     wide = outputs >= 16384
     if rows <= 8:

@@ -53,7 +53,8 @@ def linear_cuda(
     bias = None if bias is None else bias.contiguous()
     device = _tuning.Device.of(x.device)
     m, n, step = rows.shape[0], weight.rows, weight.step
-    way = _tuning.way(m, can_read(rows, weight), device)
+    run = weight.layout.run if can_read(rows, weight) else None
+    way = _tuning.way(m, run, step, device)
     if way == "dot":
         y = dot(rows, weight, bias, activation, _tuning.dot_tile(m, n, columns, step))
     elif way == "mma":

@@ -162,7 +162,7 @@ def dynamo_fakes(gm: GraphModule) -> list[Any]:
 
 
 def shape_guards(fakes: Sequence[Any]) -> Callable[[Sequence[torch.Tensor]], bool]:
-    """A predicate over real inputs: do their shapes satisfy everything that was assumed about these fakes?"""
+    """A predicate over real inputs: do their sizes and strides satisfy all that was assumed about these fakes?"""
     import sympy
     from torch.utils._sympy.printers import PythonPrinter
 
@@ -172,8 +172,11 @@ def shape_guards(fakes: Sequence[Any]) -> Callable[[Sequence[torch.Tensor]], boo
     for index, fake in enumerate(fakes):
         if not isinstance(fake, torch.Tensor):
             continue
-        for dim, size in enumerate(fake.shape):
-            place = f"x[{index}].shape[{dim}]"
+        sizes = [(f"x[{index}].shape[{dim}]", size) for dim, size in enumerate(fake.shape)]
+        # Over a single element any stride is the same.
+        strides = [(f"x[{index}].stride({dim})", stride) for dim, stride in enumerate(fake.stride())]
+        strides = [stride for stride, (_, size) in zip(strides, sizes) if not (isinstance(size, int) and size == 1)]
+        for place, size in (*sizes, *strides):
             if isinstance(size, int):
                 checks.append(f"{place} == {size}")
                 continue

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
+from transformers import DynamicCache
 
 import qcompile
 from qcompile.runtime import AUTOGRAD, TRAINING
@@ -94,6 +95,28 @@ def test_to_dtype_makes_its_own_program(pair, interpreted: None) -> None:
     narrow = model.to(torch.bfloat16)(x).logits
     assert narrow.dtype == torch.bfloat16
     assert (narrow.float() - wide).norm() < 0.02 * wide.norm()
+
+
+def test_another_layout_of_a_cache_is_another_program(pair, interpreted: None) -> None:
+    model, reference = pair
+
+    def cache(transposed: bool) -> DynamicCache:
+        made, shape = DynamicCache(), (1, 2, 5, 16)
+        for index in range(model.config.num_hidden_layers):
+            made.update(torch.ones(shape), torch.ones(shape), index)
+            torch.manual_seed(index)
+            for name in ("keys", "values"):
+                x = torch.randn(shape)
+                x = x.transpose(1, 2).contiguous().transpose(1, 2) if transposed else x
+                setattr(made.layers[index], name, x)
+        return made
+
+    with torch.no_grad():
+        for transposed in (False, True, False, True):
+            token = ids(1, 1)
+            want = reference(token, past_key_values=cache(transposed)).logits
+            torch.testing.assert_close(model(token, past_key_values=cache(transposed)).logits, want)
+    assert programs(model) == 2
 
 
 def test_deepcopy_and_pickle(pair, interpreted: None) -> None:

@@ -47,6 +47,7 @@ PACKED = {linear_gemv._gemv: "*i64", linear_dot._dot: "*i64", linear_mma._mma: "
 
 FOUR_BITS = Layout.of("u4/g64/asym")
 EIGHT_BITS = Layout.of("i8/row/sym")
+TWO_BITS = Layout.of("i2/g64/sym")
 THREE_BITS = Layout.of("i3/g64/sym")
 FP8_TILES = Layout.of("fp8_e4m3/b128x128/sym")
 NF4 = Layout.of("nf4/g64/sym")
@@ -112,11 +113,13 @@ def variants(gpu: int) -> dict[str, Any]:
         absent = ("bias_ptr", *absent_of(layout))
         kernel = linear_gemv._gemv
         found[f"gemv, {name}"] = compiled(kernel, gpu, absent, tile.warps, ACTIVATION="silu", W=layout, **sizes)
-    for name, layout, rows in (("one row", FOUR_BITS, 1), ("two rows", THREE_BITS, 2), ("eight bits", EIGHT_BITS, 1)):
+    long = (("two rows", THREE_BITS, 2, 14336), ("eight bits", EIGHT_BITS, 1, 14336), ("two bits", TWO_BITS, 1, 14336))
+    for name, layout, rows, columns in (("one row", FOUR_BITS, 1, 4096), *long):
         if name != "one row" and gpu not in WIDELY:
             continue
-        tile = _tuning.dot_tile(rows, 4096, 4096, 16 * layout.fields)
-        sizes = {"WHOLE": True, "ROWS": rows, "OUTPUTS": tile.outputs, "SPLIT": tile.split}
+        tile = _tuning.dot_tile(rows, 4096, columns, 16 * layout.fields)
+        whole = columns <= 512 * layout.fields * tile.split
+        sizes = {"WHOLE": whole, "ROWS": rows, "OUTPUTS": tile.outputs, "SPLIT": tile.split}
         absent, kernel = ("bias_ptr", *absent_of(layout)[1:]), linear_dot._dot
         found[f"dot, {name}"] = compiled(kernel, gpu, absent, tile.warps, ACTIVATION="silu", W=layout, **sizes)
     few = (("four rows", FOUR_BITS, 4), ("16 rows", FOUR_BITS, 16), ("64 rows", FOUR_BITS, 64))
