@@ -22,7 +22,7 @@ except ImportError:  # the modules still import, and `refuses` says why
 
 
 def can_read(x: Tensor, weight: Weight) -> bool:
-    """Do these kernels take contiguous x (M, K) and this weight? Integers without tiles, x in 16 bits and whole units."""
+    """Do these kernels take contiguous x (M, K) and this weight? Integers but in tiles; x of 16 bits, in whole units."""
     layout = weight.layout
     return (
         gl is not None

@@ -122,6 +122,7 @@ def test_refusals(arguments: Callable, device: str) -> None:
     reason = refuses(q.double(), k, v, cos, sin, keys, values, positions)
     assert reason == "handles float32, float16 and bfloat16, not float64"
     assert refuses(q[..., :3], k, v, cos, sin, keys, values, positions) == "the last dimension must be even, not 3"
+    assert refuses(q.expand(1, 2, 9, 8), k, v, cos, sin, keys, values, positions) == "handles up to 8 positions, not 9"
     each = cos.expand(1, 2, 1, 8)
     assert refuses(q, k, v, each, sin, keys, values, positions) == "cos and sin differ from head to head"
     apart = "the columns of the cache are not neighbours"
