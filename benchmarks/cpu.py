@@ -17,6 +17,7 @@ import ctypes
 import importlib.util
 import itertools
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -112,6 +113,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         contenders = dict(torch_models(model, options.without))
         for spec in options.specs:
+            tell(f"quantize to {spec}")
             contenders[f"qcompile {spec}"] = quantized(model, spec)
         if importlib.util.find_spec("llama_cpp") and "llama.cpp" not in options.without:
             contenders |= {f"llama.cpp {kind}": LlamaCpp(model, kind, Path(folder)) for kind in LLAMA_CPP}
@@ -210,6 +212,7 @@ def measure(
     modules = {name: contender for name, contender in contenders.items() if isinstance(contender, nn.Module)}
     others = {name: contender for name, contender in contenders.items() if name not in modules}
     for prompt in prompts:
+        tell(f"prompts of {prompt} tokens")
         speeds = throughputs(modules, prompt, NEW if prompt == 128 else 1, rounds)
         for name, speed in speeds.items():
             lines[name].prefill[prompt] = speed.prefill
@@ -225,10 +228,15 @@ def measure(
         name: module for name, module in modules.items() if "forward" not in module.__dict__ or runner_of(module)
     }
     for batch in batches:
+        tell(f"{batch} texts at once")
         for name, speed in throughputs(eager_or_ours, 16, NEW // 3, rounds, batch=batch).items():
             lines[name].decode[batch] = speed.decode
     limit.measure()
     return lines
+
+
+def tell(doing: str) -> None:
+    print(f"{time.strftime('%X')} {doing}", file=sys.stderr, flush=True)
 
 
 def bytes_of(contender: Any) -> int:
