@@ -47,6 +47,10 @@ class PassResult:
     nodes_after: int
 
 
+class Unproven(Exception):
+    """Two values ought to be of one shape, but their symbolic sizes are written differently."""
+
+
 class Rewriter:
     """Builds new nodes next to old ones. Every node it makes has meta["val"], a module path and the pass's name."""
 
@@ -55,14 +59,17 @@ class Rewriter:
         self.origin = origin
         self._anchor: Node | None = None
         self._replaced: list[Node] = []
+        self._made: list[Node] = []
 
     @contextmanager
     def before(self, node: Node) -> Iterator[None]:
         """New nodes go in front of `node` and inherit its module path."""
         previous, self._anchor = self._anchor, node
-        with self.graph.inserting_before(node):
-            yield
-        self._anchor = previous
+        try:
+            with self.graph.inserting_before(node):
+                yield
+        finally:
+            self._anchor = previous
 
     @contextmanager
     def after(self, node: Node) -> Iterator[None]:
@@ -76,6 +83,7 @@ class Rewriter:
         schema = getattr(target, "_schema", None)
         name = schema.name.rpartition("::")[2] if schema else None
         new = self.graph.create_node("call_function", target, args, kwargs, name=name)
+        self._made.append(new)
         values: Any = map_arg((args, kwargs), value)
         new.meta["val"] = _torch.call_on_fakes(target, *values[0], **values[1])
         self.stamp(new)
@@ -88,13 +96,19 @@ class Rewriter:
         new.meta["origin"] = self.origin
 
     def replace(self, old: Node, new: Node) -> None:
-        """All users of `old` read `new`. Raises RuntimeError if the two differ in shape, dtype or device."""
+        """All users of `old` read `new`. Raises RuntimeError if the two differ in shape, dtype or device, and Unproven
+        if only symbolic sizes leave that open."""
         was, now = _leaves(value(old)), _leaves(value(new))
         if len(was) != len(now):
             raise RuntimeError(f"{self.origin}: {new.name} has {len(now)} values, {old.name} has {len(was)}")
         for a, b in zip(was, now):
-            if isinstance(a, torch.Tensor) and not _alike(a, b):
+            if not isinstance(a, torch.Tensor):
+                continue
+            if not _may_be_alike(a, b):
                 raise RuntimeError(f"{self.origin}: {new.name} is {_type(b)}, {old.name} is {_type(a)}")
+            # Symbolic sizes are compared as expressions: `==` on them would add guards.
+            if str(tuple(a.shape)) != str(tuple(b.shape)):
+                raise Unproven(f"{new.name} cannot be shown to have the shape of {old.name}")
         old.replace_all_uses_with(new)
         self._replaced.append(old)
 
@@ -103,9 +117,16 @@ class Rewriter:
         self._replaced += node.all_input_nodes
         self.graph.erase_node(node)
 
+    def undo(self) -> None:
+        """Remove what was made since the last sweep and is not used. What was replaced by then is right as it is."""
+        for node in reversed(self._made):
+            if not node._erased and not node.users:
+                self.graph.erase_node(node)
+        self.sweep()
+
     def sweep(self) -> None:
         """Remove what was replaced and everything that only it used, so that counting users stays meaningful."""
-        stack, self._replaced = self._replaced, []
+        stack, self._replaced, self._made = self._replaced, [], []
         while stack:
             node = stack.pop()
             if not node._erased and not node.users and not _is_impure(node):
@@ -127,7 +148,12 @@ def apply(gm: GraphModule, rule: Rule[Any]) -> PassResult:
             misses.append((found.reason, Site(found.node.name, module_path(found.node))))
             continue
         site = Site(node.name, module_path(node))
-        rule.rewrite(rewriter, found)
+        try:
+            rule.rewrite(rewriter, found)
+        except Unproven as unproven:
+            rewriter.undo()
+            misses.append((str(unproven), site))
+            continue
         rewriter.sweep()
         rewrites.append(site)
     if rewrites:
@@ -145,11 +171,11 @@ def _is_impure(node: Node) -> bool:
     return schema is not None and schema.is_mutable
 
 
-def _alike(a: torch.Tensor, b: Any) -> bool:
-    if not isinstance(b, torch.Tensor):
+def _may_be_alike(a: torch.Tensor, b: Any) -> bool:
+    """Whether dtype, device and rank are equal, and no two numbers among the sizes differ."""
+    if not isinstance(b, torch.Tensor) or (a.dtype, a.device, a.dim()) != (b.dtype, b.device, b.dim()):
         return False
-    # Symbolic sizes are compared as expressions: `==` on them would add guards.
-    return a.dtype == b.dtype and a.device == b.device and str(tuple(a.shape)) == str(tuple(b.shape))
+    return all(x == y for x, y in zip(a.shape, b.shape) if isinstance(x, int) and isinstance(y, int))
 
 
 def _type(tensor: Any) -> str:

@@ -88,6 +88,13 @@ def test_replace_checks_the_type(gm, build, difference):
         apply(gm, Rule(aten.relu.default, lambda g, node: build(g, node.args[0])))
 
 
+def test_what_symbolic_sizes_leave_open_is_a_miss(gm):
+    before = ops(gm)
+    result = apply(gm, Rule(aten.relu.default, lambda g, node: g.call(aten.cat.default, [node.args[0], node.args[0]])))
+    assert result.misses == (("cat cannot be shown to have the shape of relu", Site("relu", "")),)
+    assert not result.rewrites and ops(gm) == before
+
+
 def test_replaced_nodes_are_gone_at_once(gm):
     """So that counting the users of a node means something in the same pass."""
     users = []
