@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import gc
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -38,6 +39,7 @@ def main() -> None:
     args = parser.parse_args()
     rows = []
     for spec in [None, *args.weights]:
+        gc.collect()  # a model and what compiles its calls refer to one another
         torch.cuda.empty_cache()
         torch.manual_seed(0)
         for row in measure(spec, args.layers, args.batch):
@@ -66,6 +68,7 @@ def measure(spec: str | None, layers: int, batches: list[int]) -> Iterator[dict[
     held = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
     read = held - model.model.embed_tokens.weight.nbytes  # one row of the table is read
     for batch in batches:
+        torch.cuda.reset_peak_memory_stats()
         row: dict[str, object] = {"weights": spec or "bf16, eager", "batch": batch, "quantize s": seconds}
         yield row | steps(model, layers, batch, read) | {"peak GB": round(torch.cuda.max_memory_allocated() / 1e9, 1)}
 

@@ -22,7 +22,7 @@ except ImportError:  # the modules still import, and `refuses` says why
 
 
 def can_read(x: Tensor, weight: Weight) -> bool:
-    """Do these kernels take contiguous x (M, K) and this weight? Integers but in tiles; x of 16 bits, in whole units."""
+    """Do these kernels take contiguous x (M, K) and this weight? Integers without tiles; x in 16 bits, whole units."""
     layout = weight.layout
     return (
         gl is not None
@@ -43,7 +43,7 @@ def launch_dependents():
 
 @gluon.jit
 def wait():
-    """Wait until the kernels before this one are done, their results written."""
+    """Wait until the kernels before this one are done, their results written. What is read before it must be older."""
     gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], gl.int32, is_pure=False, pack=1)
 
 

@@ -222,7 +222,9 @@ def attention_tile(pairs: int, rows: int, keys: int, columns: int, itemsize: int
 def slab_rows(inputs: int, height: int) -> int:
     """Rows of a float copy of about SLAB_ELEMENTS, whole tiles of `height` rows.
 
-    And whole tiles of a matrix product: cuBLAS is three times slower where rows of its output are misaligned.
+    And whole tiles of a matrix product where they fit: cuBLAS is three times slower where rows of its output are
+    misaligned.
     """
+    rows = SLAB_ELEMENTS // inputs
     whole = math.lcm(height, 256)
-    return max(1, SLAB_ELEMENTS // inputs // whole) * whole
+    return rows // whole * whole or max(1, rows // height) * height

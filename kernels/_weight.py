@@ -121,6 +121,7 @@ class Weight:
     rows, columns   (out_features, in_features)
     pointers        data as int32 words, scale, zero, and the numbers of the codes where they are a table
     strides         from row to row: data in chunks of 16 bytes, scale and zero in elements
+    copied          was some of it copied just now? Then no kernel may read it before the launch ahead of it is done
     """
 
     rows: int
@@ -128,6 +129,7 @@ class Weight:
     layout: Layout
     pointers: tuple[Tensor, Tensor, Tensor | None, Tensor | None]
     strides: tuple[int, int, int]
+    copied: bool
 
     @property
     def step(self) -> int:
@@ -138,13 +140,15 @@ class Weight:
     def of(data: Tensor, scale: Tensor, zero: Tensor | None, spec: str, columns: int) -> Weight:
         """The weight behind an op's arguments, which `refuses_weight` has passed. Copies only what is misaligned."""
         parsed, layout = QSpec.parse(spec), Layout.of(spec)
+        given = (data, scale, zero)
         if data.data_ptr() % 16 or data.stride(0) % 16 or data.stride(1) != 1:
             data = data.clone(memory_format=torch.contiguous_format)
         scale, scale_stride = _side(scale, parsed)
         zero, zero_stride = (None, 0) if zero is None else _side(zero, parsed)
         table = _table(parsed.element, data.device) if layout.table else None
         strides = (data.stride(0) // 16, scale_stride, zero_stride)
-        return Weight(data.shape[0], columns, layout, (data.view(torch.int32), scale, zero, table), strides)
+        copied = any(a is not b for a, b in zip(given, (data, scale, zero)))
+        return Weight(data.shape[0], columns, layout, (data.view(torch.int32), scale, zero, table), strides, copied)
 
     def narrow(self, first: int, count: int) -> Weight:
         """The rows first … first + count - 1; first is a multiple of the rows that share their scales."""

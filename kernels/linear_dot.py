@@ -37,7 +37,7 @@ def dot(x: Tensor, weight: Weight, bias: Tensor | None, activation: str | None, 
         ROWS=m,
         OUTPUTS=tile.outputs,
         SPLIT=tile.split,
-        PDL=dependent_launch(x),
+        PDL=dependent_launch(x) and not weight.copied,
         num_warps=tile.warps,
     )
     return out

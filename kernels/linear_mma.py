@@ -42,7 +42,7 @@ def mma(x: Tensor, weight: Weight, bias: Tensor | None, activation: str | None, 
         TILES=tile.tiles,
         COLUMNS=tile.columns,
         AHEAD=tile.ahead,
-        PDL=dependent_launch(x),
+        PDL=dependent_launch(x) and not weight.copied,
         num_warps=tile.warps,
     )
     return out

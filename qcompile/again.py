@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qcompile import _torch, calls
 from qcompile.program import Program
-from qcompile.replay import Form
+from qcompile.replay import Form, strides
 
 # A program with what to call it on: weights, flat tensors, caches, form.
 Bound = tuple[Program, Sequence[Tensor], Sequence[Tensor], Sequence[Any], Form]
@@ -51,7 +51,7 @@ class Again:
             elif isinstance(value, Tensor):
                 tensors.append(value)
         weights = self.program.gather()
-        if not self.form([*weights, *(tensors[i] for i in self.stay)]):
+        if not self.program.is_tied or not self.form([*weights, *(tensors[i] for i in self.stay)]):
             return None
         return self.program, weights, tensors, caches, self.form
 
@@ -59,7 +59,7 @@ class Again:
 def _known(value: Any) -> Any:
     """What must be equal of an argument. Arguments that are neither tensor, cache nor plain never are."""
     if isinstance(value, Tensor):
-        return value.dtype, value.device, value.shape
+        return value.dtype, value.device, value.shape, strides(value)
     if calls.is_cache(value):
         return KnownCache(value)
     return (type(value), value) if isinstance(value, calls.PLAIN) else object()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,14 +18,19 @@ from qcompile.regions import compile_graph
 from qcompile.replay import Form, Replay
 from qcompile.step import Forward, capture_call
 
+# Where a module keeps a tensor: the dictionary of its parameters or buffers, and the name.
+Place = tuple[dict[str, Any], str]
+
 
 @dataclass(frozen=True)
 class Program:
     """A compiled graph, the weights it gathers from the model at each call, and the shapes it accepts; `written` are
-    the places among the caller's tensors that it writes to, `replay` records it on a GPU."""
+    the places among the caller's tensors that it writes to, `replay` records it on a GPU. `ties` are weights of two
+    names, which the graph reads under one of them."""
 
     run: Callable[..., Sequence[Any]]
-    weights: list[tuple[dict[str, Any], str]]
+    weights: list[Place]
+    ties: list[tuple[Place, Place]]
     build: Callable[..., Any]
     accepts: Callable[[Sequence[Tensor]], bool]
     outcome: Outcome
@@ -36,10 +42,17 @@ class Program:
         """The model's weights as they are now, never a stale copy."""
         return [owner[name] for owner, name in self.weights]
 
+    @property
+    def is_tied(self) -> bool:
+        """Whether what was one tensor still is."""
+        return all(a[name] is b[other] for (a, name), (b, other) in self.ties)
+
     def takes(self, weights: Sequence[Tensor], tensors: Sequence[Tensor]) -> bool:
         """Whether it was made for tensors of these shapes, and for weights of these dtypes on these devices."""
-        return self.accepts(tensors) and all(
-            (weight.dtype, weight.device) == kind for weight, kind in zip(weights, self.types, strict=True)
+        return (
+            self.accepts(tensors)
+            and self.is_tied
+            and all((weight.dtype, weight.device) == kind for weight, kind in zip(weights, self.types, strict=True))
         )
 
     def __call__(self, weights: Sequence[Tensor], tensors: Sequence[Tensor], caches: Sequence[Any], form: Form) -> Any:
@@ -53,12 +66,10 @@ class Program:
 def compile_call(model: nn.Module, forward: Forward, kwargs: Mapping[str, Any], pipeline: Pipeline) -> Program:
     """Capture, transform and compile `forward(**kwargs)`. Raises CaptureError or UnsupportedError where it cannot."""
     captured, _, build = capture_call(model, forward, kwargs)
-    weights: list[tuple[dict[str, Any], str]] = []
+    weights: list[Place] = []
     for given in captured.inputs:
         if given.path is not None:
-            path, _, name = given.path.rpartition(".")
-            owner = model.get_submodule(path)
-            weights.append((owner._parameters if name in owner._parameters else owner._buffers, name))
+            weights.append(_place(model, given.path))
         elif given.constant is not None:
             weights.append(({"": given.constant}, ""))
     # torch.export lists weights first and the caller's tensors last, in the order they were given.
@@ -70,7 +81,25 @@ def compile_call(model: nn.Module, forward: Forward, kwargs: Mapping[str, Any], 
     places = zip(captured.gm.graph.find_nodes(op="placeholder"), captured.inputs, strict=True)
     written = frozenset(given.user for node, given in places if given.user is not None and is_written(node))
     run = compile_graph(captured.gm, captured.fakes)
-    return Program(run, weights, build, accepts, outcome, types, written)
+    return Program(run, weights, _ties(model), build, accepts, outcome, types, written)
+
+
+def _place(model: nn.Module, path: str) -> Place:
+    path, _, name = path.rpartition(".")
+    owner = model.get_submodule(path)
+    return owner._parameters if name in owner._parameters else owner._buffers, name
+
+
+def _ties(model: nn.Module) -> list[tuple[Place, Place]]:
+    first: dict[int, Place] = {}
+    ties = []
+    names = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+    for path, tensor in itertools.chain(*names):
+        place = _place(model, path)
+        known = first.setdefault(id(tensor), place)
+        if known[0] is not place[0] or known[1] != place[1]:  # else a module of two names
+            ties.append((known, place))
+    return ties
 
 
 def preview_call(model: nn.Module, forward: Forward, kwargs: Mapping[str, Any], pipeline: Pipeline) -> Outcome:

@@ -38,11 +38,11 @@ class Replay:
         self.recordings: OrderedDict[tuple[Hashable, ...], Recording] = OrderedDict()
         self.last: Hashable = None
         self.times = 0
-        self.refused = False
+        self.refused: set[Hashable] = set()
         self.lock = threading.Lock()
 
     def __call__(self, args: Sequence[Tensor], form: Form) -> Sequence[Any]:
-        """`form` holds for those of `args` that stay, and is not asked again where it was the last time."""
+        """`form` is the one of the last call where those of `args` that stay look as they did then."""
         if not self._pays(args):
             return self.run(*args)
         kept = list(args)
@@ -51,8 +51,8 @@ class Replay:
         key = self._key(args, kept)
         with self.lock:
             recording = self.recordings.get(key)
-            if recording is None or (recording.form is not form and not recording.form(kept)):
-                recording = self._record(key, args, form)
+            if recording is None or (recording.form is not form and recording.kept != _looks(kept)):
+                recording = self._record(key, args, kept)
             if recording is not None:
                 recording.form = form
                 self.recordings.move_to_end(key)
@@ -61,34 +61,30 @@ class Replay:
 
     def _pays(self, args: Sequence[Tensor]) -> bool:
         moving = [args[i] for i in self.moving]
-        # The first tensor that a call gives is its tokens; a mask may be as wide as the cache is long.
-        if (
-            self.refused
-            or not moving
-            or moving[0].shape[:2].numel() > MOST_TOKENS
-            or not all(x.is_cuda for x in moving)
-        ):
+        if not moving or not all(x.is_cuda for x in moving) or torch.cuda.is_current_stream_capturing():
             return False
-        return not torch.cuda.is_current_stream_capturing()
+        # The tokens are among the integers; a mask may be as wide as the cache is long.
+        tokens = [x.shape.numel() for x in moving if x.dim() == 2 and not x.is_floating_point()]
+        return min(tokens, default=moving[0].shape[:2].numel()) <= MOST_TOKENS
 
     def _key(self, args: Sequence[Tensor], kept: Sequence[Tensor]) -> tuple[Hashable, ...]:
-        given = tuple((args[i].shape, _strides(args[i])) for i in self.moving)
+        given = tuple((args[i].shape, strides(args[i])) for i in self.moving)
         return torch.cuda.current_stream(args[self.moving[0]].device), given, tuple(map(Tensor.data_ptr, kept))
 
-    def _record(self, key: tuple[Hashable, ...], args: Sequence[Tensor], form: Form) -> Recording | None:
+    def _record(self, key: tuple[Hashable, ...], args: Sequence[Tensor], kept: Sequence[Tensor]) -> Recording | None:
         """A recording of this call, not yet run; None until it has come often enough, or if it cannot be recorded."""
         self.times = self.times + 1 if key == self.last else 1
         self.last = key
         # On other memory the same kind of call is warm already: it has only to come twice.
         recorded = any(other[:2] == key[:2] for other in self.recordings)
-        if self.times <= (1 if recorded else WARM):
+        if self.times <= (1 if recorded else WARM) or key[:2] in self.refused:
             return None
         try:
             beside = next((found for (stream, *_), found in self.recordings.items() if stream == key[0]), None)
-            recording = Recording(self.run, args, self.moving, form, beside)
+            recording = Recording(self.run, args, self.moving, _looks(kept), beside)
         except Exception as error:  # whatever a kernel may not do while it is recorded
             warnings.warn(f"qcompile: decoding runs without a CUDA graph: {error}", stacklevel=5)
-            self.refused = True
+            self.refused.add(key[:2])
             return None
         self.recordings[key] = recording
         while len(self.recordings) > KEPT:
@@ -96,24 +92,47 @@ class Replay:
         return recording
 
 
-def _strides(x: Tensor) -> tuple[int, ...]:
+def strides(x: Tensor) -> tuple[int, ...]:
     """Those that say where elements lie: over a single element any stride is the same."""
     return tuple(stride for stride, size in zip(x.stride(), x.shape, strict=True) if size != 1)
 
 
+def _looks(tensors: Sequence[Tensor]) -> tuple[Hashable, ...]:
+    """What memory at one place can be read as."""
+    return tuple((x.dtype, x.shape, x.stride()) for x in tensors)
+
+
+def _once(x: Tensor) -> Tensor:
+    """`x` without what is repeated along expanded dimensions."""
+    for dim, stride in enumerate(x.stride()):
+        if stride == 0:
+            x = x.narrow(dim, 0, 1)
+    return x
+
+
 class Recording:
-    """A CUDA graph of one call. It refers to memory, not to tensors: who replays it has them still, of the same `form`.
+    """A CUDA graph of one call. It refers to memory, not to tensors: who replays it has them still; `kept` is what they
+    looked like, and `form` holds for those of the last call.
 
     It shares its own memory with the recording `beside` it, of the same stream: they run one after the other, and
     nothing that one leaves there is read after the other began. What it returns is new memory each time.
     """
 
     def __init__(
-        self, run: Run, args: Sequence[Tensor], moving: Sequence[int], form: Form, beside: Recording | None = None
+        self,
+        run: Run,
+        args: Sequence[Tensor],
+        moving: Sequence[int],
+        kept: tuple[Hashable, ...],
+        beside: Recording | None = None,
     ):
-        self.form = form
+        self.kept = kept
+        self.form: Form | None = None
         with torch.inference_mode(False):  # else no call outside of that mode could write to them
-            self.inputs = [torch.empty_like(args[i]).copy_(args[i]) for i in moving]
+            given = [args[i] for i in moving]
+            self.inputs = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device) for x in given]
+            for buffer, value in zip(self.inputs, given, strict=True):
+                _once(buffer).copy_(_once(value))
         given = list(args)
         for i, buffer in zip(moving, self.inputs, strict=True):
             given[i] = buffer
@@ -138,6 +157,6 @@ class Recording:
 
     def __call__(self, *moving: Tensor) -> list[Any]:
         for buffer, value in zip(self.inputs, moving, strict=True):
-            buffer.copy_(value)
+            _once(buffer).copy_(_once(value))
         self.graph.replay()
         return [output.clone() if isinstance(output, Tensor) else output for output in self.outputs]

@@ -96,6 +96,26 @@ def test_other_calls_are_searched_for(model: nn.Module, searched: list[Any]) -> 
     assert len(searched) == 5
 
 
+def test_inputs_that_lie_otherwise_are_searched_for(model: nn.Module, searched: list[Any]) -> None:
+    tokens = torch.randint(3, 100, (2, 7))
+    for ids, count in ((tokens[:, :5].contiguous(), 1), (tokens[:, :5].clone(), 1), (tokens[:, :5], 2)):
+        with torch.no_grad():
+            torch.testing.assert_close(model(ids).logits, model.forward.original(ids).logits, rtol=1e-4, atol=1e-5)
+        assert len(searched) == count
+
+
+def test_a_weight_that_is_there_twice_is_recognized(model: nn.Module, searched: list[Any]) -> None:
+    layers = model.model.layers
+    layers[1].input_layernorm.weight = layers[0].input_layernorm.weight
+    kv = cache()
+    for token in (5, 6, 7):
+        step(model, kv, token)
+    assert len(searched) == 1
+    layers[1].input_layernorm.weight = nn.Parameter(layers[0].input_layernorm.weight + 1)
+    step(model, kv)
+    assert len(searched) == 2
+
+
 def test_nothing_is_kept_alive(model: nn.Module) -> None:
     kv = cache()
     step(model, kv)

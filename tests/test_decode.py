@@ -284,8 +284,9 @@ def test_recorded_steps(tiny_llama: Any, interpreted: None, as_on_gpu: None, mon
     made: list[Any] = []
 
     class Recorded:
-        def __init__(self, run: Any, args: Any, moving: Any, form: Any, beside: Any):
-            self.run, self.args, self.moving, self.form, self.times = run, list(args), moving, form, 0
+        def __init__(self, run: Any, args: Any, moving: Any, kept: Any, beside: Any):
+            self.run, self.args, self.moving, self.kept, self.form = run, list(args), moving, kept, None
+            self.times = 0
             made.append(self)
 
         def __call__(self, *moving: Tensor) -> Any:

@@ -26,10 +26,10 @@ class Recorded:
 
     made = 0
 
-    def __init__(self, run: Any, args: Any, moving: Any, form: Any, beside: Any):
+    def __init__(self, run: Any, args: Any, moving: Any, kept: Any, beside: Any):
         assert beside is None or isinstance(beside, Recorded)
         Recorded.made += 1
-        self.run, self.args, self.moving, self.form = run, args, moving, form
+        self.run, self.args, self.moving, self.kept, self.form = run, args, moving, kept, None
 
     def __call__(self, *moving: Tensor) -> Any:
         given = list(self.args)
@@ -116,9 +116,10 @@ def test_many_tokens_are_not_recorded(step: Replay) -> None:
 def test_one_token_beside_a_wide_mask_is_recorded(fake: None, monkeypatch: pytest.MonkeyPatch) -> None:
     Recorded.made = 0
     monkeypatch.setattr(replay, "Recording", Recorded)
-    step, cache = Replay(lambda cache, token, mask: [token + mask.sum()], [1, 2]), torch.zeros(1)
+    step, cache = Replay(lambda cache, mask, token: [token + mask.sum()], [1, 2]), torch.zeros(1)
+    mask = torch.ones(1, replay.MOST_TOKENS + 1, dtype=torch.long)
     for _ in range(WARM + 2):
-        call(step, cache, torch.ones(1, 1), torch.ones(1, replay.MOST_TOKENS + 1))
+        call(step, cache, mask, torch.tensor([[1]]))
     assert Recorded.made == 1
 
 
@@ -154,7 +155,8 @@ def test_generate_on_a_gpu(tiny_llama: Callable[..., nn.Module], prompts: int, m
     assert len(made) == count
 
 
-def test_a_recording_of_inference_mode_serves_others_too(fake: None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def no_graph(fake: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The buffers of a recording, without its graph."""
 
     class Graph:
@@ -169,9 +171,36 @@ def test_a_recording_of_inference_mode_serves_others_too(fake: None, monkeypatch
     monkeypatch.setattr(torch.cuda, "Stream", lambda device=None: stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+
+
+def test_a_recording_of_inference_mode_serves_others_too(no_graph: None) -> None:
     with torch.inference_mode():
-        recording = replay.Recording(lambda x: [x], [torch.zeros(1, 1)], [0], same)
+        recording = replay.Recording(lambda x: [x], [torch.zeros(1, 1)], [0], ())
     with torch.no_grad():
         assert recording(torch.ones(1, 1))[0].item() == 1
     with torch.inference_mode():
         assert recording(torch.full((1, 1), 2.0))[0].item() == 2
+
+
+@pytest.mark.parametrize("x", [torch.zeros(1, 1).expand(3, 2), torch.zeros(3, 9)[:, 2:4], torch.zeros(2, 3).t()])
+def test_a_recording_reads_inputs_as_they_lay(x: Tensor, no_graph: None) -> None:
+    recording = replay.Recording(lambda x: [x], [x], [0], ())
+    assert recording.inputs[0].stride() == x.stride()
+    assert torch.equal(recording(x + 1)[0] if x.stride(0) else recording(torch.ones(1, 1).expand(3, 2))[0], x + 1)
+
+
+def test_only_the_kind_that_failed_is_refused(fake: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def record(run: Any, args: Any, *others: Any) -> Any:
+        if len(args[0]) == 2:
+            raise RuntimeError("not this one")
+        return Recorded(run, args, *others)
+
+    Recorded.made = 0
+    monkeypatch.setattr(replay, "Recording", record)
+    step = Replay(lambda x: [x + 1], [0])
+    with pytest.warns(UserWarning, match="not this one"):
+        for _ in range(WARM + 2):
+            call(step, torch.zeros(2, 1))
+    for _ in range(WARM + 2):
+        call(step, torch.zeros(1, 1))
+    assert Recorded.made == 1
