@@ -71,15 +71,15 @@ class ReadLimit:
 
     def __init__(self, size: int = 512 << 20):
         self.size, self.rates = size, list[float]()
-        self.library = load_cpp(READ)
-        self.library.prepare.argtypes, self.library.prepare.restype = [ctypes.c_size_t], ctypes.c_void_p
-        self.library.read_all.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-        self.at = self.library.prepare(size)
+        self.code = load_cpp(READ)
+        self.code.prepare.argtypes, self.code.prepare.restype = [ctypes.c_size_t], ctypes.c_void_p
+        self.code.read_all.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+        self.at = self.code.prepare(size)
 
     def measure(self, times: int = 5) -> None:
         for _ in range(times):
             start = time.perf_counter()
-            self.library.read_all(self.at, self.size, torch.get_num_threads())
+            self.code.read_all(self.at, self.size, torch.get_num_threads())
             self.rates.append(self.size / (time.perf_counter() - start))
 
     @property

@@ -1,13 +1,13 @@
-"""Times every GPU kernel: `python -m benchmarks.kernels_gpu --out FOLDER [--record]`, about nine minutes on one H100.
+"""Times every GPU kernel: `python -m benchmarks.kernels_gpu --out FOLDER [--record]`, some minutes on one H100.
 
-1. compile  what linear times, and compile_sweep what sweep does: in parallel, so that they find it in Triton's cache
+1. compile  what linear times, in parallel processes, so that it finds it in Triton's cache
 2. linear   against bf16 F.linear at the shapes of Llama-3-8B, with the tiles of kernels/_tuning.py
 3. w8a8     products of 8-bit codes, with the making of the codes of x, against bf16 F.linear at the same shapes
 4. light    norms, gated activations and rope against what Inductor makes of their meaning
-5. sweep    other tiles and ways, to fill kernels/_tuning.py with; the best three of each, and the rest in the JSON
 
 Times are medians of CUDA graph replays, in µs; weights rotate through at least 320 MB, so they come from memory. A part
-that fails is reported and the others go on. Whether the kernels are right is check_gpu.py's to say.
+that fails is reported and the others go on. Whether the kernels are right is check_gpu.py's to say, whether other tiles
+would be faster sweep_gpu.py's.
 """
 
 from __future__ import annotations
@@ -19,24 +19,18 @@ import math
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks._gpu import DEVICE, START, Report, Row, in_parallel, log, random_weight
-from qcompile.kernels import _tuning, gated_act, linear_cuda, linear_dot, norm, rope
+from qcompile.kernels import _tuning, gated_act, linear_cuda, norm, rope
 from qcompile.kernels._gluon import can_read
-from qcompile.kernels._tuning import DotTile, GemmTile, MmaTile
-from qcompile.kernels._weight import Layout, Weight
-from qcompile.kernels.linear_dot import dot
-from qcompile.kernels.linear_gemm import gemm
-from qcompile.kernels.linear_mma import mma
+from qcompile.kernels._weight import Weight
 from qcompile.kernels.linear_w8a8_cuda import linear_w8a8_cuda
 from qcompile.ops.activation import gated_act as gated_act_op
 from qcompile.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
@@ -56,34 +50,36 @@ SHAPES = {
 SPECS = ("i8/g64/sym", "u4/g64/asym", "i4/g128/sym", "u3/g64/asym", "u2/g64/asym", "u1/g64/asym")
 ROWS = (1, 4, 16, 64, 256, 2048)
 W8A8_ROWS = (256, 2048)
-SWEPT_BY_DOT = ("u4/g64/asym", "i4/g128/sym", "i8/g64/sym", "u3/g64/asym", "u2/g64/asym", "u1/g64/asym")
-SWEPT_BY_MMA = ("u4/g64/asym", "i8/g64/sym")
-SWEPT_BY_GEMM = "i4/g128/sym"
 
-Run = Callable[[Tensor, Weight], Tensor]
+Part = Callable[[Report, float], None]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for kernels_gpu.md and kernels_gpu.json")
+    run(PARTS, __doc__, "kernels_gpu", "GPU kernels: how fast are they?", "kernels-times")
+
+
+def run(parts: dict[str, Part], doc: str | None, name: str, title: str, recorded: str) -> None:
+    """The command line of timed parts."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help=f"folder for {name}.md and {name}.json")
     parser.add_argument("--seconds", type=float, default=540, help="what the whole may take")
-    parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--parts", default=",".join(parts))
     parser.add_argument("--record", action="store_true", help="write benchmarks/results/")
     options = parser.parse_args()
     if DEVICE != "cuda":
         raise SystemExit("needs a GPU")
-    report = Report(options.out, "kernels_gpu", "GPU kernels: how fast are they?")
-    for name in options.parts.split(","):
-        log("part", name)
+    report = Report(options.out, name, title)
+    for part in options.parts.split(","):
+        log("part", part)
         try:
-            PARTS[name](report, START + options.seconds - 20)
+            parts[part](report, START + options.seconds - 20)
         except Exception:
-            report.fail(name, traceback.format_exc()[-1500:])
+            report.fail(part, traceback.format_exc()[-1500:])
         torch.cuda.empty_cache()
         report.write()
     print(report.body())
     if options.record:
-        report.record("kernels-times")
+        report.record(recorded)
 
 
 # What is timed
@@ -146,9 +142,12 @@ def median_us(calls: list[Callable[[], Any]], at_least: int = 24) -> float:
 # The parts
 
 
-def part_compile(report: Report, deadline: float, sweeping: bool = False) -> None:
-    cases = list(swept_cases() if sweeping else timed_cases())
-    results, troubles = in_parallel(warm, cases, report.folder, 0.35 * (deadline - time.time()))
+def part_compile(report: Report, deadline: float) -> None:
+    compile_ahead(warm, list(timed_cases()), report, deadline)
+
+
+def compile_ahead(work: Callable[[Row], Row], cases: list[Row], report: Report, deadline: float) -> None:
+    results, troubles = in_parallel(work, cases, report.folder, 0.35 * (deadline - time.time()))
     report.notes.append(f"Compiled ahead: {len(results)} of {len(cases)}.")
     failures = [f"{case}" for case in results if case["why"]]
     for trouble in [*troubles, *failures]:
@@ -158,22 +157,7 @@ def part_compile(report: Report, deadline: float, sweeping: bool = False) -> Non
 def timed_cases() -> Iterator[Row]:
     """Everything that linear launches, on the smaller shapes: equal constants are one compilation."""
     for spec, rows, name in itertools.product(SPECS, ROWS, ("o", "down")):
-        yield {"way": "default", "spec": spec, "rows": rows, "shape": name}
-
-
-def swept_cases() -> Iterator[Row]:
-    """What sweep launches."""
-    for spec, rows, name in itertools.product(SWEPT_BY_DOT, (1, 2), ("o", "down")):
-        for tile in dot_tiles(spec):
-            yield {"way": "dot", "spec": spec, "rows": rows, "shape": name, "tile": vars(tile)}
-    for spec, rows in itertools.product(SWEPT_BY_MMA, (4, 16, 64)):
-        for tile in mma_tiles(spec, rows):
-            yield {"way": "mma", "spec": spec, "rows": rows, "shape": "o", "tile": vars(tile)}
-    for rows, name in itertools.product((16, 64, 256), ("o", "down")):
-        # The number of splits is no constant of the kernel, but for whether there are any.
-        seen = {str({**vars(tile), "splits": tile.splits > 1}): tile for tile in gemm_tiles(rows)}
-        for tile in seen.values():
-            yield {"way": "gemm", "spec": SWEPT_BY_GEMM, "rows": rows, "shape": name, "tile": vars(tile)}
+        yield {"spec": spec, "rows": rows, "shape": name}
 
 
 def warm(case: Row) -> Row:
@@ -181,14 +165,7 @@ def warm(case: Row) -> Row:
     try:
         n, k = SHAPES[case["shape"]]
         x, weight = random_x(case["rows"], k), raw_weights(case["spec"], n, k, 1)[0]
-        if case["way"] == "default":
-            linear_cuda.linear_cuda(x, *weight, None, case["spec"], None)
-        elif case["way"] == "dot":
-            dot(x, Weight.of(*weight, case["spec"], k), None, None, DotTile(**case["tile"]))
-        elif case["way"] == "mma":
-            mma(x, Weight.of(*weight, case["spec"], k), None, None, MmaTile(**case["tile"]))
-        else:
-            gemm(x, Weight.of(*weight, case["spec"], k), None, None, GemmTile(**case["tile"]))
+        linear_cuda.linear_cuda(x, *weight, None, case["spec"], None)
         torch.cuda.synchronize()
         return {**case, "why": None}
     except Exception as failure:
@@ -281,119 +258,11 @@ def light_calls(tokens: int) -> list[tuple[str, Callable[..., Any], Any, tuple[A
     ]
 
 
-def part_sweep(report: Report, deadline: float) -> None:
-    for kind, spec, name, rows, runs in sweeps():
-        n, k = SHAPES[name]
-        nbytes = weight_bytes(spec, n, k)
-        weights = [Weight.of(*w, spec, k) for w in raw_weights(spec, n, k, copies_for(nbytes))]
-        x, found = random_x(rows, k), []
-        for label, run in runs.items():
-            if time.time() > deadline:
-                report.fail("sweep", f"out of time in {kind} {spec} {name} {rows}")
-                return
-            try:
-                us = median_us([partial(run, x, w) for w in weights])
-            except Exception as failure:
-                report.fail("sweep", f"{kind} {spec} {name} {rows} {label}: {failure}"[:300])
-                continue
-            found.append(
-                {"kind": kind, "spec": spec, "shape": name, "rows": rows, "us": us, "gbps": nbytes / us / 1e3,
-                 "tile": label}
-            )  # fmt: skip
-        found.sort(key=lambda row: row["us"])
-        for row in found[:3]:
-            report.add("sweep", **row)
-        for row in found:
-            report.detail("sweep", **row)
-
-
-def sweeps() -> Iterator[tuple[str, str, str, int, dict[str, Run]]]:
-    """(kind, spec, shape, rows, runs by label) to compare."""
-    names = ("qkv", "o", "gate_up", "down")
-    for rows, spec, name in itertools.product((1, 2), SWEPT_BY_DOT, names):
-        yield "dot", spec, name, rows, dict(map(by_dot, dot_tiles(spec)))
-    for rows, spec, name in itertools.product((4, 16, 64), SWEPT_BY_MMA, names):
-        yield "mma", spec, name, rows, dict(map(by_mma, mma_tiles(spec, rows)))
-    for rows, name in itertools.product((4, 16, 64, 256), ("o", "gate_up", "down")):
-        yield "gemm", SWEPT_BY_GEMM, name, rows, dict([*map(by_gemm, gemm_tiles(rows)), by_slab(_tuning.SLAB_ELEMENTS)])
-    # Does starting early (programmatic dependent launch) pay?
-    for name in ("o", "gate_up", "down"):
-        label, run = by_dot(_tuning.dot_tile(1, *SHAPES[name], 32))
-        yield "dot and PDL", SWEPT_BY_DOT[0], name, 1, {f"with, {label}": run, f"without, {label}": without_pdl(run)}
-    # Does the slab of the float copy stay in the cache?
-    for rows in (256, 2048):
-        yield "slab", SWEPT_BY_GEMM, "gate_up", rows, dict(map(by_slab, (4 << 20, 8 << 20, 16 << 20, 1 << 40)))
-
-
-def by_dot(tile: DotTile) -> tuple[str, Run]:
-    return label_of(tile), lambda x, weight: dot(x, weight, None, None, tile)
-
-
-def by_mma(tile: MmaTile) -> tuple[str, Run]:
-    return label_of(tile), lambda x, weight: mma(x, weight, None, None, tile)
-
-
-def by_gemm(tile: GemmTile) -> tuple[str, Run]:
-    return label_of(tile), lambda x, weight: gemm(x, weight, None, None, tile)
-
-
-def by_slab(elements: int) -> tuple[str, Run]:
-    def run(x: Tensor, weight: Weight) -> Tensor:
-        with mock.patch.object(_tuning, "SLAB_ELEMENTS", elements):
-            return linear_cuda.dequantize_and_multiply(x, weight, None, None)
-
-    return f"dequantize, slabs of {elements >> 20} Mi", run
-
-
-def without_pdl(run: Run) -> Run:
-    def without(x: Tensor, weight: Weight) -> Tensor:
-        with mock.patch.object(linear_dot, "dependent_launch", lambda x: False):
-            return run(x, weight)
-
-    return without
-
-
-def label_of(tile: DotTile | MmaTile | GemmTile) -> str:
-    return " ".join(f"{key}={value}" for key, value in vars(tile).items())
-
-
-# Tiles to try
-
-
-def dot_tiles(spec: str) -> list[DotTile]:
-    splits = (2, 4, 8) if QSpec.parse(spec).element.bits in (4, 8) else (1, 2, 4)
-    tiles = [
-        DotTile(outputs, split, split * by) for split, by, outputs in itertools.product(splits, (1, 2), (4, 8, 16))
-    ]
-    # A thread has the registers for so many rows.
-    return [tile for tile in tiles if tile.warps <= 8 and tile.outputs * tile.split // tile.warps <= 16]
-
-
-def mma_tiles(spec: str, rows: int) -> list[MmaTile]:
-    layout = Layout.of(spec)
-    tile = _tuning.mma_tile(rows, 4096, 4096, 16 * layout.fields, layout.run)
-    sizes = itertools.product((1, 2), {tile.columns, 2 * tile.columns}, (1, 2), (2, 4, 8))
-    return [replace(tile, tiles=t, columns=c, ahead=a, warps=w) for t, c, a, w in sizes if t * c <= 8]
-
-
-def gemm_tiles(rows: int) -> list[GemmTile]:
-    if rows <= 16:
-        shapes = ((16, 32, 4, 4, 3), (16, 64, 4, 4, 3), (16, 64, 4, 4, 5), (16, 64, 8, 4, 3), (16, 128, 4, 4, 3))
-        return [GemmTile(m, n, c, s, w, g) for (m, n, c, w, g), s in itertools.product(shapes, (1, 2, 4, 8))]
-    if rows <= 64:
-        shapes = ((64, 64, 4, 4, 3), (64, 128, 4, 4, 3), (64, 128, 4, 8, 3), (64, 64, 4, 4, 4), (64, 256, 4, 8, 3))
-        return [GemmTile(m, n, c, s, w, g) for (m, n, c, w, g), s in itertools.product(shapes, (1, 2, 4))]
-    shapes = ((128, 128, 4, 8, 3), (128, 128, 4, 4, 3), (128, 256, 4, 8, 3), (256, 128, 4, 8, 3), (64, 256, 4, 8, 3))
-    return [GemmTile(m, n, c, s, w, g) for (m, n, c, w, g), s in itertools.product(shapes, (1, 2))]
-
-
-PARTS: dict[str, Callable[[Report, float], None]] = {
+PARTS: dict[str, Part] = {
     "compile": part_compile,
     "linear": part_linear,
     "w8a8": part_w8a8,
     "light": part_light,
-    "compile_sweep": partial(part_compile, sweeping=True),
-    "sweep": part_sweep,
 }
 
 

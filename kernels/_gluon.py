@@ -16,7 +16,7 @@ from qcompile.kernels._weight import Weight
 try:
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl
-except ImportError:  # the modules still import, and `refuses` says why
+except ImportError:  # the modules still import, and `can_read` is false
     gluon = SimpleNamespace(jit=lambda function: function)
     gl = None
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import warnings
 from pathlib import Path
 
 import torch
@@ -73,9 +74,8 @@ def linear_anyhow(
     if rows > _rows_without_copy(x.dtype, reader.many_rows is not None):
         _multiply_copy(flat, data, scale, zero, bias, spec, y.view(rows, outputs))
         return y
-    function = reader.few_rows
-    if reader.many_rows is not None and rows > _few_rows(x.dtype, reader):
-        function = reader.many_rows
+    function = reader.few_rows if rows <= _few_rows(x.dtype, reader) else reader.many_rows
+    assert function is not None
     function(
         *reader.arguments(data, scale, zero),
         flat.data_ptr(),
@@ -99,6 +99,8 @@ def linear_packed(
 
 
 def _few_rows(dtype: torch.dtype, reader: packed.Reader) -> int:
+    if reader.many_rows is None:
+        return ROWS_WITHOUT_MANY_ROWS
     if dtype != torch.bfloat16 or not reader.has_dot:
         return FEW_ROWS
     return FEW_ROWS_TO_DOT if reader.bits < 8 else FEW_ROWS_OF_BYTES_TO_DOT
@@ -110,10 +112,7 @@ def _make_known(spec: str, columns: int) -> None:
     if (op := without_python()) is None:
         return
     reader = packed.Reader.of(spec, columns)
-    most = [
-        min(_few_rows(dtype, reader), _rows_without_copy(dtype, True)) if reader.many_rows else ROWS_WITHOUT_MANY_ROWS
-        for dtype in packed.FLOATS
-    ]
+    most = [_few_rows(dtype, reader) for dtype in packed.FLOATS]
     few_rows = ctypes.cast(reader.few_rows, ctypes.c_void_p)  # type: ignore[arg-type]
     shape = (reader.group, reader.groups, reader.height, reader.bytes, reader.by_row)
     op.know(spec.encode(), columns, few_rows, *most, *shape, packed.ADDED * reader.added, reader.offset)
@@ -121,11 +120,12 @@ def _make_known(spec: str, columns: int) -> None:
 
 @functools.cache
 def without_python() -> ctypes.CDLL | None:
-    """linear_packed in C++, from the first call on; None where torch's headers do not compile."""
+    """linear_packed in C++, from the first call on; None, with a warning, where torch's headers do not compile."""
     source = Path(__file__).with_name("cpu").joinpath("linear_op.cpp").read_text(encoding="utf-8")
     try:
         op = load_cpp(f"constexpr long WORK_OF_A_THREAD = {packed.WORK_OF_A_THREAD};\n{source}")
-    except RuntimeError:
+    except RuntimeError as error:
+        warnings.warn(f"qcompile: linears of a few rows are called through Python: {error}", stacklevel=2)
         return None
     size, number = ctypes.c_int64, ctypes.c_int
     op.know.argtypes = [ctypes.c_char_p, size, ctypes.c_void_p, *[size] * 7, number, number, ctypes.c_float]

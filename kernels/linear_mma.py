@@ -222,7 +222,8 @@ def _less_1024(pair):
 def _products(a, b, x, other, sums, DTYPE: gl.constexpr, WORDS: gl.constexpr):
     """sums + four mma.m16n8k16, one for each word; a and b are the pairs of a lane's two rows.
 
-    An element of x is two inputs; x and `other` are a lane's inputs in the order of its codes.
+    An element of x is two inputs; x and `other` are a lane's inputs in the order of its codes. The four elements of a
+    thread reach the assembly in their order, which Triton keeps and does not promise: test_linear_mma.py would tell.
     """
     arguments = [a[0], b[0], a[1], b[1], x, other, sums]
     return gl.inline_asm_elementwise(_four_mma(DTYPE, WORDS), _REGISTERS, arguments, gl.float32, True, 4)

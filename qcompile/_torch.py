@@ -107,7 +107,9 @@ def _mend_loop_split() -> None:
     from torch._inductor.virtualized import V
     from torch.utils._sympy.functions import FloorDiv
 
-    split = CppScheduling.try_loop_split
+    split = getattr(CppScheduling, "try_loop_split", None)
+    if split is None:  # a later torch that splits no loops
+        return
 
     def divides(node: Any) -> bool:
         _, body, _ = node.node.get_default_sizes_body()
