@@ -1,0 +1,182 @@
+"""Times linears on a GPU against others': `python -m benchmarks.linear --out FOLDER`, five minutes on an H100.
+
+The four linears of a layer of Llama-3-8B and its output layer, with 1 to 2048 rows of x: ours at several specs, bf16
+F.linear, torchao's (ATen's int4 product; int8 as it is in a compiled graph), and gemlite where it is installed.
+
+Times are medians of CUDA graph replays, in µs; weights rotate through at least 320 MB, so they come from memory. The
+limit of a linear is the longer of two times: its bytes at the rate of a read-only stream, and its operations at
+the rate of a large bf16 product, both measured in the same run. `layer` is the sum of the four. What is timed compiles
+ahead, in parallel processes. `--plot FOLDER/linear.json` draws a run that is done (with matplotlib) and needs no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from benchmarks._gpu import DEVICE, START, Report, Row, in_parallel, log
+from benchmarks._peers import DENSE, Kind, Linear, peers
+from benchmarks.kernels_gpu import SHAPES, copies_for, median_us, random_x, raw_weights, weight_bytes
+from qcompile.kernels.linear_cuda import linear_cuda
+
+LAYER = {name: shape for name, shape in SHAPES.items() if name != "lm_head"}
+SPECS = ("u4/g64/asym", "i4/g128/sym", "i8/g64/sym", "u3/g64/asym", "u2/g64/asym", "u1/g64/asym")
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="folder for linear.md and linear.json")
+    parser.add_argument("--seconds", type=float, default=300, help="what the whole may take")
+    parser.add_argument("--specs", nargs="+", default=SPECS)
+    parser.add_argument("--rows", nargs="+", type=int, default=ROWS)
+    parser.add_argument("--plot", type=Path, metavar="JSON", help="draw an earlier run, into JSON's folder")
+    parser.add_argument("--record", action="store_true", help="write benchmarks/results/")
+    options = parser.parse_args()
+    if options.plot:
+        print(plot(options.plot, options.plot.with_suffix(".svg")))
+        return
+    if DEVICE != "cuda" or not options.out:
+        parser.error("needs a GPU and --out")
+    report = Report(options.out, "linear", "Linears on a GPU")
+    measure(report, options.specs, options.rows, START + options.seconds)
+    tabulate_rows(report)
+    report.write()
+    print(report.body())
+    if options.record:
+        report.record("linear")
+
+
+def kinds(specs: Sequence[str]) -> dict[str, Kind]:
+    """By name, the others' first."""
+    own = [Kind(f"qcompile {spec}", partial(ours, spec), 8 * weight_bytes(spec, 1, 4096) / 4096) for spec in specs]
+    return {kind.name: kind for kind in [*peers(), *own]}
+
+
+def ours(spec: str, n: int, k: int) -> Linear:
+    weight = raw_weights(spec, n, k, 1)[0]
+    return lambda x: linear_cuda(x, *weight, None, spec, None)
+
+
+def compile_case(case: Row) -> Row:
+    """The case, run once, which leaves its kernels in the cache, with why it failed, or None."""
+    try:
+        n, k = SHAPES[case["shape"]]
+        kinds(case["specs"])[case["kind"]].make(n, k)(random_x(case["rows"], k))
+        torch.cuda.synchronize()
+        return {**case, "why": None}
+    except Exception as failure:
+        return {**case, "why": f"{type(failure).__name__}: {failure}"[-600:]}
+
+
+def measure(report: Report, specs: Sequence[str], rows: Sequence[int], deadline: float) -> None:
+    """Compile, then time. Details of the report: µs, limit and bf16's µs, by kind, shape and rows."""
+    cases = [
+        {"kind": kind.name, "specs": list(specs), "rows": m, "shape": shape}
+        for kind, m, shape in itertools.product(kinds(specs).values(), rows, LAYER)
+        if kind.name != DENSE and kind.takes(LAYER[shape][0], m)
+    ]
+    results, troubles = in_parallel(compile_case, cases, report.folder, 0.45 * (deadline - time.time()))
+    for trouble in [*troubles, *(str(result) for result in results if result["why"])]:
+        report.fail("compile", trouble)
+    stream, flops = stream_rate(), product_rate()
+    report.notes.append(f"Compiled ahead: {len(results)} of {len(cases)}.")
+    report.notes.append(f"Read-only stream {stream / 1e9:.0f} GB/s, bf16 product of 8192³ {flops / 1e12:.0f} TFLOP/s.")
+    for shape, (n, k) in SHAPES.items():
+        dense: dict[int, float] = {}
+        for kind in kinds(specs).values():
+            if time.time() > deadline:
+                report.fail("linear", f"out of time before {kind.name} at {shape}")
+                return
+            taken = [m for m in rows if kind.takes(n, m)]
+            calls = [kind.make(n, k) for _ in range(copies_for(kind.nbytes(n, k)))] if taken else []
+            for m in taken:
+                x = random_x(m, k)
+                try:
+                    us = median_us([partial(call, x) for call in calls])
+                except Exception as failure:
+                    report.fail("linear", f"{kind.name} {shape} {m}: {failure}"[:400])
+                    continue
+                dense.setdefault(m, us)
+                limit = 1e6 * max(kind.nbytes(n, k) / stream, 2 * m * n * k / flops)
+                report.detail("linear", kind=kind.name, shape=shape, rows=m, us=us, limit_us=limit, bf16_us=dense[m])
+        log(shape)
+
+
+def stream_rate() -> float:
+    """Bytes a second of reading 2 GiB."""
+    numbers = torch.ones(1 << 29, dtype=torch.int32, device=DEVICE)
+    return numbers.nbytes / median_us([partial(torch.sum, numbers, dtype=torch.int32)], 4) * 1e6
+
+
+def product_rate() -> float:
+    """Operations a second of a large product."""
+    a, b = random_x(8192, 8192), random_x(8192, 8192)
+    return 2 * 8192**3 / median_us([partial(torch.mm, a, b)], 4) * 1e6
+
+
+def of_layers(details: Sequence[Row]) -> list[Row]:
+    """Sums over the four linears of a layer, where all four were timed."""
+    found: dict[tuple[str, int], list[Row]] = defaultdict(list)
+    for detail in details:
+        if detail["shape"] in LAYER:
+            found[detail["kind"], detail["rows"]].append(detail)
+    keys = ("us", "limit_us", "bf16_us")
+    return [
+        {"kind": kind, "shape": "layer", "rows": m} | {key: sum(part[key] for part in parts) for key in keys}
+        for (kind, m), parts in found.items()
+        if len(parts) == len(LAYER)
+    ]
+
+
+def tabulate_rows(report: Report) -> None:
+    """A table for each number of rows, from the details."""
+    details = report.details["linear"]
+    cells: dict[int, dict[str, Row]] = defaultdict(lambda: defaultdict(dict))
+    for one in [*details, *of_layers(details)]:
+        us = one["us"]
+        cells[one["rows"]][one["kind"]][one["shape"]] = (
+            f"{us:.1f} / {one['limit_us'] / us:.0%} / {one['bf16_us'] / us:.2f}×"
+        )
+    for m, by_kind in cells.items():
+        for kind, by_shape in by_kind.items():
+            shown = {shape: by_shape.get(shape, "") for shape in [*SHAPES, "layer"]}
+            report.add(f"{m} rows: µs / of the limit / times as fast as bf16", linear=kind, **shown)
+
+
+def plot(source: Path, path: Path) -> Path:
+    """Of the four linears of a layer, over the rows: how many times as fast as bf16, and how much of the limit."""
+    import matplotlib.pyplot as plt  # type: ignore[import-not-found]
+
+    run = json.loads(source.read_text())
+    lines: dict[str, list[Row]] = defaultdict(list)
+    for one in of_layers(run["details"]["linear"]):
+        lines[one["kind"]].append(one)
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharex=True)
+    for name, points in lines.items():
+        style = {"linewidth": 2} if name.startswith("qcompile") else {"linestyle": "--", "linewidth": 1}
+        for axis, key in zip(axes, ("bf16_us", "limit_us")):
+            axis.plot([p["rows"] for p in points], [p[key] / p["us"] for p in points], marker=".", label=name, **style)
+    for axis, title in zip(axes, ("times as fast as bf16", "part of the limit")):
+        axis.set_xscale("log", base=2)
+        axis.set_xlabel("rows")
+        axis.set_title(title)
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+    axes[1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.suptitle(f"The four linears of a layer of Llama-3-8B. {run['where']}", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path)
+    return path
+
+
+if __name__ == "__main__":
+    main()
