@@ -237,6 +237,7 @@ def _config(options: argparse.Namespace, packed: bool) -> Config:
         include=tuple(options.include),
         exclude=tuple(options.exclude),
         specs={pattern: _spec(spec) for pattern, _, spec in pairs},
+        activations=options.activations,
         strict=options.strict,
         dump=options.dump,
     )
@@ -350,6 +351,7 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--weights", metavar="SPEC", help=f"default: {WEIGHTS}, or what is quantized already; none: quantize nothing"
     )
+    group.add_argument("--activations", metavar="SPEC", help="of what linears read, such as i8/token/dynamic")
     group.add_argument("--algorithm", choices=sorted(ALGORITHMS), help="default: hqq where it knows the spec, else rtn")
     group.add_argument(
         "--include", action="append", default=[], metavar="PATTERN", help="quantize what is usually kept"

@@ -14,6 +14,7 @@ from qcompile import checks, patterns, transformers_config
 from qcompile.algorithms import ALGORITHMS, hqq, rtn
 from qcompile.errors import ConfigError, QCompileError
 from qcompile.fusing import Fusing
+from qcompile.quant.activation import ActivationSpec
 from qcompile.quant.spec import QSpec
 
 # What a parameter is to its model. A norm or a bias is a vector and always stays dense.
@@ -31,6 +32,9 @@ class Config:
     include      patterns of modules to quantize although their role is kept dense, such as "lm_head"
     exclude      patterns of modules to keep dense; stronger than all other rules
     specs        pattern → spec, or None to keep dense; the first match wins
+    activations  how compiled programs round what quantized linears read, such as "i8/token/dynamic" (ActivationSpec),
+                 where the checkpoint does not say; None leaves it as it is. With weights of "i8/row/sym", or fp8_e4m3
+                 for both, codes are multiplied by codes: faster for many tokens, and less exact
     keep         roles that stay dense: a subset of ROLES
     strict       raise StrictError if something is left behind unexpectedly
     dump         folder for the text of the graph after each pass
@@ -53,6 +57,7 @@ class Config:
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()
     specs: Mapping[str, QSpec | str | None] = field(default_factory=dict)
+    activations: ActivationSpec | str | None = None
     keep: Collection[str] = KEEP
     strict: bool = False
     dump: Path | None = None
@@ -66,6 +71,7 @@ class Config:
             object.__setattr__(self, name, value)
 
         put("weights", _spec("weights", self.weights))
+        put("activations", _activations(self.activations))
         for name in ("include", "exclude"):
             put(name, checks.names(name, getattr(self, name)))
         if not isinstance(self.specs, Mapping):
@@ -165,6 +171,7 @@ class Config:
             "include": list(self.include),
             "exclude": list(self.exclude),
             "specs": {pattern: _spelled(spec) for pattern, spec in self.specs.items()},
+            "activations": _spelled(self.activations),
             "keep": sorted(self.keep),
             "strict": self.strict,
             "dump": None if self.dump is None else str(self.dump),
@@ -195,9 +202,23 @@ def _spec(key: str, value: Any) -> QSpec | None:
         raise ConfigError(f"{key}: {error}") from error
 
 
+def _activations(value: Any) -> ActivationSpec | None:
+    if value is None:
+        return None
+    if not isinstance(value, str | ActivationSpec):
+        raise ConfigError(f"activations={value!r} is not a spec; a spec is spelled like 'i8/token/dynamic'")
+    try:
+        spec = ActivationSpec.parse(str(value))
+    except QCompileError as error:
+        raise ConfigError(f"activations: {error}") from error
+    if spec.needs_scale:
+        raise ConfigError(f"activations={str(spec)!r} needs numbers that only a checkpoint has; write a dynamic one")
+    return spec
+
+
 def _qspec(spec: QSpec | str) -> QSpec:
     return spec if isinstance(spec, QSpec) else QSpec.parse(spec)
 
 
-def _spelled(spec: QSpec | str | None) -> str | None:
+def _spelled(spec: QSpec | ActivationSpec | str | None) -> str | None:
     return None if spec is None else str(spec)

@@ -32,6 +32,7 @@ from qcompile.passes.quantize_linear import QuantizeLinear
 from qcompile.passes.recognize_activation import RecognizeActivation
 from qcompile.passes.recognize_attention import RecognizeAttention
 from qcompile.passes.recognize_norm import RecognizeNorm
+from qcompile.passes.round_activation import RoundActivation
 
 # Importing a kernel signs it up. Earlier ones are asked first.
 KERNELS = (
@@ -83,6 +84,8 @@ def default_passes(config: Config) -> list[Rule[Any]]:
     # One spelling first, because captured spellings change with each release of torch and transformers.
     passes = [*normalizing_passes(), RecognizeActivation(), RecognizeNorm(), RecognizeAttention()]
     passes += [QuantizeLinear(), QuantizeEmbedding()]
+    if config.activations is not None:
+        passes += [RoundActivation(str(config.activations))]
     if config.do_fuse:
         passes += _fusing_passes(config)
     # Last: siblings and MLPs are fused while their linears are linears.

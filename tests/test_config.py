@@ -81,6 +81,12 @@ def test_which_rule_wins(fields: dict[str, Any], module: str, role: str, want: Q
         ({"specs": {"q_proj": "u4/g64"}}, "specs['q_proj']: 'u4/g64' is not a spec"),
         ({"specs": {"q_proj": "u4/g64/sym"}}, "specs['q_proj']: u4 has no symmetric form; write i4/g64/sym"),
         ({"keep": ["lmhead"]}, "keep: unknown role 'lmhead'; did you mean 'lm_head'?"),
+        ({"activations": 8}, "activations=8 is not a spec; a spec is spelled like 'i8/token/dynamic'"),
+        ({"activations": "i8/row/dynamic"}, "activations: 'i8/row/dynamic': unknown granularity 'row'"),
+        (
+            {"activations": "i8/tensor/static"},
+            "'i8/tensor/static' needs numbers that only a checkpoint has",
+        ),
         ({"strict": 1}, "strict=1 is neither True nor False"),
         ({"do_fuse": None}, "do_fuse=None is neither True nor False"),
         ({"dump": 3}, "dump=3 is not a path"),
@@ -115,7 +121,7 @@ class TestOf:
         ("value", "options", "message"),
         [
             (None, {"weigths": "u4/g64/asym"}, "unknown config key 'weigths'; did you mean 'weights'?"),
-            ({"weights": U4, "group_size": 64}, {}, "unknown config key 'group_size'; known: algorithm, "),
+            ({"weights": U4, "group_size": 64}, {}, "unknown config key 'group_size'; known: activations, algorithm, "),
             (
                 4,
                 {},
