@@ -20,6 +20,7 @@ from qcompile.graph.rewrite import PassResult, Rewriter, Rule, apply
 from qcompile.normal import normalizing_passes
 from qcompile.ops.registry import MEANING
 from qcompile.passes.fuse_attention import FuseAttention
+from qcompile.passes.fuse_linear import FuseLinear
 from qcompile.passes.fuse_mlp import FuseMlp
 from qcompile.passes.fuse_norm import FuseNorm
 from qcompile.passes.fuse_rope import FuseRope
@@ -86,27 +87,23 @@ def default_passes(config: Config) -> list[Rule[Any]]:
     passes += [QuantizeLinear(), QuantizeEmbedding()]
     if config.activations is not None:
         passes += [RoundActivation(str(config.activations))]
-    if config.do_fuse:
-        passes += _fusing_passes(config)
-    # Last: siblings and MLPs are fused while their linears are linears.
-    return [*passes, QuantizeActivation()]
+    if not config.do_fuse:
+        return [*passes, QuantizeActivation()]
+    passes += _confined(config, ("any", FuseSiblings()), ("rope", FuseRope()))
+    # After siblings: gate and up are halves of one tensor, and a linear with an activation is no sibling.
+    passes += _confined(config, ("mlp", FuseMlp()), ("attention", FuseAttention()), ("attention", FuseRopeCache()))
+    # After siblings and MLPs, which are fused while their linears are linears.
+    passes += [QuantizeActivation()]
+    # Norms last: a rotation is a sum too, and a norm behind it would take it for its residual; and where a linear takes
+    # its norm and the sum behind it, they do not join one another.
+    return [*passes, *_confined(config, ("any", FuseLinear()), ("layernorm", FuseNorm()))]
 
 
-def _fusing_passes(config: Config) -> list[Rule[Any]]:
-    named = config.modules_to_fuse
-    fusing: list[tuple[str, Rule[Any]]] = [
-        ("any", FuseSiblings()),
-        # Before norms: a rotation is a sum too, and a norm behind it would take it for its residual.
-        ("rope", FuseRope()),
-        ("layernorm", FuseNorm()),
-        # After siblings: gate and up are halves of one tensor, and a linear with an activation is no sibling.
-        ("mlp", FuseMlp()),
-        ("attention", FuseAttention()),
-        ("attention", FuseRopeCache()),
-    ]
-    if named is None:
-        return [rule for _, rule in fusing]
-    return [Confined(rule, functools.partial(config.fusing.why_not, kind)) for kind, rule in fusing]
+def _confined(config: Config, *rules: tuple[str, Rule[Any]]) -> list[Rule[Any]]:
+    """Each rule for the kind of module that is named beside it, where the config says which modules to fuse."""
+    if config.modules_to_fuse is None:
+        return [rule for _, rule in rules]
+    return [Confined(rule, functools.partial(config.fusing.why_not, kind)) for kind, rule in rules]
 
 
 class Confined:

@@ -26,11 +26,14 @@ Refuses = Callable[..., str | None]
 
 @dataclass(frozen=True)
 class Implementation:
-    """A kernel behind an op. `refuses` takes the op's arguments, fake tensors with possibly symbolic shapes."""
+    """A kernel behind an op. `refuses` takes the op's arguments, fake tensors with possibly symbolic shapes.
+
+    `device` is the type of device that it is for, None for any."""
 
     name: str
     function: Function
     refuses: Refuses
+    device: str | None = None
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class Op:
     def __call__(self, *args: Any) -> Any:
         return self.overload(*args)
 
-    def implementation(self, name: str, refuses: Refuses) -> Callable[[Function], Function]:
+    def implementation(self, name: str, refuses: Refuses, device: str | None = None) -> Callable[[Function], Function]:
         """Sign up a kernel. Raises TypeError unless function and `refuses` take the op's own arguments."""
 
         def sign_up(function: Function) -> Function:
@@ -66,10 +69,14 @@ class Op:
                 got = list(inspect.signature(candidate).parameters)
                 if got != want:
                     raise TypeError(f"{name}: {candidate.__name__} takes {got}, {self.name} takes {want}")
-            self.implementations.append(Implementation(name, function, refuses))
+            self.implementations.append(Implementation(name, function, refuses, device))
             return function
 
         return sign_up
+
+    def serves(self, device: torch.device) -> bool:
+        """Has a kernel signed up for devices of this type?"""
+        return any(one.device in (None, device.type) for one in self.implementations)
 
     def choose(self, *args: Any) -> Choice:
         """The first implementation that does not refuse these arguments, else the meaning."""

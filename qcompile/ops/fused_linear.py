@@ -1,0 +1,55 @@
+"""A linear map with what stands around it in a layer."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from qcompile.ops.activation import gated_act
+from qcompile.ops.linear import linear
+from qcompile.ops.norm import rms_norm
+from qcompile.ops.registry import op_with_fake
+
+
+def _empty(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    eps: float | None,
+    weight_offset: float,
+    data: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    spec: str,
+    activation: str | None,
+    gated: bool,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], data.shape[0] // (2 if gated else 1)))
+
+
+@op_with_fake(_empty)
+def fused_linear(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    eps: float | None,
+    weight_offset: float,
+    data: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    spec: str,
+    activation: str | None,
+    gated: bool,
+) -> Tensor:
+    """residual + linear(rms_norm(x)), see `linear` and `rms_norm`: x (…, in_features) → (…, out_features).
+
+    Without eps there is no norm; residual (…, out_features) is None for none. `gated`: the weight's rows are those of
+    a gate and as many of its factor, and the linear is gated_act of the two.
+    """
+    if eps is not None:
+        x = rms_norm.meaning(x, norm_weight, eps, weight_offset)
+    y = linear.meaning(x, data, scale, zero, bias, spec, None if gated else activation)
+    if gated:
+        y = gated_act.meaning(*y.chunk(2, -1), activation)
+    return y if residual is None else residual + y
