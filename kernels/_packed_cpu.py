@@ -89,7 +89,7 @@ class Reader:
     """How to read weights of one spec with `columns` inputs, worked out once.
 
     many_rows   None where this processor has no such kernel
-    has_dot     does few_rows multiply bfloat16 in pairs?
+    has_dot     does few_rows multiply numbers of 16 bits as integers?
     group       inputs that share a scale
     height      rows that share their scales
     by_row      does each row, or each `height` rows, have scales of their own?
@@ -101,7 +101,6 @@ class Reader:
     few_rows: Callable[..., None]
     many_rows: Callable[..., None] | None
     has_dot: bool
-    bits: int
     columns: int
     group: int
     groups: int
@@ -122,7 +121,6 @@ class Reader:
             few_rows=found.few_rows,
             many_rows=found.many_rows if found.has_many_rows() else None,
             has_dot=bool(found.has_dot(columns, columns // groups)),
-            bits=parsed.element.bits,
             columns=columns,
             group=columns // groups,
             groups=groups,

@@ -23,14 +23,14 @@ from qcompile.ops.activation import ACTIVATIONS
 from qcompile.ops.linear import linear
 from qcompile.ops.registry import opaque
 
-# The most rows that few_rows takes; where it multiplies bfloat16 in pairs, by codes of fewer bits or of eight. ms of
-# one thread, few_rows | many_rows, 16384 × 2048, weights out of the cache, Zen 4 (torch in bfloat16: 5.7 to 10):
-#               1 row         4 rows        5 rows        6 rows        8 rows        16 rows       24 rows
-# u4 bfloat16   1.32 | 3.87   2.53 | 4.48   2.84 | 4.82   3.28 | 5.07   4.19 | 5.69   7.58 | 8.10   11.1 | 10.4
-# u8 bfloat16   2.23 | 4.29   4.09 | 4.92   4.84 | 5.20   5.76 | 5.55   7.37 | 6.08   13.7 | 8.44   20.3 | 10.9
-# u4 float32                  4.53 | 6.78   7.99 | 6.57   9.10 | 7.17   11.4 | 8.36
-# u8 float32                  4.92 | 7.26   7.96 | 7.05   9.15 | 7.65   11.9 | 8.81
-FEW_ROWS, FEW_ROWS_TO_DOT, FEW_ROWS_OF_BYTES_TO_DOT = 4, 20, 5
+# The most rows that few_rows takes; where it multiplies 16 bits as integers. ms of one thread, few_rows | many_rows,
+# 4096 × 2048, weights in the cache, Zen 4; float32 16384 × 2048:
+#               1 row         4 rows        5 rows        8 rows        12 rows       16 rows
+# u4 bfloat16   0.18 | 0.89   0.54 | 1.03   0.66 | 1.10   1.06 | 1.32   1.55 | 1.62   2.14 | 1.92
+# u8 bfloat16   0.26 | 1.22   0.68 | 1.37   0.85 | 1.44   1.35 | 1.66   2.05 | 1.96   2.74 | 2.25
+# u4 float32                  4.53 | 6.78   7.99 | 6.57   11.4 | 8.36
+# u8 float32                  4.92 | 7.26   7.96 | 7.05   11.9 | 8.81
+FEW_ROWS, FEW_ROWS_OF_16_BITS = 4, 12
 # The most rows without the copy: where there is many_rows, the same beside AMX, and without it (AVX2 code on Zen 4,
 # bfloat16, few_rows | copy: 3.1 | 4.0 ms for 8 rows, 6.1 | 4.6 for 16). AMX is an estimate: torch's linear took 10.6 ms
 # for 64 rows and 47.6 for 512, 16384 × 2048 on a Xeon with AMX, where AVX512 alone could not beat 100 for 512.
@@ -101,9 +101,7 @@ def linear_packed(
 def _few_rows(dtype: torch.dtype, reader: packed.Reader) -> int:
     if reader.many_rows is None:
         return ROWS_WITHOUT_MANY_ROWS
-    if dtype != torch.bfloat16 or not reader.has_dot:
-        return FEW_ROWS
-    return FEW_ROWS_TO_DOT if reader.bits < 8 else FEW_ROWS_OF_BYTES_TO_DOT
+    return FEW_ROWS_OF_16_BITS if reader.has_dot and dtype != torch.float32 else FEW_ROWS
 
 
 @functools.lru_cache(maxsize=4096)

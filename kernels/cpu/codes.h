@@ -132,39 +132,44 @@ struct Weight {
     INLINE int64_t groups() const { return group_count; }
     INLINE int64_t blocks() const { return whole(columns) / LANES; }
     INLINE Row row(int64_t n) const { return Row(data + n * data_stride, columns); }
-    // The scales and zero points of a row that comes later.
-    INLINE void prefetch_sides(int64_t n) const {
-        const int64_t row = height == 1 ? n : n / height;
+    // The scales and zero points of rows that come later.
+    INLINE void prefetch_sides(int64_t n, int64_t count) const {
         auto fetch = [&](const void* side, int64_t stride, int kind) __attribute__((always_inline)) {
-            const char* at = (const char*)side + row * stride * size_of(kind);
-            for (int64_t i = 0; i < groups() * size_of(kind); i += 64) __builtin_prefetch(at + i, 0, 2);
+            const char* at = (const char*)side + n / height * stride * size_of(kind);
+            const int64_t bytes = ((count - 1) / height * stride + groups()) * size_of(kind);
+            for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i, 0, 2);
         };
         fetch(scale, scale_stride, scale_kind);
         if (zero) fetch(zero, zero_stride, zero_kind & ~ADDED);
     }
-    // The scales and zero points of row n, sixteen groups at a time: a number is (code - zero) * scale.
-    template <typename Use> INLINE void each_sides(int64_t n, Use use) const {
-        const int64_t at = height == 1 ? n : n / height;
-        const char* scales = (const char*)scale + at * scale_stride * size_of(scale_kind);
-        const int kind = zero_kind & ~ADDED;
-        const char* zeros = (const char*)zero + at * zero_stride * size_of(kind);
-        for (int64_t g = 0; g < groups(); g += LANES) {
-            const int64_t count = std::min(LANES, groups() - g);
-            auto read = [&](const char* from, int kind) __attribute__((always_inline)) {
-                return count == LANES ? load16(from, g, kind) : load_some(from, g, count, kind);
-            };
-            f32x16 s = read(scales, scale_kind), z = zero ? read(zeros, kind) : splat(offset);
-            if (zero_kind & ADDED) {
-                // A group of one number has scale 0 and the number added: codes must not matter, the sum must.
-                const u32x16 is_zero = (bits_of<u32x16>(s) & 0x7fffffff) < 1;
-                s = bits_of<f32x16>(bits_of<u32x16>(s) | (is_zero & 0x0d800000));  // 2^-100
-                z = f32x16{} - z / s;
+    // The scales and zero points of `count` rows from n on, sixteen at a time, as use(index, scales, zeros): a number
+    // is (code - zero) * scale. Behind those of a row there may be others, which the next row's replace.
+    template <typename Use> INLINE void each_sides(int64_t n, int64_t count, Use use) const {
+        const bool dense = height == 1 && scale_stride == groups() && (!zero || zero_stride == groups());
+        const int64_t all = dense ? count * groups() : groups();
+        for (int64_t row = 0; row < (dense ? 1 : count); row++) {
+            const int64_t at = height == 1 ? n + row : (n + row) / height;
+            const char* scales = (const char*)scale + at * scale_stride * size_of(scale_kind);
+            const int kind = zero_kind & ~ADDED;
+            const char* zeros = (const char*)zero + at * zero_stride * size_of(kind);
+            for (int64_t g = 0; g < all; g += LANES) {
+                const int64_t left = std::min(LANES, all - g);
+                auto read = [&](const char* from, int kind) __attribute__((always_inline)) {
+                    return left == LANES ? load16(from, g, kind) : load_some(from, g, left, kind);
+                };
+                f32x16 s = read(scales, scale_kind), z = zero ? read(zeros, kind) : splat(offset);
+                if (zero_kind & ADDED) {
+                    // A group of one number has scale 0 and the number added: codes must not matter, the sum must.
+                    const u32x16 is_zero = (bits_of<u32x16>(s) & 0x7fffffff) < 1;
+                    s = bits_of<f32x16>(bits_of<u32x16>(s) | (is_zero & 0x0d800000));  // 2^-100
+                    z = f32x16{} - z / s;
+                }
+                use(row * groups() + g, s, z);
             }
-            use(g, s, z);
         }
     }
     INLINE void sides(float* s, float* z, int64_t n) const {
-        each_sides(n, [&](int64_t g, f32x16 scales, f32x16 zeros) __attribute__((always_inline)) {
+        each_sides(n, 1, [&](int64_t g, f32x16 scales, f32x16 zeros) __attribute__((always_inline)) {
             store(s + g, scales);
             store(z + g, zeros);
         });

@@ -85,9 +85,9 @@ const float* floats(const void* x, int64_t rows, int64_t columns, int64_t x_stri
 
 }  // namespace
 
-// Does few_rows multiply bfloat16 in pairs?
+// Does few_rows multiply numbers of 16 bits as integers?
 extern "C" int has_dot(int64_t columns, int64_t group) {
-#ifdef HAS_BF16_DOT
+#ifdef HAS_VNNI
     return !IS_FLOAT && groups_of_lane(columns, group);
 #else
     return 0;
@@ -98,8 +98,8 @@ extern "C" void few_rows(WEIGHT_ARGUMENTS, const void* x, int64_t x_rows, int64_
                          const void* bias, int bias_kind, int threads) {
     const Weight w = WEIGHT;
     const Output out = {y, bias, rows, kind, bias_kind};
-#ifdef HAS_BF16_DOT
-    if (kind == BF16 && has_dot(columns, group)) return few_rows_dot(w, x, x_rows, x_stride, out, threads);
+#ifdef HAS_VNNI
+    if (kind != F32 && has_dot(columns, group)) return few_rows_dot(w, x, x_rows, x_stride, out, threads);
 #endif
     few_rows_f32(w, floats(x, x_rows, columns, x_stride, kind), x_rows, out, threads);
 }

@@ -1,26 +1,19 @@
-// A few rows of bfloat16 x with the bfloat16 dot instruction of AVX512.
+// A few rows of x of 16 bits, as fixed point, by the instruction of AVX512 that multiplies bytes.
 //
-// A code below 128 becomes a bfloat16 by putting 0x43 in front of it: that is 128 + code, exactly. So 64 bytes of codes
-// become bfloat16 numbers with a mask and two interleaves for each 64 of them, where they lie, and x is brought into
-// their order instead. The sums of (128 + code) * x are put right once a group, together with the zero point, by the sum of x
-// over the group. Codes of eight bits go as two halves: 2048 + 16 * high and 128 + low.
+// Sixteen to 128 neighbours of x share a scale, and are integers of 16 bits in units of it, which is finer than x
+// itself: a signed byte times 256 and a signed byte. Both are multiplied by the codes as they lie in 64 bytes of memory,
+// after a mask or a shift, and summed up exactly; x is brought into their order instead. What the zero points take off
+// is the sum of x over a group.
 
-#ifdef HAS_BF16_DOT
+#ifdef HAS_VNNI
 namespace {
 
-constexpr float MAGIC = BITS == 8 ? 2048 + 128 : 128;
-constexpr int FIELDS = 8 / width_of(0);              // blocks of sixteen codes in sixteen bytes of the first plane
-constexpr int64_t STEP = 4 * LANES * FIELDS;         // codes in a vector of that plane
-constexpr int X_VECTORS = 2 * FIELDS;                // vectors of x for them: of each block the first and the last eight
-constexpr int W_VECTORS = BITS == 8 ? 4 : X_VECTORS;
+constexpr int FIELDS = 8 / width_of(0);       // blocks of sixteen codes in sixteen bytes of the first plane
+constexpr int64_t STEP = 4 * LANES * FIELDS;  // codes in a vector of that plane
 constexpr int64_t STEP_BYTES = STEP * BITS / 8;
 // The hardware reads ahead too timidly. Into the second cache: there are too few places to wait for the first one. ms of
 // one thread and one row of x, u4/g64 16384 × 2048, Zen 4: 2.2 without, 1.8 into the first cache, 1.0 so.
 constexpr int64_t AHEAD = 8192;
-
-INLINE __m512 dot(__m512 sum, __m512i a, __m512i b) {
-    return _mm512_dpbf16_ps(sum, bits_of<__m512bh>(a), bits_of<__m512bh>(b));
-}
 
 // Four vectors to their four sums.
 INLINE __m128 sums4(__m512 a, __m512 b, __m512 c, __m512 d) {
@@ -34,15 +27,17 @@ INLINE __m128 sums4(__m512 a, __m512 b, __m512 c, __m512 d) {
     return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
 
-// x in the order of the codes, padded with zeros to whole steps, and its sums over each group.
-struct Dotted {
-    const uint16_t* x;
-    const float* sums;
-    int64_t stride, groups;  // groups rounded up to sixteen
+// x in the order of the codes, padded with zeros to whole steps, and its sums over each group. A step is a vector of
+// high bytes for each field and one of low bytes; the codes of a lane of 128 bits share a scale.
+struct Fixed {
+    const int8_t* x;
+    const float *scales, *sums;
+    int64_t steps, groups;  // groups rounded up to sixteen
 
-    INLINE __m512i at(int64_t m, int64_t step, int i) const {
-        return _mm512_load_si512(x + m * stride + step * STEP + i * 32);
+    INLINE __m512i at(int64_t m, int64_t step, int plane, int field) const {
+        return _mm512_load_si512(x + (m * steps + step) * (128 * FIELDS) + (plane * FIELDS + field) * 64);
     }
+    INLINE __m512 scale(int64_t m, int64_t step) const { return _mm512_load_ps(scales + (m * steps + step) * LANES); }
 };
 
 // Sixteen bytes of the first plane are a lane; of another plane, each lane gets the bytes that hold its codes' bits,
@@ -65,75 +60,75 @@ template <bool LAST> INLINE __m512i lanes_of(int p, const Row& row, int64_t step
     return _mm512_srlv_epi32(v, turns);
 }
 
-// One step of one row of the weight, as bfloat16: of each block of its lanes the first eight codes, and the others.
+// The codes of one step of one row of the weight, a field of each lane after the other.
 template <bool LAST>
-INLINE void unpack_step(__m512i (&w)[W_VECTORS], const Row& row, int64_t step, int64_t columns) {
+INLINE void unpack_step(__m512i (&w)[FIELDS], const Row& row, int64_t step, int64_t columns) {
     __m512i v[PLANES];
-    for (int p = 0; p < PLANES; p++) v[p] = lanes_of<LAST>(p, row, step, columns);
-    // Nothing shifts bytes: words are shifted, and what crosses over is masked.
-    auto bits = [](__m512i plane, int shift, int mask) __attribute__((always_inline)) {
-        const __m512i moved = shift > 0   ? _mm512_srli_epi16(plane, shift)
-                              : shift < 0 ? _mm512_slli_epi16(plane, -shift)
-                                          : plane;
-        return _mm512_and_si512(moved, _mm512_set1_epi8(mask));
-    };
-    auto write = [&](int i, __m512i codes, int front) __attribute__((always_inline)) {
-        w[i] = _mm512_unpacklo_epi8(codes, _mm512_set1_epi8(front));
-        w[i + 1] = _mm512_unpackhi_epi8(codes, _mm512_set1_epi8(front));
-    };
-    if (BITS == 8) {
-        write(0, bits(v[0], 0, 15), 0x43);
-        write(W_VECTORS - 2, bits(v[0], 4, 15), 0x45);
-        return;
+    for (int p = 0; p < PLANES; p++) {
+        v[p] = lanes_of<LAST>(p, row, step, columns);
+        asm("" : "+v"(v[p]));  // else gcc reads it once for each use
     }
 #pragma GCC unroll 8
     for (int field = 0; field < FIELDS; field++) {
-        __m512i codes = _mm512_setzero_si512();
         for (int p = 0; p < PLANES; p++) {
-            const int width = width_of(p), low = low_of(p);
-            const __m512i part = bits(v[p], field * width - low, ((1 << width) - 1) << low);
-            codes = p ? _mm512_or_si512(codes, part) : part;
+            // Nothing shifts bytes: words are shifted, and what crosses over is masked.
+            const int width = width_of(p), low = low_of(p), shift = field * width - low;
+            __m512i part = shift > 0   ? _mm512_srli_epi16(v[p], shift)
+                           : shift < 0 ? _mm512_slli_epi16(v[p], -shift)
+                                       : v[p];
+            if (width < 8) part = _mm512_and_si512(part, _mm512_set1_epi8(((1 << width) - 1) << low));
+            w[field] = p ? _mm512_or_si512(w[field], part) : part;
         }
-        write(2 * field, codes, 0x43);
     }
 }
 
-// Which scales a step needs: lane by lane, SPLIT of them for the codes of a lane; one after the other in memory.
+// Rows of scales, and behind them shift = scale * zero. A step begins at the scale `first[step]` of a row and needs
+// them lane by lane, SPLIT of them for the codes of a lane.
 struct Scales {
-    int64_t stride, per_step, steps_of_one;  // per_step scales to a step, or one scale for several steps
+    const float *scale, *shift;
+    int64_t stride;
+    const int32_t* first;
     __m512i place[4];
 
-    INLINE __m512 of(const float* row, int64_t step, int part) const {
-        const float* from = row + (steps_of_one ? step / steps_of_one : step * per_step);
-        return _mm512_permutexvar_ps(place[part], _mm512_loadu_ps(from));
+    INLINE __m512 of(int64_t row, int64_t step, int part) const {
+        return _mm512_permutexvar_ps(place[part], _mm512_loadu_ps(scale + row * stride + first[step]));
     }
 };
 
 template <int R, int M, int SPLIT, bool LAST>
-INLINE void add_step(__m512 (&total)[R][M], const Row* row, int64_t step, int64_t columns, const Dotted& x, int64_t m0,
-                     const Scales& scales, const float* scale_rows) {
-    // Two at a time: reading 64 bytes of x takes longer than multiplying them.
-    constexpr int PAIR = R == 1 ? 1 : 2;
-    for (int r = 0; r < R; r += PAIR) {
-        __m512i w[PAIR][W_VECTORS];
-        for (int i = 0; i < PAIR; i++) {
+INLINE void add_step(__m512 (&total)[R][M], const Row* row, int64_t step, int64_t columns, const Fixed& x,
+                     int64_t m0, const Scales& scales, int64_t r0) {
+    // Several at a time, as many as there are registers for: reading 64 bytes of x takes as long as multiplying them.
+    constexpr int SIDE = R * FIELDS <= 8 ? R : R > 1 ? 2 : 1;
+    for (int r = 0; r < R; r += SIDE) {
+        __m512i w[SIDE][FIELDS];
+        for (int i = 0; i < SIDE; i++) {
             unpack_step<LAST>(w[i], row[r + i], step, columns);
             for (int64_t line = 0; line < STEP_BYTES; line += 64)
                 __builtin_prefetch(row[r + i].plane[0] + step * STEP_BYTES + line + AHEAD, 0, 2);
         }
         for (int part = 0; part < SPLIT; part++) {
-            __m512 scale[PAIR];
-            for (int i = 0; i < PAIR; i++) scale[i] = scales.of(scale_rows + (r + i) * scales.stride, step, part);
+            __m512 scale[SIDE];
+            for (int i = 0; i < SIDE; i++) scale[i] = scales.of(r0 + r + i, step, part);
 #pragma GCC unroll 8
             for (int m = 0; m < M; m++) {
-                __m512 sum[PAIR];
-                for (int i = 0; i < PAIR; i++) sum[i] = _mm512_setzero_ps();
-#pragma GCC unroll 16
-                for (int v = part * W_VECTORS / SPLIT; v < (part + 1) * W_VECTORS / SPLIT; v++) {
-                    const __m512i mine = x.at(m0 + m, step, v % X_VECTORS);
-                    for (int i = 0; i < PAIR; i++) sum[i] = dot(sum[i], w[i][v], mine);
-                }
-                for (int i = 0; i < PAIR; i++) total[r + i][m] = _mm512_fmadd_ps(sum[i], scale[i], total[r + i][m]);
+                __m512i sum[SIDE];
+                for (int i = 0; i < SIDE; i++) sum[i] = _mm512_setzero_si512();
+                auto add = [&](int plane) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+                    for (int field = part * FIELDS / SPLIT; field < (part + 1) * FIELDS / SPLIT; field++) {
+                        __m512i mine = x.at(m0 + m, step, plane, field);
+                        if (SIDE > 1) asm("" : "+v"(mine));
+                        for (int i = 0; i < SIDE; i++) sum[i] = _mm512_dpbusd_epi32(sum[i], w[i][field], mine);
+                    }
+                };
+                add(0);
+                for (int i = 0; i < SIDE; i++) sum[i] = _mm512_slli_epi32(sum[i], 8);
+                add(1);
+                const __m512 mine = x.scale(m0 + m, step);
+                for (int i = 0; i < SIDE; i++)
+                    total[r + i][m] =
+                        _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[i]), _mm512_mul_ps(scale[i], mine), total[r + i][m]);
             }
         }
     }
@@ -141,22 +136,24 @@ INLINE void add_step(__m512 (&total)[R][M], const Row* row, int64_t step, int64_
 
 // R rows of the weight times M rows of x.
 template <int R, int M, int SPLIT>
-void few_rows_dot(const Weight& w, int64_t n, const Dotted& x, int64_t m0, const Scales& scales, const float* scale,
+void few_rows_dot(const Weight& w, int64_t n, const Fixed& x, int64_t m0, const Scales& scales, int64_t r0,
                   const Output& out) {
-    const float* shift = scale + 4 * scales.stride;
     Row row[R];
     for (int r = 0; r < R; r++) row[r] = w.row(n + r);
     __m512 total[R][M];
     for (int r = 0; r < R; r++)
         for (int m = 0; m < M; m++) total[r][m] = _mm512_setzero_ps();
-    for (int64_t g = 0; g < x.groups; g += LANES)
-        for (int r = 0; r < R; r++)
+    for (int64_t g = 0; g < x.groups; g += LANES) {
+        const __mmask16 there = _bzhi_u32(0xffff, std::min(LANES, w.groups() - g));
+        for (int r = 0; r < R; r++) {
+            const __m512 shift = _mm512_maskz_loadu_ps(there, scales.shift + (r0 + r) * scales.stride + g);
             for (int m = 0; m < M; m++)
-                total[r][m] = _mm512_fnmadd_ps(_mm512_load_ps(shift + r * scales.stride + g),
-                                               _mm512_load_ps(x.sums + (m0 + m) * x.groups + g), total[r][m]);
+                total[r][m] = _mm512_fnmadd_ps(shift, _mm512_loadu_ps(x.sums + (m0 + m) * x.groups + g), total[r][m]);
+        }
+    }
     const int64_t full = w.columns / STEP;
-    for (int64_t s = 0; s < full; s++) add_step<R, M, SPLIT, false>(total, row, s, w.columns, x, m0, scales, scale);
-    if (full * STEP < w.columns) add_step<R, M, SPLIT, true>(total, row, full, w.columns, x, m0, scales, scale);
+    for (int64_t s = 0; s < full; s++) add_step<R, M, SPLIT, false>(total, row, s, w.columns, x, m0, scales, r0);
+    if (full * STEP < w.columns) add_step<R, M, SPLIT, true>(total, row, full, w.columns, x, m0, scales, r0);
     for (int m = 0; m < M; m++) {
         __m512 each[4];
         for (int r = 0; r < 4; r++) each[r] = r < R ? total[r < R ? r : 0][m] : _mm512_setzero_ps();
@@ -166,15 +163,14 @@ void few_rows_dot(const Weight& w, int64_t n, const Dotted& x, int64_t m0, const
 
 // Four rows of the weight times all rows of x, as many at a time as there are registers for sums.
 template <int SPLIT>
-INLINE void four_rows_dot(const Weight& w, int64_t n, const Dotted& x, int64_t rows, const Scales& scales,
-                          const float* scale, const Output& out) {
+INLINE void four_rows_dot(const Weight& w, int64_t n, const Fixed& x, int64_t rows, const Scales& scales,
+                          int64_t r0, const Output& out) {
     const int64_t parts = (rows + 7) / 8;
     for (int64_t part = 0; part < parts; part++) {
         const int64_t m = rows * part / parts, count = rows * (part + 1) / parts - m;
         auto run = [&](auto height, auto most) __attribute__((always_inline)) {
             constexpr int R = decltype(height)::value, M = decltype(most)::value;
-            for (int r = 0; r < 4; r += R)
-                few_rows_dot<R, M, SPLIT>(w, n + r, x, m, scales, scale + r * scales.stride, out);
+            for (int r = 0; r < 4; r += R) few_rows_dot<R, M, SPLIT>(w, n + r, x, m, scales, r0 + r, out);
         };
         switch (count) {
             case 1: run(Count<4>(), Count<1>()); break;
@@ -190,51 +186,52 @@ INLINE void four_rows_dot(const Weight& w, int64_t n, const Dotted& x, int64_t r
 }
 
 template <int SPLIT>
-void few_rows_dot(const Weight& w, const Dotted& x, int64_t rows, const Output& out, int threads) {
-    constexpr int R = 4;
-    const int64_t groups = w.groups(), stride = whole(groups) + LANES;  // a vector behind the last is read
+void few_rows_dot(const Weight& w, const Fixed& x, int64_t rows, const Output& out, int threads) {
+    constexpr int64_t R = 4, SIDES = 2048;  // so many scales are prepared at once, and still in the cache when read
+    const int64_t groups = w.groups(), block = std::max<int64_t>(1, std::min<int64_t>(16, SIDES / groups / R)) * R;
     const int64_t step = std::max<int64_t>(1, std::min<int64_t>(16, w.rows / (4 * R * threads))) * R;
+    const bool varies = w.scale_stride || w.zero_stride;
 #pragma omp parallel num_threads(threads)
     {
         static thread_local Scratch scratch;
-        // Those of four rows and, ahead of their time, of the next four: what was just stored is slow to read elsewhere.
-        float* const sides = scratch.get<float>(4 * R * stride);
-        std::fill(sides, sides + 4 * R * stride, 0.0f);
-        Scales scales = {stride, std::max<int64_t>(STEP / w.group, 1), 0, {}};
-        if (w.group > STEP) scales.steps_of_one = w.group >= w.columns ? 1ll << 62 : w.group / STEP;
+        const int64_t size = (varies ? block : 1) * groups + LANES;  // a vector behind the last is written, and read
+        float* scale = scratch.get<float>(2 * size + x.steps);
+        float* shift = scale + size;
+        int32_t* first = (int32_t*)(shift + size);
+        Scales scales = {scale, shift, varies ? groups : 0, first, {}};
+        std::fill(scale, shift + size, 0.0f);
+        for (int64_t s = 0; s < x.steps; s++) first[s] = w.group >= w.columns ? 0 : s * STEP / w.group;
         for (int part = 0; part < SPLIT; part++) {
             int32_t place[16];
             for (int i = 0; i < 16; i++)
-                place[i] = w.group > STEP ? 0 : (i / 4 * STEP / 4 + part * STEP / 4 / SPLIT) / w.group;
+                place[i] = w.group > STEP || groups == 1 ? 0 : (i / 4 * STEP / 4 + part * STEP / 4 / SPLIT) / w.group;
             scales.place[part] = _mm512_loadu_si512(place);
         }
-        const bool varies = w.scale_stride || w.zero_stride;
-        auto side = [&](int64_t n) { return sides + (varies ? n / R % 2 * 2 * R * stride : 0); };
-        // shift = scale * (zero + MAGIC), behind the scales
         auto prepare = [&](int64_t n, int64_t count) {
-            for (int64_t r = 0; r < count; r++) {
-                float *s = side(n) + r * stride, *z = s + R * stride;
-                w.each_sides(n + r, [&](int64_t g, f32x16 scale, f32x16 zero) __attribute__((always_inline)) {
-                    store(s + g, scale);
-                    store(z + g, (zero + MAGIC) * scale);
-                });
-                w.prefetch_sides(n + r + 4 * R);
-            }
+            w.each_sides(n, count, [&](int64_t i, f32x16 s, f32x16 z) __attribute__((always_inline)) {
+                store(scale + i, s);
+                store(shift + i, z * s);
+            });
         };
-        if (!varies) prepare(0, std::min<int64_t>(R, w.rows));
+        if (!varies) prepare(0, 1);
 #pragma omp for schedule(dynamic)
         for (int64_t first = 0; first < w.rows; first += step) {
             const int64_t last = std::min(first + step, w.rows);
-            if (varies) prepare(first, std::min<int64_t>(R, last - first));
-            for (int64_t n = first; n < last; n += R) {
-                if (varies && n + R < last) prepare(n + R, std::min<int64_t>(R, last - n - R));
-                const float* scale = side(n);
-                if (n + R <= last) {
-                    four_rows_dot<SPLIT>(w, n, x, rows, scales, scale, out);
-                    continue;
+            for (int64_t begin = first; begin < last; begin += block) {
+                const int64_t end = std::min(begin + block, last);
+                if (varies) {
+                    prepare(begin, end - begin);
+                    w.prefetch_sides(end, block);
                 }
-                for (int64_t r = 0; n + r < last; r++, scale += stride)
-                    for (int64_t m = 0; m < rows; m++) few_rows_dot<1, 1, SPLIT>(w, n + r, x, m, scales, scale, out);
+                for (int64_t n = begin; n < end; n += R) {
+                    if (n + R <= end) {
+                        four_rows_dot<SPLIT>(w, n, x, rows, scales, n - begin, out);
+                        continue;
+                    }
+                    for (int64_t r = 0; n + r < end; r++)
+                        for (int64_t m = 0; m < rows; m++)
+                            few_rows_dot<1, 1, SPLIT>(w, n + r, x, m, scales, n + r - begin, out);
+                }
             }
         }
     }
@@ -248,35 +245,56 @@ INLINE int64_t groups_of_lane(int64_t columns, int64_t group) {
     return group >= LANE ? 1 : LANE / group <= 4 ? LANE / group : 0;
 }
 
+// One row of x to fixed point. Not a number makes its scale none, and what is infinite an infinite one.
+void fix_row(const Weight& w, const void* x, int kind, int8_t* to, float* scales, float* sums) {
+    constexpr float LARGEST = 127 * 256 + 127;
+    int64_t group = 0, end = w.group;
+    f32x16 total{};
+    auto finish_group = [&] {
+        if (group < w.groups()) sums[group++] = sum(total);
+        total = {};
+        end += w.group;
+    };
+    for (int64_t k = 0; k < whole(w.columns, STEP); to += 128 * FIELDS, scales += LANES)
+        for (int lane = 0; lane < 4; lane++) {
+            f32x16 v[FIELDS];
+            __m512i most = _mm512_set1_epi32(0x0da24260);  // 1e-30, so that the reciprocal is finite
+            for (int field = 0; field < FIELDS; field++) {
+                const int64_t at = k + field * LANES, left = w.columns - at;
+                v[field] = left >= LANES ? load16(x, at, kind) : left > 0 ? load_some(x, at, left, kind) : f32x16{};
+                const __m512i size = _mm512_and_si512(bits_of<__m512i>(v[field]), _mm512_set1_epi32(0x7fffffff));
+                most = _mm512_max_epi32(most, size);
+            }
+            const float largest = bits_of<float>(_mm512_reduce_max_epi32(most)), scale = largest / LARGEST;
+            _mm_store_ps(scales + 4 * lane, _mm_set1_ps(scale));
+            for (int field = 0; field < FIELDS; field++, k += LANES) {
+                if (k == end) finish_group();
+                const __m512i q = _mm512_cvtps_epi32(bits_of<__m512>(v[field] * (LARGEST / largest)));
+                const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(q, _mm512_set1_epi32(128)), 8);
+                int8_t* at = to + field * 64 + lane * 16;
+                _mm_store_si128((__m128i*)at, _mm512_cvtepi32_epi8(high));
+                _mm_store_si128((__m128i*)(at + FIELDS * 64), _mm512_cvtepi32_epi8(q));
+                total = multiply_add(bits_of<f32x16>(_mm512_cvtepi32_ps(q)), splat(scale), total);
+            }
+        }
+    finish_group();
+}
+
 void few_rows_dot(const Weight& w, const void* x, int64_t rows, int64_t x_stride, const Output& out, int threads) {
-    static thread_local Scratch x_scratch, sum_scratch;
-    const int64_t stride = whole(w.columns, STEP) + 32, groups = whole(w.groups());
-    uint16_t* to = x_scratch.get<uint16_t>(rows * stride);
-    float* sums = sum_scratch.get<float>(rows * groups);
+    static thread_local Scratch scratch;
+    const int64_t steps = whole(w.columns, STEP) / STEP, groups = whole(w.groups());
+    float* sums = scratch.get<float>(rows * (groups + steps * (LANES + 32 * FIELDS)));
+    float* scales = sums + rows * groups;
+    int8_t* to = (int8_t*)(scales + rows * steps * LANES);
     std::fill(sums, sums + rows * groups, 0.0f);
-    for (int64_t m = 0; m < rows; m++) {
-        const uint16_t* from = (const uint16_t*)x + m * x_stride;
-        for (int64_t k = 0; k < whole(w.columns, STEP); k += LANES) {
-            const __mmask16 there = _bzhi_u32(0xffff, std::max<int64_t>(0, std::min(LANES, w.columns - k)));
-            const __m256i v = _mm256_maskz_loadu_epi16(there, from + k);
-            const int64_t lane = k % STEP / (LANES * FIELDS), field = k / LANES % FIELDS;
-            uint16_t* at = to + m * stride + k / STEP * STEP + field * 64 + lane * 8;
-            _mm_store_si128((__m128i*)at, _mm256_castsi256_si128(v));
-            _mm_store_si128((__m128i*)(at + 32), _mm256_extracti128_si256(v, 1));
-        }
-        for (int64_t g = 0; g < w.groups(); g++) {
-            f32x16 total{};
-            int64_t k = g * w.group, end = k + w.group;
-            for (; k + LANES <= end; k += LANES) total = total + load16(from, k, BF16);
-            if (k < end) total = total + load_some(from, k, end - k, BF16);
-            sums[m * groups + g] = sum(total);
-        }
-    }
-    const Dotted dotted = {to, sums, stride, groups};
+    for (int64_t m = 0; m < rows; m++)
+        fix_row(w, (const char*)x + m * x_stride * size_of(out.kind), out.kind, to + m * steps * 128 * FIELDS,
+                scales + m * steps * LANES, sums + m * groups);
+    const Fixed fixed = {to, scales, sums, steps, groups};
     switch (groups_of_lane(w.columns, w.group)) {
-        case 1: return few_rows_dot<1>(w, dotted, rows, out, threads);
-        case 2: return few_rows_dot<FIELDS >= 2 ? 2 : 1>(w, dotted, rows, out, threads);
-        default: return few_rows_dot<FIELDS >= 4 ? 4 : 1>(w, dotted, rows, out, threads);
+        case 1: return few_rows_dot<1>(w, fixed, rows, out, threads);
+        case 2: return few_rows_dot<FIELDS >= 2 ? 2 : 1>(w, fixed, rows, out, threads);
+        default: return few_rows_dot<FIELDS >= 4 ? 4 : 1>(w, fixed, rows, out, threads);
     }
 }
 

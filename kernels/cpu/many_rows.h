@@ -99,7 +99,7 @@ void fill_panel(const Weight& w, int64_t n, int64_t first, int64_t last, const f
 
 template <bool PAIRS> INLINE __m512 multiply_step(__m512 sum, __m512i a, __m512i b) {
 #ifdef HAS_BF16_DOT
-    if (PAIRS) return dot(sum, a, b);
+    if (PAIRS) return _mm512_dpbf16_ps(sum, bits_of<__m512bh>(a), bits_of<__m512bh>(b));
 #endif
     return _mm512_fmadd_ps(bits_of<__m512>(a), bits_of<__m512>(b), sum);
 }

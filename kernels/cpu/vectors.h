@@ -15,6 +15,9 @@
 #if defined(HAS_AVX512) && defined(__AVX512BF16__)
 #define HAS_BF16_DOT 1
 #endif
+#if defined(HAS_AVX512) && defined(__AVX512VNNI__)
+#define HAS_VNNI 1
+#endif
 #if defined(__AVX2__) && defined(__FMA__) && !defined(HAS_AVX512)
 #define HAS_AVX2 1
 #endif

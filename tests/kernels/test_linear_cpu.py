@@ -139,7 +139,7 @@ def test_dequantize_more_dimensions() -> None:
     )
 
 
-@pytest.fixture(params=["__AVX512BF16__", "__AVX512F__", "__AVX512F__ __AVX2__"])
+@pytest.fixture(params=["__AVX512BF16__", "__AVX512VNNI__", "__AVX512F__", "__AVX512F__ __AVX2__"])
 def lesser_processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The code for processors without these instructions."""
     caches, load = (packed.library, packed.missing, packed.Reader.of, linear_cpu._make_known), packed.load_cpp
@@ -269,7 +269,7 @@ def test_no_more_threads_than_torch_has(monkeypatch: pytest.MonkeyPatch) -> None
     assert [packed.threads(work) for work in (1, packed.WORK_OF_A_THREAD, 2**40)] == [1, 2, 6]
 
 
-@pytest.mark.parametrize("few", [linear_cpu.FEW_ROWS, linear_cpu.FEW_ROWS_OF_BYTES_TO_DOT, linear_cpu.FEW_ROWS_TO_DOT])
+@pytest.mark.parametrize("few", [linear_cpu.FEW_ROWS, linear_cpu.FEW_ROWS_OF_16_BITS])
 @pytest.mark.parametrize("spec", ["u4/g64/asym", "u8/g64/asym"])
 def test_both_ways_agree_where_they_meet(spec: str, few: int) -> None:
     q = weight(spec, 100, 256)
@@ -280,9 +280,21 @@ def test_both_ways_agree_where_they_meet(spec: str, few: int) -> None:
         close(last, many)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_neighbours_of_very_different_size(dtype: torch.dtype) -> None:
+    """Large numbers of x, zeros and the smallest ones, whose scales would not be finite, in neighbouring groups."""
+    q, x = weight("u4/g64/asym", 33, 256), torch.randn(3, 256)
+    x[:, 64:128] *= 1e4
+    x[:, 128:192] = 0
+    x[:, 192:] *= 1e-38 if dtype == torch.bfloat16 else 1e-6
+    check(x.to(dtype), q)
+    x[:, 64:128] = 0
+    check(x.to(dtype), q)
+
+
 def test_infinite_and_nan_inputs_stay_so() -> None:
     q = weight("i4/row/sym", 5, 64)
-    for rows, dtype in itertools.product((1, 20), (torch.float32, torch.bfloat16)):
+    for rows, dtype in itertools.product((1, 20), FLOATS):
         for end in (torch.inf, torch.nan):
             x = torch.ones(rows, 64, dtype=dtype)
             x[0, 3] = end
