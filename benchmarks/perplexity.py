@@ -4,7 +4,8 @@
 
 The text's documents are separated by blank lines. Windows of 512 tokens, the first 40 of them. For `hqq` every linear
 layer that we quantize gets the weight that hqq.core.quantize.Quantizer makes and dequantizes, in the eager model; the
-two columns should agree to the last digit or so. All in float32.
+two columns should agree to the last digit or so. All in float32. Below, inputs of the same linears are rounded as well:
+`WEIGHTS+ACTIVATIONS`.
 """
 
 from __future__ import annotations
@@ -22,12 +23,15 @@ from benchmarks.record import device_slug, record
 from qcompile import models
 from qcompile.evaluate import document_tokens, perplexity
 
+ROUNDED = ["i8/row/sym+i8/token/dynamic", "u4/g64/asym+i8/token/dynamic", "fp8_e4m3/row/sym+fp8_e4m3/token/dynamic"]
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a local directory, a .gguf file or a hub id")
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--bits", type=int, nargs="+", default=[8, 4, 3, 2])
+    parser.add_argument("--rounded", nargs="*", default=ROUNDED, metavar="WEIGHTS+ACTIVATIONS")
     parser.add_argument("--group", type=int, default=64)
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--windows", type=int, default=40)
@@ -53,6 +57,10 @@ def main() -> None:
         print(spec, flush=True)
         theirs = measure(with_hqq_weights(copy.deepcopy(model), spec, bits, options.group), first)
         rows.append([spec, theirs, *(compiled(model, spec, device, measure) for device in options.device)])
+    for both in options.rounded:
+        weights, _, activations = both.partition("+")
+        print(both, flush=True)
+        rows.append([both, "", *(compiled(model, weights, device, measure, activations) for device in options.device)])
     headers = ["weights", f"hqq, eager on {first}", *(f"qcompile on {device}" for device in options.device)]
     body = tabulate(rows, headers, tablefmt="github", disable_numparse=True)
     note = f"Perplexity over {options.windows} windows of {options.window} tokens, {options.dtype}."
@@ -66,8 +74,8 @@ def main() -> None:
     print(f"\n{body}\n\n{path}")
 
 
-def compiled(model: nn.Module, spec: str | None, device: str, measure) -> str:
-    ours = qcompile.optimize(copy.deepcopy(model).to(device), spec)
+def compiled(model: nn.Module, spec: str | None, device: str, measure, activations: str | None = None) -> str:
+    ours = qcompile.optimize(copy.deepcopy(model).to(device), spec, activations=activations)
     return measure(ours, device)
 
 
