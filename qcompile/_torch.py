@@ -124,6 +124,31 @@ def _mend_loop_split() -> None:
     CppScheduling.try_loop_split = try_loop_split  # type: ignore[method-assign]
 
 
+def dumps(value: Any) -> bytes:
+    """Pickle what holds graphs and fake tensors. Raises whatever pickle does where it cannot."""
+    from torch.fx._graph_pickler import GraphPickler, Options
+
+    options = Options(ops_filter=None, node_metadata_key_filter=lambda key: key == "val")
+    return GraphPickler.dumps(value, options)
+
+
+def loads(data: bytes) -> Any:
+    """What `dumps` made bytes of, over symbolic sizes of its own."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx._graph_pickler import GraphPickler
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    return GraphPickler.loads(data, FakeTensorMode(shape_env=ShapeEnv()))
+
+
+def cache_root() -> str | None:
+    """The folder of Inductor's caches on disk; None where caches are off."""
+    from torch._inductor import config
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return None if config.force_disable_caches else cache_dir()
+
+
 def mode_options(mode: str | None) -> dict[str, Any]:
     """Inductor's options for a mode of torch.compile."""
     from torch._inductor import list_mode_options
@@ -163,8 +188,24 @@ def dynamo_fakes(gm: GraphModule) -> list[Any]:
     return [node.meta.get("example_value", node.meta.get("val")) for node in gm.graph.find_nodes(op="placeholder")]
 
 
-def shape_guards(fakes: Sequence[Any]) -> Callable[[Sequence[torch.Tensor]], bool]:
-    """A predicate over real inputs: do their sizes and strides satisfy all that was assumed about these fakes?"""
+class ShapeGuards:
+    """A predicate over real inputs, the function `accept` of this text. It can be pickled."""
+
+    def __init__(self, source: str):
+        self.source = source
+        scope: dict[str, Any] = {"math": __import__("math")}
+        exec(source, scope)
+        self.accept: Callable[[Sequence[torch.Tensor]], bool] = scope["accept"]
+
+    def __call__(self, tensors: Sequence[torch.Tensor]) -> bool:
+        return self.accept(tensors)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ShapeGuards, (self.source,)
+
+
+def shape_guards(fakes: Sequence[Any]) -> ShapeGuards:
+    """Do the sizes and strides of real inputs satisfy all that was assumed about these fakes?"""
     import sympy
     from torch.utils._sympy.printers import PythonPrinter
 
@@ -210,9 +251,7 @@ def shape_guards(fakes: Sequence[Any]) -> Callable[[Sequence[torch.Tensor]], boo
     checks += [f"{symbol} >= 2" for symbol in symbols]
     bindings = "".join(f"    {symbol} = {place}\n" for symbol, place in symbols.items())
     body = " and ".join(dict.fromkeys(checks)) or "True"
-    scope: dict[str, Any] = {"math": __import__("math")}
-    exec(f"def accept(x):\n{bindings}    return {body}\n", scope)
-    return scope["accept"]
+    return ShapeGuards(f"def accept(x):\n{bindings}    return {body}\n")
 
 
 def same_form(tensors: Sequence[torch.Tensor]) -> Callable[[Sequence[torch.Tensor]], bool]:

@@ -84,9 +84,8 @@ def explain(model: nn.Module, reference: nn.Module | None = None, inputs: Mappin
     runner = _runner(model)
     numerics = None if reference is None else _numerics(model, reference, inputs)
     device = str(next(iter([*model.parameters(), *model.buffers()])).device)
-    return Report(
-        type(model).__name__, runner.config.to_dict(), device, runner.plan, runner.outcomes(), runner.eager, numerics
-    )
+    outcomes, config = runner.outcomes(), runner.config.to_dict()
+    return Report(type(model).__name__, config, device, runner.plan, outcomes, runner.eager, numerics, runner.recalled)
 
 
 def dump(model: nn.Module) -> str:

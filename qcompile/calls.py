@@ -135,7 +135,12 @@ class Result:
     """What a traced call gave: tensors that the graph must return, and how to build the caller's result from them."""
 
     tensors: list[Any]
-    build: Callable[[Sequence[Any], Sequence[Any], Sequence[Any]], Any]
+    build: Build
+
+
+# Makes a part of the caller's result from the graph's outputs, the call's tensors and its caches. Plain data, for
+# keeping it on disk.
+Make = Callable[[Sequence[Any], Sequence[Any], Sequence[Any]], Any]
 
 
 def record(result: Any, inputs: Sequence[Any], shells: Sequence[Any]) -> Result:
@@ -147,50 +152,90 @@ def record(result: Any, inputs: Sequence[Any], shells: Sequence[Any]) -> Result:
     outputs: list[Any] = []
     given = {id(tensor): index for index, tensor in enumerate(inputs)}
     effects = [(place, _changes(shell, given, outputs)) for place, shell in enumerate(shells)]
-    make = _give(result, given, outputs)
+    return Result(outputs, Build(effects, _give(result, given, outputs)))
 
-    def build(values: Sequence[Any], tensors: Sequence[Any], caches: Sequence[Any]) -> Any:
-        for place, changes in effects:
+
+@dataclass(frozen=True)
+class Build:
+    effects: list[tuple[int, list[dict[str, Make]]]]
+    make: Make
+
+    def __call__(self, values: Sequence[Any], tensors: Sequence[Any], caches: Sequence[Any]) -> Any:
+        for place, changes in self.effects:
             _apply_changes(caches[place], changes, values, tensors, caches)
-        return make(values, tensors, caches)
-
-    return Result(outputs, build)
+        return self.make(values, tensors, caches)
 
 
-Make = Callable[[Sequence[Any], Sequence[Any], Sequence[Any]], Any]
+@dataclass(frozen=True)
+class _Nth:
+    """The value at `index` of the graph's outputs (0), the call's tensors (1) or its caches (2)."""
+
+    of: int
+    index: int
+
+    def __call__(self, *state: Sequence[Any]) -> Any:
+        return state[self.of][self.index]
+
+
+@dataclass(frozen=True)
+class _Always:
+    value: Any
+
+    def __call__(self, *state: Sequence[Any]) -> Any:
+        return self.value
+
+
+@dataclass(frozen=True)
+class _Mapping:
+    kind: type
+    items: dict[str, Make]
+
+    def __call__(self, *state: Sequence[Any]) -> Any:
+        return self.kind(**{name: item(*state) for name, item in self.items.items()})
+
+
+@dataclass(frozen=True)
+class _Row:
+    kind: type
+    parts: list[Make]
+
+    def __call__(self, *state: Sequence[Any]) -> Any:
+        return self.kind(part(*state) for part in self.parts)
+
+
+@dataclass(frozen=True)
+class _NewCache:
+    """A cache that the call made."""
+
+    template: Any
+    changes: list[dict[str, Make]]
+
+    def __call__(self, *state: Sequence[Any]) -> Any:
+        cache = copy.copy(self.template)
+        cache.layers = [copy.copy(layer) for layer in self.template.layers]
+        _apply_changes(cache, self.changes, *state)
+        return cache
 
 
 def _give(value: Any, given: dict[int, int], outputs: list[Any]) -> Make:
     if isinstance(value, Tensor) and id(value) in given:
-        index = given[id(value)]
-        return lambda values, tensors, caches: tensors[index]
+        return _Nth(1, given[id(value)])
     if isinstance(value, (Tensor, torch.SymInt)):
-        index = len(outputs)
         outputs.append(value)
-        return lambda values, tensors, caches: values[index]
+        return _Nth(0, len(outputs) - 1)
     if is_cache(value):
         if (place := getattr(value, "_qcompile_place", None)) is not None:
-            return lambda values, tensors, caches: caches[place]
+            return _Nth(2, place)
         changes = _changes(value, given, outputs)
         template = copy.copy(value)
         template.layers = [_without_tensors(layer) for layer in value.layers]
-
-        def fresh(values: Sequence[Any], tensors: Sequence[Any], caches: Sequence[Any]) -> Any:
-            cache = copy.copy(template)
-            cache.layers = [copy.copy(layer) for layer in template.layers]
-            _apply_changes(cache, changes, values, tensors, caches)
-            return cache
-
-        return fresh
+        return _NewCache(template, changes)
     if isinstance(value, dict):
-        items = {name: _give(item, given, outputs) for name, item in value.items()}
-        cls = type(value)
-        return lambda *state: cls(**{name: item(*state) for name, item in items.items()})
+        return _Mapping(type(value), {name: _give(item, given, outputs) for name, item in value.items()})
     if isinstance(value, (list, tuple)):
         parts = [_give(item, given, outputs) for item in value]
-        cls = type(value) if type(value) in (list, tuple) else tuple
-        return lambda *state: cls(part(*state) for part in parts)
-    return lambda values, tensors, caches: value
+        return _Row(type(value) if type(value) in (list, tuple) else tuple, parts)
+    return _Always(value)
 
 
 def _changes(shell: Any, given: dict[int, int], outputs: list[Any]) -> list[dict[str, Make]]:

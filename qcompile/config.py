@@ -39,6 +39,8 @@ class Config:
     strict       raise StrictError if something is left behind unexpectedly
     dump         folder for the text of the graph after each pass
     cuda_graphs  replay steps of decoding over a static cache as CUDA graphs (on GPUs)
+    disk_cache   keep what was captured and transformed on disk, for other processes, beside Inductor's caches; the
+                 environment's QCOMPILE_CACHE names another folder, or is 0
     do_fuse, fuse_max_seq_len, modules_to_fuse
                  AWQ's explicit fusing. modules_to_fuse: {"attention": [q, k, v, o], "mlp": [gate, up, down],
                  "layernorm": [names], "use_alibi": bool, "num_attention_heads", "num_key_value_heads", "hidden_size",
@@ -62,6 +64,7 @@ class Config:
     strict: bool = False
     dump: Path | None = None
     cuda_graphs: bool = True
+    disk_cache: bool = True
     do_fuse: bool = True
     fuse_max_seq_len: int | None = None
     modules_to_fuse: Mapping[str, Any] | None = None
@@ -81,7 +84,7 @@ class Config:
         put("keep", frozenset(checks.names("keep", self.keep)))
         for role in sorted(set(self.keep) - ROLES):
             raise ConfigError(f"keep: unknown role {role!r}{checks.hint(role, ROLES)}")
-        for name in ("strict", "cuda_graphs", "do_fuse"):
+        for name in ("strict", "cuda_graphs", "disk_cache", "do_fuse"):
             checks.flag(name, getattr(self, name))
         if not isinstance(self.dump, (str, Path, type(None))):
             raise ConfigError(f"dump={self.dump!r} is not a path")

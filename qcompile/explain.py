@@ -18,7 +18,7 @@ class Report:
     """Everything there is to know about an optimized model. `str()` is the text, `to_dict()` the data.
 
     `numerics` is {"sqnr_db": {parameter: dB}, "kl": mean KL divergence of the logits in nats} where a reference was
-    given, else None. `eager` counts the calls that ran uncompiled, by reason.
+    given, else None. `eager` counts the calls that ran uncompiled, by reason; `recalled` programs were on disk.
     """
 
     model: str
@@ -28,6 +28,7 @@ class Report:
     outcomes: tuple[Outcome, ...]
     eager: Mapping[str, int]
     numerics: Mapping[str, Any] | None = None
+    recalled: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -66,6 +67,7 @@ class Report:
             ],
             # A forward is captured whole or not at all: what would break a graph is a call that ran uncompiled.
             "eager": dict(self.eager),
+            "programs_from_disk": self.recalled,
             "numerics": None if self.numerics is None else dict(self.numerics),
         }
 
@@ -74,6 +76,8 @@ class Report:
         for outcome in self.outcomes:
             parts += [f"program     {outcome.inputs}", _passes(outcome), _misses(outcome)]
             parts += [_kernels(outcome)]
+        if self.recalled:
+            parts.append(f"cache       {self.recalled} of {len(self.outcomes)} programs were on disk")
         if self.eager:
             parts.append(tabulate(self.eager.items(), headers=["calls that ran uncompiled", "times"]))
         if self.numerics is not None:

@@ -114,7 +114,7 @@ def make_plan(model: nn.Module, config: Config, example: Mapping[str, Any] | Non
     if unmatched := config.unmatched(modules):
         raise ConfigError(f"no module matches {', '.join(map(repr, unmatched))}")
     example = example_inputs(model) if example is None else example
-    roles, source = find_roles(model, names, example, config.fusing.reads)
+    roles, source = find_roles(model, names, example, config.fusing.reads, config.disk_cache)
     packed = {weight.parameter.paths[0]: weight for weight in packed_in(model)}
     plan = _plan(names, roles, config, source, packed)
     for module in [name for name in modules if first(config.fusing.named("attention"), name)] or [""]:

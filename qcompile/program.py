@@ -14,7 +14,7 @@ from qcompile import _torch, calls
 from qcompile.graph.alias import is_written
 from qcompile.graph.dump import type_text
 from qcompile.pipeline import Outcome, Pipeline
-from qcompile.regions import compile_graph
+from qcompile.regions import Parts, cut
 from qcompile.replay import Form, Replay
 from qcompile.step import Forward, capture_call
 
@@ -63,15 +63,31 @@ class Program:
         return self.build(outputs, tensors, caches)
 
 
-def compile_call(model: nn.Module, forward: Forward, kwargs: Mapping[str, Any], pipeline: Pipeline) -> Program:
-    """Capture, transform and compile `forward(**kwargs)`. Raises CaptureError or UnsupportedError where it cannot."""
+@dataclass(frozen=True)
+class Draft:
+    """A program without a model and not compiled yet: it can be kept on disk. `weights` are paths in a model, or
+    constants that its code makes."""
+
+    parts: Parts
+    weights: list[str | Tensor]
+    build: Callable[..., Any]
+    accepts: Callable[[Sequence[Tensor]], bool]
+    outcome: Outcome
+    types: list[tuple[torch.dtype, torch.device]]
+    written: frozenset[int]
+
+    def compile(self, model: nn.Module) -> Program:
+        """The program that reads the weights of `model`."""
+        weights = [_place(model, each) if isinstance(each, str) else ({"": each}, "") for each in self.weights]
+        run, ties = self.parts.compile(), _ties(model)
+        return Program(run, weights, ties, self.build, self.accepts, self.outcome, self.types, self.written)
+
+
+def draft_call(model: nn.Module, forward: Forward, kwargs: Mapping[str, Any], pipeline: Pipeline) -> Draft:
+    """Capture and transform `forward(**kwargs)`. Raises CaptureError or UnsupportedError where it cannot."""
     captured, _, build = capture_call(model, forward, kwargs)
-    weights: list[Place] = []
-    for given in captured.inputs:
-        if given.path is not None:
-            weights.append(_place(model, given.path))
-        elif given.constant is not None:
-            weights.append(({"": given.constant}, ""))
+    given = [each.constant if each.path is None else each.path for each in captured.inputs]
+    weights = [each for each in given if each is not None]
     # torch.export lists weights first and the caller's tensors last, in the order they were given.
     fakes = [fake for given, fake in zip(captured.inputs, captured.fakes, strict=True) if given.user is not None]
     kept = [fake for given, fake in zip(captured.inputs, captured.fakes, strict=True) if given.user is None]
@@ -80,8 +96,7 @@ def compile_call(model: nn.Module, forward: Forward, kwargs: Mapping[str, Any], 
     outcome = pipeline.transform(captured.gm, describe(kwargs, fakes))
     places = zip(captured.gm.graph.find_nodes(op="placeholder"), captured.inputs, strict=True)
     written = frozenset(given.user for node, given in places if given.user is not None and is_written(node))
-    run = compile_graph(captured.gm, captured.fakes)
-    return Program(run, weights, _ties(model), build, accepts, outcome, types, written)
+    return Draft(cut(captured.gm, captured.fakes), weights, build, accepts, outcome, types, written)
 
 
 def _place(model: nn.Module, path: str) -> Place:

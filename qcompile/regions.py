@@ -36,22 +36,50 @@ class Region:
     like: int
 
 
+@dataclass(frozen=True)
+class Parts:
+    """A graph cut into regions that are not compiled yet: each with the types of its inputs, by the name that `run`, a
+    function in the text `driver`, calls it by; `constants` are what else that reads."""
+
+    graphs: dict[str, tuple[GraphModule, list[Any]]]
+    driver: str
+    constants: dict[str, Any]
+
+    def compile(self, patches: dict[str, Any] | None = None) -> Callable[..., Any]:
+        """`run` on compiled regions. `patches` are Inductor's options."""
+        scope = dict(self.constants)
+        for name, (graph, types) in self.graphs.items():
+            scope[name] = _torch.inductor(graph, types, patches)
+        exec(self.driver, scope)
+        return scope["run"]
+
+
 def compile_graph(gm: GraphModule, fakes: Sequence[Any], patches: dict[str, Any] | None = None) -> Callable[..., Any]:
     """Compile an inference graph whose placeholders are described by `fakes`; the result takes the same inputs.
 
     `patches` are Inductor's options. With CUDA graphs it stays whole: each region would be a graph of its own.
     """
-    sizes = _symbols(gm.graph, fakes)
-    regions = [] if (patches or {}).get("triton.cudagraphs") else _regions(gm.graph, sizes)
-    if not regions or not all(_stands_alone(region, sizes) for region in regions):
+    if (patches or {}).get("triton.cudagraphs"):
         return _torch.inductor(gm, fakes, patches)
+    return cut(gm, fakes).compile(patches)
+
+
+def cut(gm: GraphModule, fakes: Sequence[Any]) -> Parts:
+    """The regions of an inference graph whose placeholders are described by `fakes`; one if nothing repeats."""
+    sizes = _symbols(gm.graph, fakes)
+    regions = _regions(gm.graph, sizes)
+    if not regions or not all(_stands_alone(region, sizes) for region in regions):
+        return Parts(
+            {"region_0": (_bare(gm, gm.graph), list(fakes))}, "def run(*inputs):\n    return region_0(*inputs)", {}
+        )
     mode = _torch.fake_mode_of(fakes)
-    scope: dict[str, Any] = {}
-    for index, region in enumerate(regions):
-        if region.like == index:
-            part, types = _module(gm, region, sizes, mode)
-            scope[f"region_{index}"] = _torch.inductor(part, types, patches)
-    return _driver(gm, regions, sizes, scope)
+    graphs = {
+        f"region_{index}": _module(gm, region, sizes, mode)
+        for index, region in enumerate(regions)
+        if region.like == index
+    }
+    constants = {node.name: _constant(gm, node) for node in gm.graph.find_nodes(op="get_attr")}
+    return Parts(graphs, _driver(gm, regions, sizes), constants)
 
 
 def _regions(graph: Graph, sizes: dict[Any, tuple[Node, int]]) -> list[Region]:
@@ -142,7 +170,21 @@ def _module(
     for node in region.nodes:
         twin[node] = graph.node_copy(node, lambda arg: twin[arg])
     graph.output(tuple(twin[node] for node in region.outputs))
-    return GraphModule(gm, graph), types
+    return _bare(gm, graph), types
+
+
+def _bare(gm: GraphModule, graph: Graph) -> GraphModule:
+    """A copy of a graph over constants of `gm`, with no notes of tracing on its nodes but the types of inputs."""
+    copy, twin = Graph(), {}
+    for node in graph.nodes:
+        twin[node] = copy.node_copy(node, lambda arg: twin[arg])
+        twin[node].meta = {"val": value(node)} if is_input(node) else {}
+    constants = {str(node.target): _constant(gm, node) for node in copy.find_nodes(op="get_attr")}
+    return GraphModule(constants, copy)
+
+
+def _constant(gm: GraphModule, node: Node) -> Any:
+    return operator.attrgetter(str(node.target))(gm)
 
 
 def _fresh(val: Any, mode: Any) -> Any:
@@ -153,17 +195,13 @@ def _fresh(val: Any, mode: Any) -> Any:
         return torch.empty_strided(val.shape, val.stride(), dtype=val.dtype, device=val.device)
 
 
-def _driver(
-    gm: GraphModule, regions: Sequence[Region], sizes: dict[Any, tuple[Node, int]], scope: dict[str, Any]
-) -> Callable[..., Any]:
-    """A function that calls the regions one after the other, and lets go of values that no later one reads."""
+def _driver(gm: GraphModule, regions: Sequence[Region], sizes: dict[Any, tuple[Node, int]]) -> str:
+    """The text of a function that calls the regions one by one, and lets go of values that no later one reads."""
     inputs = gm.graph.find_nodes(op="placeholder")
     last = {node: index for index, region in enumerate(regions) for node in region.inputs}
     (end,) = gm.graph.find_nodes(op="output")
     last |= dict.fromkeys(end.all_input_nodes, len(regions))
     lines = [f"    {_size_name(symbol)} = {node.name}.shape[{dim}]" for symbol, (node, dim) in sizes.items()]
-    for node in gm.graph.find_nodes(op="get_attr"):
-        scope[node.name] = operator.attrgetter(str(node.target))(gm)
     for index, region in enumerate(regions):
         given = ", ".join([*map(_size_name, region.symbols), *(node.name for node in region.inputs)])
         results = "".join(f"{node.name}, " for node in region.outputs)
@@ -172,8 +210,7 @@ def _driver(
         spent += [n.name for n in region.outputs if n not in last]
         lines += [f"    del {', '.join(spent)}"] if spent else []
     lines.append(f"    return {map_arg(end.args[0], lambda node: _Name(node.name))!r}")
-    exec(f"def run({', '.join(node.name for node in inputs)}):\n" + "\n".join(lines), scope)
-    return scope["run"]
+    return f"def run({', '.join(node.name for node in inputs)}):\n" + "\n".join(lines)
 
 
 def _size_name(symbol: Any) -> str:

@@ -18,6 +18,7 @@ from qcompile.graph.match import argument, aten, is_call, value
 from qcompile.normal import normalize
 from qcompile.ops.codebook import dequantize_codebook
 from qcompile.ops.linear import dequantize, reorder
+from qcompile.shelf import Shelf
 from qcompile.step import capture_call
 from qcompile.storage import data_path
 
@@ -39,7 +40,11 @@ class Role:
 
 
 def find_roles(
-    model: nn.Module, names: Names, example: Mapping[str, Any] | None, stated: Stated = lambda module: None
+    model: nn.Module,
+    names: Names,
+    example: Mapping[str, Any] | None,
+    stated: Stated = lambda module: None,
+    disk_cache: bool = False,
 ) -> tuple[dict[str, Role], str]:
     """The role of every parameter, by the first of its names, and where the roles come from.
 
@@ -48,17 +53,27 @@ def find_roles(
     why = "pass example inputs to find sibling layers"
     if example is not None:
         try:
-            captured, _, _ = capture_call(model, model.forward, example)
+            kinds, paths = {name: _kind(x) for name, x in example.items()}, [paths for _, paths in names]
+            shelf = Shelf("roles", model, model.forward, kinds, paths, off=not disk_cache)
+            return shelf.recall(lambda: _captured_roles(model, names, example)), "graph"
         except (CaptureError, UnsupportedError) as error:
             why = str(error)
-        else:
-            normalize(captured.gm)
-            nodes = captured.gm.graph.find_nodes(op="placeholder")
-            inputs = {n.meta["input_path"]: n for n in nodes if "input_path" in n.meta}
-            return roles_in_graph(_weights(inputs, names), names), "graph"
     roles = roles_by_type(model, names, stated)
     by_hand = " and modules_to_fuse" if any(role.reads for role in roles.values()) else ""
     return roles, f"module types{by_hand}: {why}"
+
+
+def _kind(x: Any) -> Any:
+    """What a capture depends on of an argument."""
+    return (x.dtype, x.device, *x.shape, *x.stride()) if isinstance(x, Tensor) else x
+
+
+def _captured_roles(model: nn.Module, names: Names, example: Mapping[str, Any]) -> dict[str, Role]:
+    captured, _, _ = capture_call(model, model.forward, example)
+    normalize(captured.gm)
+    nodes = captured.gm.graph.find_nodes(op="placeholder")
+    inputs = {n.meta["input_path"]: n for n in nodes if "input_path" in n.meta}
+    return roles_in_graph(_weights(inputs, names), names)
 
 
 def _weights(inputs: Mapping[str, Node], names: Names) -> dict[str, Node]:
@@ -98,7 +113,7 @@ def _role(weight: Node, tensor: Tensor, tables: set[int]) -> Role:
     (linear, *more) = users
     rows = tensor.shape[1] if transposed else tensor.shape[0]
     has_bias = argument(linear, 2, "bias") is not None
-    reads = (linear.args[0], has_bias, tensor.device) if not more else None
+    reads = (str(linear.args[0]), has_bias, tensor.device) if not more else None
     if _is_router(linear):
         return Role("router", transposed)
     if tensor.numel() < TINY:

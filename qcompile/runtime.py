@@ -23,8 +23,9 @@ from qcompile.config import Config
 from qcompile.errors import CaptureError, StrictError, UnsupportedError
 from qcompile.pipeline import Outcome, Pipeline
 from qcompile.plan import Plan, example_inputs
-from qcompile.program import Program, compile_call, preview_call
+from qcompile.program import Draft, Program, draft_call, preview_call
 from qcompile.replay import Replay
+from qcompile.shelf import Shelf
 
 # Dynamo's limit is 8 for one function. A program is made per kind of call and per set of fixed sizes (batch 1 or more,
 # one token or more), so a healthy model has two to four; this many means that something varies that should not.
@@ -53,6 +54,7 @@ class Runner:
     def _reset(self) -> None:
         self.programs: dict[Any, list[Program]] = {}
         self.eager: Counter[str] = Counter()
+        self.recalled = 0  # programs that were on disk
         self._again: Again | None = None
         # Each submodule: where it is kept, under which name, itself, its attributes.
         self._structure: tuple[tuple[Any, ...], ...] | None = None
@@ -127,7 +129,7 @@ class Runner:
     def _made(self, flat: calls.Flat, kwargs: Mapping[str, Any]) -> tuple[Program, Sequence[Tensor]]:
         if sum(map(len, self.programs.values())) >= PROGRAM_LIMIT:
             raise UnsupportedError(f"{PROGRAM_LIMIT} programs are compiled already, and no one fits this call")
-        program = compile_call(self.model, self.original, kwargs, self.pipeline())
+        program = self._draft(flat, kwargs).compile(self.model)
         if self.config.strict:
             program.outcome.insist()
         if self.config.cuda_graphs and flat.cached and flat.tensors[0].is_cuda:
@@ -136,6 +138,20 @@ class Runner:
             program = replace(program, replay=Replay(program.run, moving))
         self.programs.setdefault(tuple(flat.key), []).append(program)
         return program, program.gather()
+
+    def _draft(self, flat: calls.Flat, kwargs: Mapping[str, Any]) -> Draft:
+        """What is compiled for a call: as it was kept on disk, or made now and kept."""
+        pipeline = self.pipeline()
+        # A dump is written while the passes run.
+        off = not self.config.disk_cache or pipeline.dump is not None
+        shelf = Shelf("program", self.config.to_json(), self.model, self.original, list(kwargs), flat.key, off=off)
+        for draft in shelf.entries():
+            if draft.accepts(flat.tensors):
+                self.recalled += 1
+                return draft
+        draft = draft_call(self.model, self.original, kwargs, pipeline)
+        shelf.keep(draft)
+        return draft
 
     def _known(self, flat: calls.Flat) -> tuple[Program, Sequence[Tensor]] | None:
         for program in self.programs.get(tuple(flat.key), ()):
@@ -164,7 +180,8 @@ class Runner:
         """What each layer's cache keeps of a token; None, with a warning, without a plain key/value cache."""
         try:
             with _COMPILING:
-                return heads_of(self.model, self.original)
+                shelf = Shelf("heads", self.model, self.original, off=not self.config.disk_cache)
+                return shelf.recall(lambda: heads_of(self.model, self.original))
         except UnsupportedError as error:
             warnings.warn(f"qcompile: generate() runs over transformers' own cache: {error}", stacklevel=4)
             return None

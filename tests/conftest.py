@@ -27,7 +27,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _each_test_starts_alike() -> Iterator[None]:
+def _each_test_starts_alike(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("QCOMPILE_CACHE", "0")
     random.seed(0)
     torch.manual_seed(0)
     if numpy := sys.modules.get("numpy"):

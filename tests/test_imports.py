@@ -16,8 +16,8 @@ LAYERS = [
     {"ops", "graph", "files"},
     {"passes", "kernels", "formats", "writers", "algorithms"},
     # what is to happen, how it is stored, and the account of it
-    {"checks", "patterns"},
-    {"fusing", "transformers_config"},
+    {"checks", "patterns", "fingerprint"},
+    {"fusing", "transformers_config", "shelf"},
     {"config", "normal"},
     {"stores", "calls", "regions", "replay", "decode_step"},
     {"storage"},

@@ -1,0 +1,101 @@
+"""What was worked out for a model before, on disk: another process need not work it out again.
+
+An entry is found by the fingerprint of all that it depends on (fingerprint.py). Entries lie beside Inductor's caches,
+in a folder that nobody else may write to, as they are unpickled. One that is damaged is dropped with a line in the log.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import stat
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from qcompile import _torch
+from qcompile.fingerprint import Unknown, fingerprint
+
+log = logging.getLogger(__name__)
+
+# Programs of one fingerprint differ in the sizes that they fixed; more than this many are not read.
+MOST = 16
+
+
+def folder() -> Path | None:
+    """Where entries lie: QCOMPILE_CACHE, or beside Inductor's caches; None where that is 0 or those are off."""
+    said, root = os.environ.get("QCOMPILE_CACHE"), _torch.cache_root()
+    if root is None or said == "0":
+        return None
+    return Path(said) if said else Path(root) / "qcompile"
+
+
+class Shelf:
+    """The entries of one kind, `what`, for models and the like that are as these `roots` are."""
+
+    def __init__(self, what: str, *roots: Any, off: bool = False):
+        self.place: Path | None = None
+        if off or (root := folder()) is None:
+            return
+        try:
+            name = f"{what}-{fingerprint(what, *roots)[:40]}"
+        except Unknown as unknown:
+            log.info("qcompile: %s is not kept on disk: the model has %s", what, unknown)
+            return
+        if _is_private(root):
+            self.place = root / name
+
+    def entries(self) -> Iterator[Any]:
+        """All that are there."""
+        if self.place is None or not self.place.is_dir():
+            return
+        for file in sorted(self.place.glob("*.bin"))[:MOST]:
+            try:
+                data = file.read_bytes()
+                if hashlib.sha256(data[32:]).digest() != data[:32]:
+                    raise ValueError("its checksum is wrong")
+                entry = _torch.loads(data[32:])
+            except Exception as error:  # whatever is wrong with it, it can be made again
+                log.warning("qcompile: dropped %s from the cache on disk: %s", file, error)
+                file.unlink(missing_ok=True)
+                continue
+            log.info("qcompile: read %s", file)
+            yield entry
+
+    def recall(self, make: Callable[[], Any]) -> Any:
+        """The first entry; what `make` returns, and that is kept, if there is none."""
+        for entry in self.entries():
+            return entry
+        made = make()
+        self.keep(made)
+        return made
+
+    def keep(self, entry: Any) -> None:
+        """Write one more, unless that does not work here."""
+        if self.place is None:
+            return
+        try:
+            data = _torch.dumps(entry)
+            digest = hashlib.sha256(data).digest()
+            self.place.mkdir(mode=0o700, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=self.place, delete=False) as file:
+                file.write(digest + data)
+            os.replace(file.name, self.place / f"{digest.hex()[:16]}.bin")
+        except Exception as error:  # pickle raises what it likes, and so do disks
+            log.info("qcompile: %s is not kept on disk: %s", self.place.name, error)
+
+
+def _is_private(root: Path) -> bool:
+    """Make the folder if need be; whether only this user can write to it."""
+    try:
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = root.lstat()
+    except OSError as error:
+        log.info("qcompile: no cache on disk: %s", error)
+        return False
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        log.warning("qcompile: %s is not used as a cache: others may write to it", root)
+        return False
+    return True

@@ -1,0 +1,171 @@
+"""fingerprint: what changes it, and what does not."""
+
+import copy
+import functools
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from qcompile.fingerprint import Unknown, fingerprint
+
+SCALE, TABLE = 2.0, {"act": F.relu}
+
+
+def helper(x: torch.Tensor) -> torch.Tensor:
+    return x * SCALE
+
+
+class Model(nn.Module):
+    depth = 3
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.options = {"eps": 1e-5, "names": ["a", "b"]}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(TABLE["act"](helper(self.fc(x))))
+
+    def inner(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.depth
+
+    def unused(self) -> int:
+        return 1
+
+
+def of(model: nn.Module) -> str:
+    return fingerprint(model, model.forward)
+
+
+def test_equal_models_are_alike() -> None:
+    one, other = Model(), Model()
+    assert of(one) == of(other) == of(copy.deepcopy(one))
+    other.fc.weight.data.mul_(2)
+    assert of(one) == of(other), "values of weights are inputs"
+
+
+def _attribute(model: Model, patch: pytest.MonkeyPatch) -> None:
+    model.options["names"].append("c")  # type: ignore[attr-defined]
+
+
+def _method(model: Model, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Model, "inner", lambda self, x: x - self.depth)
+
+
+def _class_attribute(model: Model, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Model, "depth", 4)
+
+
+def _global(model: Model, patch: pytest.MonkeyPatch) -> None:
+    patch.setitem(globals(), "SCALE", 3.0)
+
+
+def _table(model: Model, patch: pytest.MonkeyPatch) -> None:
+    patch.setitem(TABLE, "act", F.gelu)
+
+
+def _helper(model: Model, patch: pytest.MonkeyPatch) -> None:
+    patch.setitem(globals(), "helper", lambda x: x)
+
+
+def _forward(model: Model, patch: pytest.MonkeyPatch) -> None:
+    model.forward = lambda x: x  # type: ignore[method-assign]
+
+
+def _wrapped(model: Model, patch: pytest.MonkeyPatch) -> None:
+    model.forward = functools.partial(Model.forward, model)  # type: ignore[method-assign]
+
+
+def _hook(model: Model, patch: pytest.MonkeyPatch) -> None:
+    model.fc.register_forward_hook(lambda module, args, y: -y)
+
+
+def _dtype(model: Model, patch: pytest.MonkeyPatch) -> None:
+    model.half()
+
+
+def _shape(model: Model, patch: pytest.MonkeyPatch) -> None:
+    model.fc.bias = nn.Parameter(torch.zeros(1))
+
+
+def _tie(model: Model, patch: pytest.MonkeyPatch) -> None:
+    model.other = nn.Parameter(model.fc.weight)
+
+
+def _of_torch(model: Model, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(F, "linear", lambda x, weight, bias=None: x)
+
+
+def _module_of_torch(model: Model, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(nn.Linear, "forward", lambda self, x: x)
+
+
+def _of_transformers(model: Model, patch: pytest.MonkeyPatch) -> None:
+    from transformers import masking_utils
+
+    patch.setattr(masking_utils, "sdpa_mask", lambda *args, **kwargs: None)
+
+
+def _registry(model: Model, patch: pytest.MonkeyPatch) -> None:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    patch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "mine", lambda *args: None)
+
+
+def _threads(model: Model, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(torch, "get_num_threads", lambda: 77)
+
+
+def _default_dtype(model: Model, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(torch, "get_default_dtype", lambda: torch.float64)
+
+
+CHANGES = [
+    _attribute, _method, _class_attribute, _global, _table, _helper, _forward, _wrapped, _hook, _dtype, _shape, _tie,
+    _of_torch, _module_of_torch, _of_transformers, _registry, _threads, _default_dtype,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__.strip("_"))
+def test_what_changes_it(change: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers.masking_utils
+    import transformers.modeling_utils  # noqa: F401
+
+    model = Model()
+    before = of(model)
+    change(model, monkeypatch)
+    assert of(model) != before
+
+
+def test_what_no_code_reads_does_not_change_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = of(Model())
+    monkeypatch.setattr(Model, "unused", lambda self: 2)
+    assert of(Model()) == before
+
+
+@pytest.mark.parametrize(
+    "value", [torch.ones(3), torch.Generator(), {object}, iter([1])], ids=lambda x: type(x).__name__
+)
+def test_what_is_unknown(value: Any) -> None:
+    model = Model()
+    model.extra = value
+    with pytest.raises(Unknown):
+        of(model)
+
+
+def test_another_process_gives_the_same(tmp_path: Any) -> None:
+    text = (
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "from qcompile.fingerprint import fingerprint\n"
+        "config = LlamaConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)\n"
+        "model = LlamaForCausalLM(config)\n"
+        "print(fingerprint(model, model.forward))"
+    )
+    found = {subprocess.run([sys.executable, "-c", text], capture_output=True, text=True).stdout for _ in range(2)}
+    assert len(found) == 1 and len(found.pop().strip()) == 64

@@ -1,0 +1,124 @@
+"""shelf: what is kept on disk comes back, and nothing else does."""
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import qcompile
+from qcompile import program, roles
+from qcompile.runtime import runner_of
+from qcompile.shelf import Shelf
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("QCOMPILE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_what_is_kept_comes_back(folder: Path) -> None:
+    Shelf("things", 1).keep({"a": 2})
+    assert list(Shelf("things", 1).entries()) == [{"a": 2}]
+    for other in (Shelf("things", 2), Shelf("others", 1), Shelf("things", 1, off=True)):
+        assert list(other.entries()) == []
+    assert folder.stat().st_mode & 0o777 == 0o700
+
+
+def test_recall() -> None:
+    assert [Shelf("things", 1).recall(lambda made=made: made) for made in ("first", "second")] == ["first", "first"]
+
+
+@pytest.mark.parametrize("spoil", [lambda data: data[:-1], lambda data: b"", lambda data: data[:40] + b"x" + data[41:]])
+def test_a_damaged_entry_is_dropped(spoil: Any, caplog: pytest.LogCaptureFixture) -> None:
+    shelf = Shelf("things", 1)
+    shelf.keep("good")
+    assert shelf.place is not None
+    (file,) = shelf.place.glob("*.bin")
+    file.write_bytes(spoil(file.read_bytes()))
+    with caplog.at_level(logging.WARNING):
+        assert list(shelf.entries()) == []
+    assert len(caplog.records) == 1 and "dropped" in caplog.text
+    assert not file.exists()
+
+
+def test_a_folder_of_others_is_not_read(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder.mkdir()
+    folder.chmod(0o777)
+    shelf = Shelf("things", 1)
+    shelf.keep("good")
+    assert list(shelf.entries()) == [] and not list(folder.iterdir())
+    assert "others may write to it" in caplog.text
+
+
+def test_what_cannot_be_kept_is_no_error(folder: Path) -> None:
+    Shelf("things", 1).keep(lambda: None)
+    Shelf("things", torch.ones(2)).keep("good")
+    assert not list(folder.rglob("*.bin"))
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root may write anywhere")
+def test_a_disk_that_refuses(folder: Path) -> None:
+    folder.mkdir(mode=0o500)
+    Shelf("things", 1).keep("good")
+
+
+def llama() -> nn.Module:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=100,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def test_a_second_process_captures_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = torch.arange(12).reshape(2, 6)
+    cold = qcompile.optimize(llama(), "u4/g32/asym", progress=False)
+    with torch.no_grad():
+        want = cold(tokens)
+    grown = cold.generate(tokens, max_new_tokens=4, do_sample=False)  # type: ignore[operator]
+
+    def refuse(*args: Any) -> Any:
+        raise AssertionError("captured again")
+
+    monkeypatch.setattr(program, "capture_call", refuse)
+    monkeypatch.setattr(roles, "capture_call", refuse)
+    warm = qcompile.optimize(llama(), "u4/g32/asym", progress=False)
+    with torch.no_grad():
+        got = warm(tokens)
+        longer = warm(torch.arange(21).reshape(3, 7))
+    torch.testing.assert_close(got.logits, want.logits, rtol=0, atol=0)
+    for mine, theirs in zip(got.past_key_values.layers, want.past_key_values.layers, strict=True):
+        torch.testing.assert_close(mine.keys, theirs.keys, rtol=0, atol=0)
+    assert longer.logits.shape == (3, 7, 100)
+    assert torch.equal(warm.generate(tokens, max_new_tokens=4, do_sample=False), grown)  # type: ignore[operator]
+    runners = runner_of(cold), runner_of(warm)
+    assert [runner.recalled for runner in runners if runner] == [0, 3]
+    reports = [str(qcompile.explain(model)) for model in (cold, warm)]
+    assert reports[1].replace("\n\ncache       3 of 3 programs were on disk", "") == reports[0]
+
+
+def test_another_model_is_captured() -> None:
+    tokens = torch.arange(12).reshape(2, 6)
+    models = [qcompile.optimize(llama(), "u4/g32/asym", progress=False) for _ in range(3)]
+    models[1].config._attn_implementation = "eager"  # type: ignore[union-attr]
+    models.append(qcompile.optimize(llama(), "u4/g64/asym", progress=False))
+    with torch.no_grad():
+        for model in models:
+            model(tokens)
+    runners = [runner_of(model) for model in models]
+    assert [runner.recalled for runner in runners if runner] == [0, 0, 1, 0]
+
+
+def test_a_dump_is_written_by_passes_that_run(tmp_path: Path) -> None:
+    for name in ("cold", "warm"):
+        model = qcompile.optimize(llama(), "u4/g32/asym", dump=tmp_path / name, progress=False)
+        with torch.no_grad():
+            model(torch.arange(12).reshape(2, 6))
+    assert len(list((tmp_path / "warm").rglob("*.txt"))) == len(list((tmp_path / "cold").rglob("*.txt"))) > 3
