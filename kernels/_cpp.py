@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import platform
+from pathlib import Path
 
 import torch
 
@@ -21,6 +22,12 @@ def load_cpp(source: str) -> ctypes.CDLL:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = next((line for line in lines if "error:" in line), lines[0] if lines else type(error).__name__)
         raise RuntimeError(reason) from error
+
+
+def text_of(*names: str) -> str:
+    """These files of kernels/cpu, one after the other."""
+    folder = Path(__file__).parent / "cpu"
+    return "".join((folder / name).read_text(encoding="utf-8") for name in names)
 
 
 @functools.cache

@@ -6,14 +6,13 @@ import ctypes
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qcompile.errors import FormatError
-from qcompile.kernels._cpp import load_cpp
+from qcompile.kernels._cpp import load_cpp, text_of
 from qcompile.kernels._weight import refuses_weight
 from qcompile.quant.element import Element
 from qcompile.quant.granularity import PerBlock, PerTensor
@@ -70,9 +69,7 @@ def _defines(element: Element) -> str:
 @functools.cache
 def library(defines: str) -> ctypes.CDLL:
     """The compiled functions for codes of an element."""
-    folder = Path(__file__).parent / "cpu"
-    texts = [(folder / name).read_text(encoding="utf-8") for name in SOURCES]
-    found = load_cpp(defines + "".join(texts))
+    found = load_cpp(defines + text_of(*SOURCES))
     pointer, number, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
     weight = [*[pointer] * 3, *[size] * 7, number, number, ctypes.c_float]
     x_and_y = [pointer, size, size, number, pointer, pointer, number, number]

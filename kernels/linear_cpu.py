@@ -10,14 +10,13 @@ from __future__ import annotations
 import ctypes
 import functools
 import warnings
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from qcompile.kernels import _packed_cpu as packed
-from qcompile.kernels._cpp import load_cpp, processor_features
+from qcompile.kernels._cpp import load_cpp, processor_features, text_of
 from qcompile.kernels.dequantize_cpu import dequantize_packed
 from qcompile.ops.activation import ACTIVATIONS
 from qcompile.ops.linear import linear
@@ -119,9 +118,9 @@ def _make_known(spec: str, columns: int) -> None:
 @functools.cache
 def without_python() -> ctypes.CDLL | None:
     """linear_packed in C++, from the first call on; None, with a warning, where torch's headers do not compile."""
-    source = Path(__file__).with_name("cpu").joinpath("linear_op.cpp").read_text(encoding="utf-8")
+    work = f"constexpr long WORK_OF_A_THREAD = {packed.WORK_OF_A_THREAD};\n"
     try:
-        op = load_cpp(f"constexpr long WORK_OF_A_THREAD = {packed.WORK_OF_A_THREAD};\n{source}")
+        op = load_cpp(work + text_of("op.h", "linear_op.cpp"))
     except RuntimeError as error:
         warnings.warn(f"qcompile: linears of a few rows are called through Python: {error}", stacklevel=2)
         return None

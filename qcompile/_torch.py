@@ -70,13 +70,18 @@ def call_on_fakes(function: Callable[..., Any], *args: Any, **kwargs: Any) -> An
 
 
 def inductor(gm: GraphModule, fakes: Sequence[Any], patches: dict[str, Any] | None = None) -> Callable[..., Any]:
-    """Compile an inference graph whose placeholders are described by `fakes`; the result takes the same inputs."""
+    """Compile an inference graph whose placeholders are described by `fakes`; the result takes the same inputs.
+
+    What it is given is not checked: the caller has.
+    """
     from torch._guards import TracingContext, tracing
     from torch._inductor.compile_fx import compile_fx
 
     context = TracingContext.try_get() or TracingContext(fake_mode_of(fakes))
     with torch.no_grad(), tracing(context), tracing_in_this_thread(), _mended_inductor():
-        return cast(Callable[..., Any], compile_fx(gm, list(fakes), config_patches=patches))
+        return cast(
+            Callable[..., Any], compile_fx(gm, list(fakes), config_patches={"size_asserts": False} | (patches or {}))
+        )
 
 
 def inductor_training(gm: GraphModule, inputs: Sequence[Any], patches: dict[str, Any]) -> Callable[..., Any]:

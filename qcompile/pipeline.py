@@ -46,6 +46,7 @@ KERNELS = (
     "rope",
     "rope_into_cache",
     "attention_decode",
+    "attention_cpu",
     "inductor",
     "linear_w8a8_cpu",
     "linear_w8a8_cuda",

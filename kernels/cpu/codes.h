@@ -191,22 +191,6 @@ struct Output {
     }
 };
 
-// Memory that a thread keeps between calls.
-struct Scratch {
-    void* at = nullptr;
-    size_t size = 0;
-    template <typename T> T* get(int64_t count) {
-        size_t need = (count * sizeof(T) + 127) / 64 * 64;
-        if (need > size) {
-            std::free(at);
-            at = std::aligned_alloc(64, size = need);
-            if (!at) std::abort();
-        }
-        return (T*)at;
-    }
-    ~Scratch() { std::free(at); }
-};
-
 }  // namespace
 
 #define WEIGHT_ARGUMENTS                                                                                            \

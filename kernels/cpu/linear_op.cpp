@@ -3,28 +3,16 @@
 // Ordinary arguments go straight to few_rows of the library that was compiled for the weight's codes. All others, more
 // rows and what is wrong go to linear_anyhow, which is the same in Python (linear_cpu.py).
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <algorithm>
 #include <array>
 #include <map>
 #include <mutex>
-#include <optional>
 #include <shared_mutex>
 #include <string>
 #include <utility>
-#include <vector>
-
-#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // its name in torch 2.11
-#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
-#endif
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using torch::stable::detail::from;
 
 // WEIGHT_ARGUMENTS in codes.h; x, its rows, stride and kind; y; bias and its kind; threads.
@@ -48,17 +36,6 @@ std::optional<Reader> find(const std::string& spec, int64_t columns) {
     return found == readers.end() ? std::nullopt : std::optional<Reader>(found->second);
 }
 
-// enum Kind in vectors.h
-int kind_of(const Tensor& t) {
-    switch (t.scalar_type()) {
-        case ScalarType::Float: return 0;
-        case ScalarType::BFloat16: return 1;
-        case ScalarType::Half: return 2;
-        case ScalarType::Byte: return 3;
-        default: return -1;
-    }
-}
-
 bool has_rows(const Tensor& t, int64_t rows, int64_t columns) {
     return t.dim() == 2 && t.size(0) == rows && t.size(1) == columns && (columns == 1 || t.stride(1) == 1);
 }
@@ -78,16 +55,16 @@ Tensor linear_packed(Tensor x, Tensor data, Tensor scale, std::optional<Tensor> 
                      std::string spec) {
     const int64_t dims = x.dim(), columns = dims ? x.size(dims - 1) : 0, rows = columns ? x.numel() / columns : 0;
     const std::optional<Reader> reader = find(spec, columns);
-    if (!reader || data.dim() != 2 || !fits(*reader, x, rows, data, scale, zero, bias)) {
+    if (!reader || dims > 16 || data.dim() != 2 || !fits(*reader, x, rows, data, scale, zero, bias)) {
         std::array<StableIValue, 6> stack = {from(x), from(data), from(scale), from(zero), from(bias), from(spec)};
         STABLE_TORCH_ERROR_CODE_CHECK(
             torch_call_dispatcher("qcompile_kernels::linear_anyhow", "", stack.data(), TORCH_ABI_VERSION));
         return torch::stable::detail::to<Tensor>(stack[0]);
     }
-    std::vector<int64_t> shape(dims);
+    int64_t shape[16];
     for (int64_t i = 0; i < dims; i++) shape[i] = x.size(i);
     const int64_t outputs = shape[dims - 1] = data.size(0);
-    Tensor y = torch::stable::new_empty(x, shape);
+    Tensor y = empty(x, shape, dims);
     if (!outputs) return y;
     const int64_t work = rows * outputs * columns;
     reader->few_rows(data.data_ptr(), scale.data_ptr(), zero ? zero->data_ptr() : nullptr, outputs, columns,

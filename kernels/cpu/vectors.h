@@ -120,6 +120,8 @@ INLINE f32x16 multiply_add(f32x16 a, f32x16 b, f32x16 c) {
 #endif
 }
 
+INLINE f32x16 max(f32x16 a, f32x16 b) EACH_PIECE(f32x16, a.piece[i] > b.piece[i] ? a.piece[i] : b.piece[i])
+
 INLINE float sum(f32x16 v) {
 #ifdef HAS_AVX512
     return _mm512_reduce_add_ps(bits_of<__m512>(v));
@@ -151,7 +153,9 @@ INLINE i32x16 widen(u8x16 v) {
 #endif
 }
 INLINE u32x16 widen(u16x16 v) {
-#if defined(HAS_AVX2)
+#if defined(HAS_AVX512)
+    return bits_of<u32x16>(_mm512_cvtepu16_epi32(bits_of<__m256i>(v)));
+#elif defined(HAS_AVX2)
     const __m128i low = load<__m128i>(&v), high = load<__m128i>((char*)&v + 16);
     return {{(u32x16::Piece)_mm256_cvtepu16_epi32(low), (u32x16::Piece)_mm256_cvtepu16_epi32(high)}};
 #else
@@ -249,5 +253,21 @@ INLINE void to_floats(float* to, const void* from, int64_t count, int kind) {
     for (; i + LANES <= count; i += LANES) store(to + i, load16(from, i, kind));
     if (i < count) store(to + i, load_some(from, i, count - i, kind));
 }
+
+// Memory that a thread keeps between calls.
+struct Scratch {
+    void* at = nullptr;
+    size_t size = 0;
+    template <typename T> T* get(int64_t count) {
+        size_t need = (count * sizeof(T) + 127) / 64 * 64;
+        if (need > size) {
+            std::free(at);
+            at = std::aligned_alloc(64, size = need);
+            if (!at) std::abort();
+        }
+        return (T*)at;
+    }
+    ~Scratch() { std::free(at); }
+};
 
 }  // namespace

@@ -1,0 +1,69 @@
+"""Attention of few query rows on the CPU, as in decoding, in C++ of our own (kernels/cpu/attention.h).
+
+Keys and values are read once for all heads that share them, and only where the mask lets anyone attend: of a static
+cache, what is filled.
+"""
+
+from __future__ import annotations
+
+import functools
+
+from torch import Tensor
+
+from qcompile.graph.match import known
+from qcompile.kernels._cpp import load_cpp, text_of
+from qcompile.kernels._packed_cpu import FLOATS
+from qcompile.ops.attention import attention
+from qcompile.ops.registry import opaque
+
+MAX_LENGTH = 8
+
+
+def refuses(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float
+) -> str | None:
+    """Why this kernel cannot run the call, or None."""
+    if query.device.type != "cpu":
+        return f"needs cpu, got {query.device.type}"
+    if query.dtype not in FLOATS or key.dtype != query.dtype or value.dtype != query.dtype:
+        return f"handles float32, bfloat16 and float16, not {query.dtype}, {key.dtype} and {value.dtype}"
+    length, width, value_width = (known(size) for size in (query.shape[2], query.shape[3], value.shape[3]))
+    if length is None or length > MAX_LENGTH:
+        return f"handles up to {MAX_LENGTH} query rows, not {query.shape[2]}"
+    if width is None or value_width is None or width % 16 or value_width % 16:
+        return f"handles heads of multiples of 16 columns, not {query.shape[3]} and {value.shape[3]}"
+    if any(known(tensor.stride(3)) != 1 for tensor in (query, key, value)):
+        return "the columns of query, key or value are not neighbours"
+    if is_causal:
+        return "handles a mask, not is_causal"
+    if mask is not None and known(mask.shape[-1]) != 1 and known(mask.stride(-1)) not in (0, 1):
+        return "the columns of the mask are not neighbours"
+    return missing()
+
+
+@functools.cache
+def missing() -> str | None:
+    """Why the library cannot be had, or None. Compiles it where that was never done (seconds)."""
+    try:
+        load_cpp(text_of("op.h", "vectors.h", "attention.h", "attention_op.cpp"))
+    except RuntimeError as error:
+        return f"C++ does not compile here: {error}"
+    return None
+
+
+_HEADERS = "#include <cmath>\n#include <limits>\n#include <tuple>\n#include <utility>\n"
+
+
+@opaque(lambda query, key, value, mask, scale: query.new_empty((*query.shape[:3], value.shape[3])))
+def attend_cpu(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    # Replaced by attention_op.cpp, whatever `refuses` lets through.
+    return attention.meaning(query, key, value, mask, False, scale)
+
+
+@attention.implementation("cpu_decode", refuses)
+def attention_cpu(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float
+) -> Tensor:
+    if mask is not None:
+        mask = mask.expand(*query.shape[:3], key.shape[2])
+    return attend_cpu(query, key, value, mask, scale)

@@ -1,0 +1,200 @@
+// Attention of a few query rows over keys and values that are read once for all heads that share them.
+//
+// Of each sequence and key/value head the keys from the first to the last that anyone attends to are taken in parts, each
+// in two passes: scores into a buffer, then their exponentials times the values. (Dao et al. 2023, flash-decoding.)
+
+#include <cmath>
+#include <limits>
+#include <tuple>
+#include <utility>
+
+namespace {
+
+constexpr int64_t PART = 512;  // keys of a part, in the mean, of a cache that is full
+
+struct Attention {
+    const void *query, *key, *value, *mask;
+    void* out;
+    int64_t batch, heads, kv_heads, length, keys, width, value_width;
+    int64_t query_strides[3], key_strides[3], value_strides[3], mask_strides[4];
+    int mask_kind;
+    float scale;
+
+    int64_t groups() const { return heads / kv_heads; }
+    int64_t parts() const { return std::max<int64_t>(1, keys / PART); }
+    // The mask of row r of a key/value head: query position r % length of head r / length of its group.
+    const char* mask_row(int64_t b, int64_t kv_head, int64_t r) const {
+        const int64_t head = kv_head * groups() + r / length;
+        return (const char*)mask + (b * mask_strides[0] + head * mask_strides[1] + r % length * mask_strides[2]) *
+                                       size_of(mask_kind);
+    }
+};
+
+const float NOTHING = -std::numeric_limits<float>::infinity();
+
+// Of numbers that are not positive; what float32 cannot hold is 0.
+INLINE f32x16 exponential(f32x16 x) {
+    constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to an integer
+    const u32x16 is_small = (bits_of<u32x16>(x) > 0xc2aeac50) & 0xffffffff;  // below ln 2^-126; the sign makes it large
+    const f32x16 shifted = multiply_add(x, splat(1.44269504f), splat(ROUND)), whole = shifted - ROUND;
+    const f32x16 rest = multiply_add(whole, splat(-1.42860677e-6f), multiply_add(whole, splat(-0.693145752f), x));
+    f32x16 y = splat(1 / 720.0f);
+    for (float factor : {1 / 120.0f, 1 / 24.0f, 1 / 6.0f, 0.5f, 1.0f, 1.0f}) y = multiply_add(y, rest, splat(factor));
+    const f32x16 power = bits_of<f32x16>((bits_of<u32x16>(shifted) - 0x4b400000 + 127) << 23);
+    return bits_of<f32x16>(bits_of<u32x16>(y * power) & ~is_small);
+}
+
+INLINE bool attends(const Attention& a, const char* mask, int64_t n) {
+    return load_some(mask, n * a.mask_strides[3], 1, a.mask_kind).piece[0][0] > (a.mask_kind == U8 ? 0 : NOTHING);
+}
+
+// Which keys any row attends to: from the first to the one behind the last.
+std::pair<int64_t, int64_t> attended(const Attention& a, int64_t b, int64_t kv_head) {
+    if (!a.mask) return {0, a.keys};
+    int64_t first = a.keys, last = 0;
+    const char* before = nullptr;
+    for (int64_t r = 0; r < a.groups() * a.length; r++) {
+        const char* mask = a.mask_row(b, kv_head, r);
+        if (mask == std::exchange(before, mask)) continue;
+        const bool skips = a.mask_kind == U8 && a.mask_strides[3] == 1;
+        auto is_empty = [&](int64_t n) { return load<uint64_t>(mask + n) == 0; };
+        int64_t low = 0, high = a.keys;
+        while (skips && low + 8 <= first && is_empty(low)) low += 8;
+        while (low < first && !attends(a, mask, low)) low++;
+        while (skips && high - 8 >= last && high >= 8 && is_empty(high - 8)) high -= 8;
+        while (high > last && !attends(a, mask, high - 1)) high--;
+        first = std::min(first, low), last = std::max(last, high);
+    }
+    return {first, last};
+}
+
+// scores[m * room + n] = sum of query row m times key n
+template <int KIND, int M>
+void multiply_keys(const float* query, const char* key, int64_t stride, int64_t width, int64_t count, float* scores,
+                   int64_t room) {
+    for (int64_t n = 0; n < count; n++, key += stride * size_of(KIND)) {
+        f32x16 total[M] = {};
+        for (int64_t c = 0; c < width; c += LANES) {
+            const f32x16 k = load16(key, c, KIND);
+            for (int m = 0; m < M; m++) total[m] = multiply_add(k, load<f32x16>(query + m * width + c), total[m]);
+        }
+        for (int m = 0; m < M; m++) scores[m * room + n] = sum(total[m]);
+    }
+}
+
+// y[m * width + c] = sum over n of shares[m * room + n] times value n, for C vectors of columns
+template <int KIND, int M, int C>
+void mix_values(const float* shares, int64_t room, const char* value, int64_t stride, int64_t count, float* y,
+                int64_t width) {
+    f32x16 total[M][C] = {};
+    for (int64_t n = 0; n < count; n++, value += stride * size_of(KIND))
+        for (int c = 0; c < C; c++) {
+            const f32x16 v = load16(value, c * LANES, KIND);
+            for (int m = 0; m < M; m++) total[m][c] = multiply_add(v, splat(shares[m * room + n]), total[m][c]);
+        }
+    for (int m = 0; m < M; m++)
+        for (int c = 0; c < C; c++) store(y + m * width + c * LANES, total[m][c]);
+}
+
+// Scores to exponentials of their distance to the largest, which is returned with the sum of them.
+std::pair<float, float> weigh(const Attention& a, float* scores, int64_t count, const char* mask, int64_t first) {
+    std::fill(scores + count, scores + whole(count), NOTHING);
+    f32x16 tops = splat(NOTHING), sums{};
+    for (int64_t n = 0; n < count; n += LANES) {
+        f32x16 score = load<f32x16>(scores + n);
+        if (mask) {
+            const int64_t some = std::min(LANES, count - n);
+            f32x16 added = a.mask_strides[3] ? load_some(mask, first + n, some, a.mask_kind)
+                                             : splat(load_some(mask, 0, 1, a.mask_kind).piece[0][0]);
+            if (a.mask_kind == U8) added = bits_of<f32x16>((bits_of<u32x16>(added) < 1) & bits_of<uint32_t>(NOTHING));
+            score = score + added;
+            store(scores + n, score);
+        }
+        tops = max(tops, score);
+    }
+    float each[LANES];
+    store(each, tops);
+    const float top = *std::max_element(each, each + LANES);
+    // While nothing is attended the top is -inf, and -inf less -inf is no number.
+    const f32x16 base = splat(top == NOTHING ? 0 : top);
+    for (int64_t n = 0; n < count; n += LANES) {
+        const f32x16 share = exponential(load<f32x16>(scores + n) - base);
+        sums = sums + share;
+        store(scores + n, share);
+    }
+    return {top, sum(sums)};
+}
+
+// Rows r … r + M - 1 of a key/value head over keys first … last - 1; tops, sums and y of each.
+template <int KIND, int M>
+void attend_rows(const Attention& a, int64_t b, int64_t kv_head, int64_t r, int64_t first, int64_t last, float* top,
+                 float* total, float* y) {
+    static thread_local Scratch scratch;
+    const int64_t count = last - first, room = whole(count);
+    float* query = scratch.get<float>(M * (a.width + room));
+    float* scores = query + M * a.width;
+    const int64_t size = size_of(KIND), *q = a.query_strides, *k = a.key_strides, *v = a.value_strides;
+    for (int m = 0; m < M; m++) {
+        const int64_t head = kv_head * a.groups() + (r + m) / a.length, row = (r + m) % a.length;
+        const char* from = (const char*)a.query + (b * q[0] + head * q[1] + row * q[2]) * size;
+        for (int64_t c = 0; c < a.width; c += LANES)
+            store(query + m * a.width + c, load16(from, c, KIND) * splat(a.scale));
+    }
+    const char* key = (const char*)a.key + (b * k[0] + kv_head * k[1] + first * k[2]) * size;
+    multiply_keys<KIND, M>(query, key, k[2], a.width, count, scores, room);
+    for (int m = 0; m < M; m++) {
+        const char* mask = a.mask ? a.mask_row(b, kv_head, r + m) : nullptr;
+        std::tie(top[m], total[m]) = weigh(a, scores + m * room, count, mask, first);
+    }
+    const char* value = (const char*)a.value + (b * v[0] + kv_head * v[1] + first * v[2]) * size;
+    int64_t c = 0;
+    for (; c + 4 * LANES <= a.value_width; c += 4 * LANES)
+        mix_values<KIND, M, 4>(scores, room, value + c * size, v[2], count, y + c, a.value_width);
+    for (; c < a.value_width; c += LANES)
+        mix_values<KIND, M, 1>(scores, room, value + c * size, v[2], count, y + c, a.value_width);
+}
+
+template <int KIND>
+void attend(const Attention& a, int threads) {
+    const int64_t parts = a.parts(), rows = a.groups() * a.length, heads = a.batch * a.kv_heads;
+    static thread_local Scratch scratch;
+    // Of each row the parts side by side: y, and behind all of them tops and sums.
+    float* ys = scratch.get<float>(heads * rows * parts * (a.value_width + 2));
+    float *tops = ys + heads * rows * parts * a.value_width, *sums = tops + heads * rows * parts;
+#pragma omp parallel for collapse(2) schedule(dynamic) num_threads(threads)
+    for (int64_t head = 0; head < heads; head++)
+        for (int64_t part = 0; part < parts; part++) {
+            const int64_t b = head / a.kv_heads, kv_head = head % a.kv_heads;
+            const auto [low, high] = attended(a, b, kv_head);
+            const int64_t each = (std::max<int64_t>(0, high - low) + parts - 1) / parts;
+            const int64_t first = std::min(low + part * each, high), last = std::min(first + each, high);
+            for (int64_t r = 0; r < rows;) {
+                const int64_t at = (head * parts + part) * rows + r;
+                auto run = [&](auto most) {
+                    constexpr int M = decltype(most)::value;
+                    attend_rows<KIND, M>(a, b, kv_head, r, first, last, tops + at, sums + at, ys + at * a.value_width);
+                    r += M;
+                };
+                const int64_t left = rows - r;
+                left >= 4 ? run(Count<4>()) : left == 3 ? run(Count<3>()) : left == 2 ? run(Count<2>()) : run(Count<1>());
+            }
+        }
+    for (int64_t head = 0; head < heads; head++)
+        for (int64_t r = 0; r < rows; r++) {
+            auto at = [&](int64_t part) { return (head * parts + part) * rows + r; };
+            float top = NOTHING, total = 0;
+            for (int64_t part = 0; part < parts; part++) top = std::max(top, tops[at(part)]);
+            auto weight = [&](int64_t part) { return top == NOTHING ? 0 : std::exp(tops[at(part)] - top); };
+            for (int64_t part = 0; part < parts; part++) total += sums[at(part)] * weight(part);
+            // Rows that attend to nothing are zeros.
+            const float scale = total == 0 ? 0 : 1 / total;
+            for (int64_t c = 0; c < a.value_width; c += LANES) {
+                f32x16 y{};
+                for (int64_t part = 0; part < parts; part++)
+                    y = multiply_add(load<f32x16>(ys + at(part) * a.value_width + c), splat(weight(part) * scale), y);
+                store16(a.out, (head * rows + r) * a.value_width + c, KIND, y);
+            }
+        }
+}
+
+}  // namespace

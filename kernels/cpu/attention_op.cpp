@@ -1,0 +1,39 @@
+// attend_cpu of attention_cpu.py, called by torch without Python in between.
+
+#include <stdexcept>
+
+namespace {
+
+constexpr int64_t WORK_OF_A_THREAD = 1 << 19;  // products
+
+void set_strides(int64_t* to, const Tensor& t, int count) {
+    for (int i = 0; i < count; i++) to[i] = t.size(i) == 1 ? 0 : t.stride(i);
+}
+
+Tensor attend_cpu(Tensor query, Tensor key, Tensor value, std::optional<Tensor> mask, double scale) {
+    Attention a = {query.data_ptr(), key.data_ptr(), value.data_ptr(), mask ? mask->data_ptr() : nullptr, nullptr,
+                   query.size(0), query.size(1), key.size(1), query.size(2), key.size(2), query.size(3), value.size(3)};
+    a.scale = scale;
+    set_strides(a.query_strides, query, 3);
+    set_strides(a.key_strides, key, 3);
+    set_strides(a.value_strides, value, 3);
+    if (mask) {
+        set_strides(a.mask_strides, *mask, 4);
+        a.mask_kind = mask->scalar_type() == ScalarType::Bool ? U8 : kind_of(*mask);
+    }
+    const int kind = kind_of(query);
+    if (kind < 0 || kind == U8 || kind != kind_of(key) || kind != kind_of(value) || (mask && a.mask_kind < 0))
+        throw std::runtime_error("attend_cpu: float32, bfloat16, float16 and masks of these or bool are handled");
+    const int64_t shape[] = {a.batch, a.heads, a.length, a.value_width};
+    Tensor out = empty(query, shape, 4);
+    if (out.numel() == 0) return out;
+    a.out = out.data_ptr();
+    const int64_t work = a.batch * a.heads * a.length * a.keys * (a.width + a.value_width);
+    const int threads = std::min<int64_t>(torch::stable::get_num_threads(), 1 + work / WORK_OF_A_THREAD);
+    kind == F32 ? attend<F32>(a, threads) : kind == BF16 ? attend<BF16>(a, threads) : attend<F16>(a, threads);
+    return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(qcompile_kernels, CPU, m) { m.impl("attend_cpu", TORCH_BOX(&attend_cpu)); }
