@@ -34,7 +34,7 @@ from benchmarks.kernels_gpu import (
 from qcompile.kernels import _tuning, linear_cuda, linear_dot
 from qcompile.kernels._tuning import DotTile, GemmTile, MmaTile
 from qcompile.kernels._weight import Layout, Weight
-from qcompile.kernels.linear_dot import dot
+from qcompile.kernels.linear_dot import Around, dot
 from qcompile.kernels.linear_gemm import gemm
 from qcompile.kernels.linear_mma import mma
 from qcompile.quant.spec import QSpec
@@ -42,9 +42,15 @@ from qcompile.quant.spec import QSpec
 SWEPT_BY_DOT = ("u4/g64/asym", "i4/g128/sym", "i8/g64/sym", "u3/g64/asym", "u2/g64/asym", "u1/g64/asym")
 SWEPT_BY_MMA = ("u4/g64/asym", "i8/g64/sym")
 SWEPT_BY_GEMM = "i4/g128/sym"
+
+
+def plain_dot(x: Tensor, weight: Weight, bias: Tensor | None, activation: str | None, tile: DotTile) -> Tensor:
+    return dot(x, weight, bias, Around(activation=activation), tile)
+
+
 # Way → the kernel and its tiles.
 KERNELS: dict[str, tuple[Callable[..., Tensor], Any]] = {
-    "dot": (dot, DotTile),
+    "dot": (plain_dot, DotTile),
     "mma": (mma, MmaTile),
     "gemm": (gemm, GemmTile),
 }
@@ -126,7 +132,7 @@ def sweeps() -> Iterator[tuple[str, str, str, int, dict[str, Run]]]:
         yield "gemm", SWEPT_BY_GEMM, name, rows, dict(tiled)
     # Does starting early (programmatic dependent launch) pay?
     for name in ("o", "gate_up", "down"):
-        label, early = by("dot", _tuning.dot_tile(1, *SHAPES[name], 32))
+        label, early = by("dot", _tuning.dot_tile(*SHAPES[name], 32, 4, _tuning.Device()))
         both = {f"with, {label}": early, f"without, {label}": without_pdl(early)}
         yield "dot and PDL", SWEPT_BY_DOT[0], name, 1, both
     # Does the slab of the float copy stay in the cache?
@@ -165,7 +171,8 @@ def dot_tiles(spec: str) -> list[DotTile]:
         DotTile(outputs, split, split * by) for split, by, outputs in itertools.product(splits, (1, 2), (4, 8, 16))
     ]
     # A thread has the registers for so many rows.
-    return [tile for tile in tiles if tile.warps <= 8 and tile.outputs * tile.split // tile.warps <= 16]
+    tiles = [tile for tile in tiles if tile.warps <= 8 and tile.outputs * tile.split // tile.warps <= 16]
+    return tiles + [replace(tile, steps=4, ahead=2) for tile in tiles if tile.outputs < 16]
 
 
 def mma_tiles(spec: str, rows: int) -> list[MmaTile]:

@@ -10,29 +10,39 @@ from types import SimpleNamespace
 
 from torch import Tensor
 
-from qcompile.kernels._tiles import INTERPRET, plane_words
-from qcompile.kernels._weight import Weight
+from qcompile.kernels._tiles import INTERPRET, constexpr_function, plane_words
+from qcompile.kernels._weight import Layout, Weight
 
 try:
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.language.nvidia.ampere import async_copy
+
+    # Triton 3.9 has given these other names.
+    begin_copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+    barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+    commit_copies, wait_for_copies = async_copy.commit_group, async_copy.wait_group
 except ImportError:  # the modules still import, and `can_read` is false
     gluon = SimpleNamespace(jit=lambda function: function)
-    gl = None
+    gl = barrier = begin_copy = commit_copies = wait_for_copies = None
 
 
 def can_read(x: Tensor, weight: Weight) -> bool:
-    """Do these kernels take contiguous x (M, K) and this weight? Integers without tiles; x in 16 bits, whole units."""
-    layout = weight.layout
-    return (
-        gl is not None
-        and not INTERPRET
-        and not (layout.exponent or layout.table)
-        and layout.height == 1
-        and x.element_size() == 2
-        and x.shape[1] % 16 == 0
-        and x.data_ptr() % 16 == 0
-    )
+    """Do these kernels take contiguous x (M, K) and this weight?"""
+    return refuses(x, weight.layout) is None and x.data_ptr() % 16 == 0
+
+
+def refuses(x: Tensor, layout: Layout) -> str | None:
+    """Why these kernels do not take x (…, K) and weights of this layout, or None; x has to be contiguous."""
+    if gl is None or INTERPRET:
+        return "needs Gluon, which came with Triton 3.5 and has no interpreter"
+    if layout.exponent or layout.table or layout.height > 1:
+        return "handles integers without tiles"
+    if x.element_size() != 2:
+        return "handles inputs of 16 bits"
+    if x.shape[-1] % 16:
+        return f"handles multiples of 16 inputs, not {x.shape[-1]}"
+    return None
 
 
 @gluon.jit
@@ -76,6 +86,42 @@ def _load_plane(row, chunk, word, K, FIELDS: gl.constexpr, WIDTH: gl.constexpr):
     for i in gl.static_range(COUNT):
         at = (chunk * COUNT + i) * 4
         words += (gl.load(row + (at + word), mask=at < plane_words(K, WIDTH), other=0),)
+    return words
+
+
+@constexpr_function
+def pieces(layout: Layout) -> int:
+    """Pieces of 16 bytes in a chunk of the smallest plane and what belongs to it."""
+    return layout.fields * layout.bits // 8
+
+
+@gluon.jit
+def copy_words(ring, index, row, chunk, word, K, W: gl.constexpr):
+    """Begin to copy what `load_words` loads to the tiles of shared memory from `index` on."""
+    FIELDS: gl.constexpr = W.fields
+    _copy_plane(ring, index, row, chunk, word, K, FIELDS, W.p0)
+    if W.p1 > 0:
+        row += plane_words(K, W.p0)
+        _copy_plane(ring, index + FIELDS * W.p0 // 8, row, chunk, word, K, FIELDS, W.p1)
+    if W.p2 > 0:
+        row += plane_words(K, W.p1)
+        _copy_plane(ring, index + FIELDS * (W.p0 + W.p1) // 8, row, chunk, word, K, FIELDS, W.p2)
+
+
+@gluon.jit
+def _copy_plane(ring, index, row, chunk, word, K, FIELDS: gl.constexpr, WIDTH: gl.constexpr):
+    COUNT: gl.constexpr = FIELDS * WIDTH // 8
+    for i in gl.static_range(COUNT):
+        at = (chunk * COUNT + i) * 4
+        begin_copy(ring.index(index + i), row + (at + word), mask=at < plane_words(K, WIDTH))
+
+
+@gluon.jit
+def words_of(ring, index, L: gl.constexpr, W: gl.constexpr):
+    """What was copied from `index` on."""
+    words = ()
+    for i in gl.static_range(pieces(W)):
+        words += (ring.index(index + i).load(L),)
     return words
 
 

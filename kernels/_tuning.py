@@ -29,11 +29,14 @@ class GemvTile:
 
 @dataclass(frozen=True)
 class DotTile:
-    """What a program of linear_dot makes: `outputs` columns, `split` of its warps side by side along a weight row."""
+    """What a program of linear_dot takes: `outputs` weight rows in each of so many `steps`, `split` of its warps side
+    by side along a row, and `ahead` steps on their way to shared memory; powers of two but for the last."""
 
     outputs: int
     split: int
     warps: int
+    steps: int = 1
+    ahead: int = 1
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,7 @@ def way(rows: int, run: int | None, step: int, device: Device) -> str:
 
     The first two need integer codes; `run` of those, a power of two, share a scale, and it is None for others.
     """
-    if run is not None and rows <= 2:
+    if run is not None and rows * step <= 128 and rows <= 2 and device.tensor_cores:  # as for asynchronous copies
         return "dot"
     # Where lanes share no scale, several rows of x take the room of one.
     if run is not None and rows <= (64 if mma_spread(rows, step, run)[1] == 1 else 8) and device.tensor_cores:
@@ -128,17 +131,20 @@ def way(rows: int, run: int | None, step: int, device: Device) -> str:
     return "gemm" if rows < 256 and device.tensor_cores else "dequantize"
 
 
-def dot_tile(rows: int, outputs: int, inputs: int, step: int) -> DotTile:
+def dot_tile(outputs: int, inputs: int, step: int, bits: int, device: Device) -> DotTile:
     chunks = cdiv(inputs, step)
-    if step == 16:  # codes of eight bits: many chunks, and few codes in each that pay for x
-        return DotTile(outputs=4, split=4, warps=4)
-    if step == 128:  # a chunk of a 1-bit plane takes the registers of many inputs
-        return DotTile(outputs=4 if rows > 1 else 8, split=1, warps=2)
-    if chunks <= 64 or outputs > 5000:
-        return DotTile(outputs=8, split=2, warps=2)
-    if step == 64:
-        return DotTile(outputs=16, split=2, warps=4)
-    return DotTile(outputs=16 if chunks <= 128 else 8, split=4, warps=4)
+    warps = 4 if chunks <= 128 else 8
+    split = min(warps, power_of_two(cdiv(chunks, 32)))
+    row_bytes = cdiv(chunks, 32 * split) * 32 * split * step * bits // 8
+    tall = max(2, _floor_power(min(16 * warps // split, (32 << 10) // row_bytes)))
+    # Few rows at a time share what x costs with those of other steps; no processor is left without a program.
+    steps = min(max(1, 16 // tall), cdiv(outputs, tall * 2 * device.processors)) if tall < 8 else 1
+    return DotTile(tall, split, warps, steps, min(steps, 2))
+
+
+def _floor_power(n: int) -> int:
+    """The largest power of two that is no more than n, and not less than one."""
+    return 1 << max(0, n.bit_length() - 1)
 
 
 def mma_spread(rows: int, step: int, run: int) -> tuple[int, int]:

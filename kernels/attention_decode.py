@@ -114,6 +114,7 @@ def attend(
         BLOCK_DV=block_dv,
         MASK_ROWS=mask_rows,
         SCAN=max(16, SCAN_ELEMENTS // mask_rows),
+        EARLY=cdiv(keys, tile.keys * tile.splits) <= 2,
         PDL=pdl,
         num_warps=tile.warps,
         num_stages=tile.stages,
@@ -158,9 +159,12 @@ def _split(
     q_batch, q_head, q_row, k_batch, k_head, k_row, k_column, v_batch, v_head, v_row, v_column,
     mask_batch, mask_head, mask_row, mask_column,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr, MASK_ROWS: tl.constexpr, SCAN: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_DV: tl.constexpr, MASK_ROWS: tl.constexpr, SCAN: tl.constexpr, EARLY: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
+        if EARLY:
+            gdc_launch_dependents()
         gdc_wait()
     pair = tl.program_id(0).to(tl.int64)
     batch, kv_head = pair // kv_heads, pair % kv_heads
@@ -219,7 +223,7 @@ def _split(
         total = total * shrink + tl.sum(p, 1, keep_dims=True)
         y = _product(p, v, y * shrink)
         top = new_top
-    if PDL:
+    if PDL and not EARLY:
         gdc_launch_dependents()  # not earlier: waiting programs would take room from those that read
     result = pair * rows + row
     if parts_ptr is None:

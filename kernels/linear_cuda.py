@@ -15,7 +15,7 @@ from qcompile.kernels._gluon import can_read
 from qcompile.kernels._tiles import refuses_device
 from qcompile.kernels._weight import Weight, refuses_weight
 from qcompile.kernels.dequantize_gpu import write_weight
-from qcompile.kernels.linear_dot import dot
+from qcompile.kernels.linear_dot import Around, dot
 from qcompile.kernels.linear_gemm import gemm
 from qcompile.kernels.linear_gemv import gemv
 from qcompile.kernels.linear_mma import mma
@@ -56,7 +56,8 @@ def linear_cuda(
     run = weight.layout.run if can_read(rows, weight) else None
     way = _tuning.way(m, run, step, device)
     if way == "dot":
-        y = dot(rows, weight, bias, activation, _tuning.dot_tile(m, n, columns, step))
+        around = Around(activation=activation)
+        y = dot(rows, weight, bias, around, _tuning.dot_tile(n, columns, step, weight.layout.bits, device))
     elif way == "mma":
         y = mma(rows, weight, bias, activation, _tuning.mma_tile(m, n, columns, step, weight.layout.run))
     elif way == "gemv":

@@ -24,7 +24,7 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from qcompile.graph.alias import is_written_between
-from qcompile.graph.match import Miss, aten, is_call, known, only_user, same_type, value
+from qcompile.graph.match import Miss, aten, is_call, is_input, known, only_user, same_type, value
 from qcompile.graph.rewrite import Rewriter
 from qcompile.ops.activation import gated_act
 from qcompile.ops.fused_linear import fused_linear
@@ -65,6 +65,8 @@ def _normed(node: Node) -> Fused | Miss | None:
         return None
     if is_call(norm, layer_norm.overload):
         return Miss("a layer norm stays apart", norm)
+    if isinstance(weight := norm.args[1], Node) and not is_input(weight):
+        return Miss(f"the norm's weight is computed, by {weight.name}", norm)  # kernels read it ahead of time
     if other := next((user for user in norm.users if not is_call(user, linear.overload)), None):
         return Miss(f"the norm is read by {other.name} too", norm)
     return _taken(node, arguments | dict(zip(("x", "norm_weight", "eps", "weight_offset"), norm.args)))

@@ -40,6 +40,7 @@ KERNELS = (
     "linear_cpu",
     "dequantize_cpu",
     "linear_cuda",
+    "fused_linear",
     "dequantize_gpu",
     "norm",
     "gated_act",

@@ -65,7 +65,7 @@ def compiled(kernel: Any, gpu: int, absent: tuple[str, ...], warps: int, stages:
             signature[name] = "constexpr"
         elif name == "data_ptr":
             signature[name] = "*i32"
-        elif name == "x_ptr" and kernel in PACKED:
+        elif name in ("x_ptr", "norm_ptr") and kernel in PACKED:
             signature[name] = PACKED[kernel]
         elif name in ("parts_ptr", "sums_ptr", "table_ptr"):
             signature[name] = "*fp32"
@@ -77,7 +77,8 @@ def compiled(kernel: Any, gpu: int, absent: tuple[str, ...], warps: int, stages:
             signature[name] = f"*{short}"
         else:
             signature[name] = "fp32" if name in ("eps", "scale") else "i32"
-        if name.endswith(("_ptr", "_batch", "_head", "_row")) or name in ("N", "K", "columns"):
+        aligned = name.endswith(("_ptr", "_batch", "_head", "_row")) or name in ("N", "K", "columns")
+        if aligned and name not in constants:
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, signature, constants, attributes)
     return triton.compile(source, target=GPUTarget("cuda", gpu, 32), options={"num_warps": warps, "num_stages": stages})
@@ -113,15 +114,7 @@ def variants(gpu: int) -> dict[str, Any]:
         absent = ("bias_ptr", *absent_of(layout))
         kernel = linear_gemv._gemv
         found[f"gemv, {name}"] = compiled(kernel, gpu, absent, tile.warps, ACTIVATION="silu", W=layout, **sizes)
-    long = (("two rows", THREE_BITS, 2, 14336), ("eight bits", EIGHT_BITS, 1, 14336), ("two bits", TWO_BITS, 1, 14336))
-    for name, layout, rows, columns in (("one row", FOUR_BITS, 1, 4096), *long):
-        if name != "one row" and gpu not in WIDELY:
-            continue
-        tile = _tuning.dot_tile(rows, 4096, columns, 16 * layout.fields)
-        whole = columns <= 512 * layout.fields * tile.split
-        sizes = {"WHOLE": whole, "ROWS": rows, "OUTPUTS": tile.outputs, "SPLIT": tile.split}
-        absent, kernel = ("bias_ptr", *absent_of(layout)[1:]), linear_dot._dot
-        found[f"dot, {name}"] = compiled(kernel, gpu, absent, tile.warps, ACTIVATION="silu", W=layout, **sizes)
+    found |= dots(gpu, device)
     few = (("four rows", FOUR_BITS, 4), ("16 rows", FOUR_BITS, 16), ("64 rows", FOUR_BITS, 64))
     for name, layout, rows in (*few, ("three bits", THREE_BITS, 8), ("eight bits", EIGHT_BITS, 64)):
         if not device.tensor_cores or (name != "16 rows" and gpu not in WIDELY):
@@ -166,6 +159,39 @@ def variants(gpu: int) -> dict[str, Any]:
     return found | attentions(gpu, device)
 
 
+def dots(gpu: int, device: _tuning.Device) -> dict[str, Any]:
+    """linear_dot alone, and with all that may stand around it."""
+    if not device.tensor_cores:
+        return {}  # no asynchronous copies before 8.0
+    found = {}
+    alone: dict[str, Any] = {"ACTIVATION": "silu", "GATED": False, "NORM": False, "OFFSET": 0.0}
+    some = (
+        ("one row", FOUR_BITS, 1, 4096, alone),
+        ("two rows", TWO_BITS, 2, 4096, alone),
+        ("three bits", THREE_BITS, 1, 14336, alone),
+        ("eight bits", EIGHT_BITS, 1, 14336, alone),
+        ("normed and gated", FOUR_BITS, 2, 4096, alone | {"GATED": True, "NORM": True}),
+        ("long", FOUR_BITS, 1, 14336, alone),
+    )
+    for name, layout, rows, columns, around in some:
+        if name != "one row" and gpu not in WIDELY:
+            continue
+        tile = _tuning.dot_tile(4096, columns, 16 * layout.fields, layout.bits, device)
+        groups = columns // layout.group if layout.group else 1
+        sizes = {"ROWS": rows, "OUTPUTS": tile.outputs, "SPLIT": tile.split, "STEPS": tile.steps, "AHEAD": tile.ahead}
+        lengths = {
+            "K": columns,
+            "DATA_STRIDE": columns * layout.bits // 128,
+            "SCALE_STRIDE": groups,
+            "ZERO_STRIDE": groups,
+        }
+        absent = ("bias_ptr", *absent_of(layout)[1:], *(("norm_ptr", "residual_ptr") if around is alone else ()))
+        found[f"dot, {name}"] = compiled(
+            linear_dot._dot, gpu, absent, tile.warps, W=layout, EVEN=True, **around, **sizes, **lengths
+        )
+    return found
+
+
 def attentions(gpu: int, device: _tuning.Device) -> dict[str, Any]:
     """attention_decode for 32 query heads over 8 of 128 columns, 71 over one of 64, and 16 over 16 of 256."""
     found = {}
@@ -174,7 +200,7 @@ def attentions(gpu: int, device: _tuning.Device) -> dict[str, Any]:
             continue
         tile = _tuning.attention_tile(pairs, rows, 8192, width, 2, device)
         sizes = {"D": width, "DV": width, "BLOCK_D": width, "BLOCK_DV": width, "BLOCK_M": tile.rows}
-        steps = {"BLOCK_N": tile.keys, "MASK_ROWS": 1, "SCAN": attention_decode.SCAN_ELEMENTS}
+        steps = {"BLOCK_N": tile.keys, "MASK_ROWS": 1, "SCAN": attention_decode.SCAN_ELEMENTS, "EARLY": True}
         absent = () if tile.splits > 1 else ("sums_ptr", "parts_ptr")
         plain = {"k_column": 1, "v_column": 1, "mask_column": 1}
         found[f"attention, {rows} rows of {width}"] = compiled(

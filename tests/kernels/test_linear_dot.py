@@ -9,7 +9,7 @@ from qcompile.kernels import _tuning
 from qcompile.kernels._gluon import can_read
 from qcompile.kernels._tuning import DotTile
 from qcompile.kernels._weight import Weight
-from qcompile.kernels.linear_dot import dot
+from qcompile.kernels.linear_dot import Around, dot
 from qcompile.ops.activation import ACTIVATIONS
 from qcompile.ops.linear import linear
 from qcompile.quant.tensor import QTensor
@@ -53,7 +53,8 @@ def test_meaning(
     weight = Weight.of(q.data, q.scale, q.zero, spec, k)
     assert can_read(x, weight)
     want = linear.meaning(x.double(), q.data, q.scale, q.zero, None, spec, None)
-    assert_close(dot(x, weight, None, None, _tuning.dot_tile(m, n, k, weight.step)), want)
+    tile = _tuning.dot_tile(n, k, weight.step, weight.layout.bits, _tuning.Device.of(x.device))
+    assert_close(dot(x, weight, None, Around(), tile), want)
 
 
 @pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
@@ -63,15 +64,26 @@ def test_bias_and_activation(
     spec = "i8/row/sym"
     q, x = random_weight(spec, 6, 32, torch.float32), torch.randn(2, 32, device="cuda").bfloat16()
     bias = torch.randn(6, device="cuda").bfloat16()
-    got = dot(x, Weight.of(q.data, q.scale, q.zero, spec, 32), bias, activation, DotTile(4, 2, 2))
+    got = dot(x, Weight.of(q.data, q.scale, q.zero, spec, 32), bias, Around(activation=activation), DotTile(4, 2, 2))
     assert_close(got, linear.meaning(x.double(), q.data, q.scale, q.zero, bias.double(), spec, activation))
 
 
-@pytest.mark.parametrize("tile", [DotTile(1, 1, 1), DotTile(16, 1, 2), DotTile(8, 8, 8), DotTile(4, 2, 8)], ids=str)
+@pytest.mark.parametrize(
+    "tile",
+    [
+        DotTile(2, 1, 1),
+        DotTile(16, 1, 2),
+        DotTile(8, 8, 8),
+        DotTile(4, 2, 8),
+        DotTile(4, 4, 4, 3, 2),
+        DotTile(2, 2, 4, 16, 3),
+    ],
+    ids=str,
+)
 def test_many_tiles(tile: DotTile, random_weight: Callable[..., QTensor], assert_close: Callable[..., None]) -> None:
     for spec in ("u3/g64/asym", "u4/g64/asym"):
         q, x = random_weight(spec, 37, 1600, torch.float16), torch.randn(1, 1600, device="cuda").half()
-        got = dot(x, Weight.of(q.data, q.scale, q.zero, spec, 1600), None, None, tile)
+        got = dot(x, Weight.of(q.data, q.scale, q.zero, spec, 1600), None, Around(), tile)
         assert_close(got, linear.meaning(x.double(), q.data, q.scale, q.zero, None, spec, None))
 
 
@@ -84,7 +96,7 @@ def test_fixed_point_of_uneven_inputs(random_weight: Callable[..., QTensor], ass
     uneven[0, 77] = 1000.0
     for x in (uneven, torch.randn(1, 4096, device="cuda") * 1e-20, torch.randn(1, 4096, device="cuda") * 1e20):
         x = x.bfloat16()
-        got = dot(x, weight, None, None, DotTile(8, 4, 4))
+        got = dot(x, weight, None, Around(), DotTile(8, 4, 4))
         assert_close(got, linear.meaning(x.double(), q.data, q.scale, q.zero, None, spec, None))
 
 
@@ -93,5 +105,5 @@ def test_what_is_not_finite_stays_so(bad: float, random_weight: Callable[..., QT
     for spec in ("i4/g64/sym", "u4/g64/asym"):
         q, x = random_weight(spec, 8, 256, torch.float32), torch.randn(1, 256, device="cuda").bfloat16()
         x[0, 100] = bad
-        got = dot(x, Weight.of(q.data, q.scale, q.zero, spec, 256), None, None, DotTile(4, 2, 2))
+        got = dot(x, Weight.of(q.data, q.scale, q.zero, spec, 256), None, Around(), DotTile(4, 2, 2))
         assert not got.isfinite().any()

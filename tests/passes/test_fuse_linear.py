@@ -156,6 +156,11 @@ def test_miss_layer_norm(fused):
     assert reasons(result) == ["a layer norm stays apart"]
 
 
+def test_miss_norm_with_a_computed_weight(fused):
+    _, result = fused(lambda m, x, y: m.linear(F.rms_norm(x, (64,), m.norm.weight.exp(), 1e-5)))
+    assert reasons(result) == ["the norm's weight is computed, by exp"]
+
+
 def test_miss_norm_that_is_read(fused):
     _, result = fused(lambda m, x, y: m.linear(n := m.norm(x)) * n.exp())
     assert reasons(result) == ["the norm is read by exp too"]

@@ -1,0 +1,65 @@
+"""fused_linear of one or two rows on CUDA, in one launch of linear_dot; a pass makes no such op of more rows."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from qcompile.graph.match import known
+from qcompile.kernels import _gluon, _tuning, linear_cuda
+from qcompile.kernels._weight import Layout, Weight
+from qcompile.kernels.linear_dot import Around, dot
+from qcompile.ops.fused_linear import fused_linear
+from qcompile.ops.registry import opaque
+
+
+def refuses(
+    x: Tensor, norm_weight: Tensor | None, eps: float | None, weight_offset: float, data: Tensor, scale: Tensor,
+    zero: Tensor | None, bias: Tensor | None, residual: Tensor | None, spec: str, activation: str | None, gated: bool,
+) -> str | None:  # fmt: skip
+    if reason := linear_cuda.refuses(x, data, scale, zero, bias, spec, activation):
+        return reason
+    if reason := _gluon.refuses(x, layout := Layout.of(spec)):
+        return reason
+    rows = math.prod(known(size) or 0 for size in x.shape[:-1])
+    if not rows or _tuning.way(rows, layout.run, 16 * layout.fields, _tuning.Device.of(x.device)) != "dot":
+        return f"handles the one or two rows that linear_dot takes, not {rows or 'an unknown number'} by {spec}"
+    if norm_weight is not None and norm_weight.dtype != x.dtype:
+        return f"handles norms in the dtype of x, not {norm_weight.dtype}"
+    return None
+
+
+def _fake(
+    x: Tensor, norm_weight: Tensor | None, eps: float | None, weight_offset: float, data: Tensor, scale: Tensor,
+    zero: Tensor | None, bias: Tensor | None, residual: Tensor | None, spec: str, activation: str | None, gated: bool,
+) -> Tensor:  # fmt: skip
+    return x.new_empty((*x.shape[:-1], data.shape[0] // (2 if gated else 1)))
+
+
+@opaque(_fake)
+def fused_linear_cuda(
+    x: Tensor, norm_weight: Tensor | None, eps: float | None, weight_offset: float, data: Tensor, scale: Tensor,
+    zero: Tensor | None, bias: Tensor | None, residual: Tensor | None, spec: str, activation: str | None, gated: bool,
+) -> Tensor:  # fmt: skip
+    columns = x.shape[-1]
+    rows = x.reshape(-1, columns).contiguous()
+    if rows.data_ptr() % 16:
+        rows = rows.clone()
+    weight = Weight.of(data, scale, zero, spec, columns)
+    residual = None if residual is None else residual.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    around = Around(norm_weight, eps, weight_offset, residual, activation, gated)
+    device = _tuning.Device.of(x.device)
+    tile = _tuning.dot_tile(weight.rows, columns, weight.step, weight.layout.bits, device)
+    return dot(rows, weight, bias, around, tile).reshape(*x.shape[:-1], -1)
+
+
+@fused_linear.implementation("triton", refuses, device="cuda")
+def fused_linear_triton(
+    x: Tensor, norm_weight: Tensor | None, eps: float | None, weight_offset: float, data: Tensor, scale: Tensor,
+    zero: Tensor | None, bias: Tensor | None, residual: Tensor | None, spec: str, activation: str | None, gated: bool,
+) -> Tensor:  # fmt: skip
+    return fused_linear_cuda(
+        x, norm_weight, eps, weight_offset, data, scale, zero, bias, residual, spec, activation, gated
+    )
