@@ -132,7 +132,7 @@ def sweeps() -> Iterator[tuple[str, str, str, int, dict[str, Run]]]:
         yield "gemm", SWEPT_BY_GEMM, name, rows, dict(tiled)
     # Does starting early (programmatic dependent launch) pay?
     for name in ("o", "gate_up", "down"):
-        label, early = by("dot", _tuning.dot_tile(*SHAPES[name], 32, 4, _tuning.Device()))
+        label, early = by("dot", _tuning.dot_tile(1, *SHAPES[name], 32, 4, _tuning.Device()))
         both = {f"with, {label}": early, f"without, {label}": without_pdl(early)}
         yield "dot and PDL", SWEPT_BY_DOT[0], name, 1, both
     # Does the slab of the float copy stay in the cache?

@@ -131,12 +131,13 @@ def way(rows: int, run: int | None, step: int, device: Device) -> str:
     return "gemm" if rows < 256 and device.tensor_cores else "dequantize"
 
 
-def dot_tile(outputs: int, inputs: int, step: int, bits: int, device: Device) -> DotTile:
+def dot_tile(rows: int, outputs: int, inputs: int, step: int, bits: int, device: Device) -> DotTile:
     chunks = cdiv(inputs, step)
     warps = 4 if chunks <= 128 else 8
     split = min(warps, power_of_two(cdiv(chunks, 32)))
     row_bytes = cdiv(chunks, 32 * split) * 32 * split * step * bits // 8
-    tall = max(2, _floor_power(min(16 * warps // split, (32 << 10) // row_bytes)))
+    # A thread holds both rows of x, and the sums of its weight rows.
+    tall = max(2, _floor_power(min(16 * warps // split // rows, (32 << 10) // row_bytes)))
     # Few rows at a time share what x costs with those of other steps; no processor is left without a program.
     steps = min(max(1, 16 // tall), cdiv(outputs, tall * 2 * device.processors)) if tall < 8 else 1
     return DotTile(tall, split, warps, steps, min(steps, 2))

@@ -51,7 +51,7 @@ def fused_linear_cuda(
     bias = None if bias is None else bias.contiguous()
     around = Around(norm_weight, eps, weight_offset, residual, activation, gated)
     device = _tuning.Device.of(x.device)
-    tile = _tuning.dot_tile(weight.rows, columns, weight.step, weight.layout.bits, device)
+    tile = _tuning.dot_tile(rows.shape[0], weight.rows, columns, weight.step, weight.layout.bits, device)
     return dot(rows, weight, bias, around, tile).reshape(*x.shape[:-1], -1)
 
 

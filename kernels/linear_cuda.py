@@ -57,7 +57,7 @@ def linear_cuda(
     way = _tuning.way(m, run, step, device)
     if way == "dot":
         around = Around(activation=activation)
-        y = dot(rows, weight, bias, around, _tuning.dot_tile(n, columns, step, weight.layout.bits, device))
+        y = dot(rows, weight, bias, around, _tuning.dot_tile(m, n, columns, step, weight.layout.bits, device))
     elif way == "mma":
         y = mma(rows, weight, bias, activation, _tuning.mma_tile(m, n, columns, step, weight.layout.run))
     elif way == "gemv":

@@ -176,7 +176,7 @@ def dots(gpu: int, device: _tuning.Device) -> dict[str, Any]:
     for name, layout, rows, columns, around in some:
         if name != "one row" and gpu not in WIDELY:
             continue
-        tile = _tuning.dot_tile(4096, columns, 16 * layout.fields, layout.bits, device)
+        tile = _tuning.dot_tile(rows, 4096, columns, 16 * layout.fields, layout.bits, device)
         groups = columns // layout.group if layout.group else 1
         sizes = {"ROWS": rows, "OUTPUTS": tile.outputs, "SPLIT": tile.split, "STEPS": tile.steps, "AHEAD": tile.ahead}
         lengths = {

@@ -53,7 +53,7 @@ def test_meaning(
     weight = Weight.of(q.data, q.scale, q.zero, spec, k)
     assert can_read(x, weight)
     want = linear.meaning(x.double(), q.data, q.scale, q.zero, None, spec, None)
-    tile = _tuning.dot_tile(n, k, weight.step, weight.layout.bits, _tuning.Device.of(x.device))
+    tile = _tuning.dot_tile(m, n, k, weight.step, weight.layout.bits, _tuning.Device.of(x.device))
     assert_close(dot(x, weight, None, Around(), tile), want)
 
 
