@@ -4,8 +4,8 @@
 
 For every spec, with `+lm_head` for the last linear too, and every batch: seconds to quantize and of the first calls;
 milliseconds of a call as a user makes it, and of a step that the script captures in a CUDA graph itself, with its
-tokens/s and the weights' bytes over its time; and tokens/s of generate(). Beside the float model in eager mode. Below,
-the ops of a step and where its time goes, kernel by kernel.
+tokens/s and the weights' bytes over its time; and tokens/s of generate(), greedy and by top k and top p. Beside the
+float model in eager mode. Below, the ops of a step and where its time goes, kernel by kernel.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from qcompile.caches import static_cache
 from qcompile.runtime import runner_of
 
 CACHE, POSITION = 1024, 512
+SAMPLING = {"do_sample": True, "temperature": 0.7, "top_k": 50, "top_p": 0.9}
 
 
 def main() -> None:
@@ -97,6 +98,7 @@ def steps(model: torch.nn.Module, layers: int, batch: int, read: int) -> dict[st
     row["ms a step"] = round(ms, 3)
     row["tokens/s"] = round(1000 * batch / ms, 1)
     row["generate() tokens/s"] = round(generated(model, batch), 1)
+    row["sampling tokens/s"] = round(generated(model, batch, **SAMPLING), 1)
     row["weights GB"] = round(read / 1e9, 3)
     row["GB/s"] = round(read / 1e6 / ms)
     if runner_of(model) is not None:
@@ -118,12 +120,12 @@ def kernels(replay: Callable[[], object]) -> dict[str, tuple[int, float]]:
     return dict(sorted(found.items(), key=lambda item: -item[1][1])[:16])
 
 
-def generated(model: torch.nn.Module, batch: int) -> float:
-    """Tokens a second of model.generate(), greedy, from POSITION tokens on: 160 new ones less 32, medians of three."""
+def generated(model: torch.nn.Module, batch: int, **how: object) -> float:
+    """Tokens a second of model.generate() from POSITION tokens on: 160 new ones less 32, medians of three."""
     prompt = torch.randint(0, 1000, (batch, POSITION), device="cuda")
 
     def seconds(new: int) -> float:
-        options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
+        options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, **how}
         taken = []
         for _ in range(4):
             start = time.perf_counter()

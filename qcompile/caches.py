@@ -1,7 +1,8 @@
-"""Static key/value caches of full length, allocated before a graph sees them."""
+"""Static key/value caches of full length, allocated before a graph sees them, and kept from text to text."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -52,3 +53,64 @@ def allocate(cache: Any, heads: list[Heads], batch: int, dtype: torch.dtype, dev
         if not layer.is_initialized:
             key = torch.empty((batch, count, 0, key_width), dtype=dtype, device=device)
             layer.lazy_initialization(key, key.new_empty((batch, count, 0, value_width)))
+
+
+class KeptCaches:
+    """Static caches that wait for the next text, those that were used last.
+
+    A cache that is taken is nobody else's until it is given back. One that is not is the taker's for good.
+    """
+
+    def __init__(self) -> None:
+        # Each with the stream of its last text: what that still does is not waited for by others.
+        self.kept: list[tuple[Any, Any]] = []
+        self.lock = threading.Lock()
+
+    def take(self, heads: list[Heads], length: int, batch: int, dtype: torch.dtype, device: torch.device) -> Any:
+        """An empty cache of `length` tokens or, on a GPU, of up to twice as many: there it saves recording the steps
+        anew, and attention reads no more than is filled."""
+        form, stream = (heads, batch, dtype, device), _stream(device)
+        longest = length * (2 if device.type == "cuda" else 1)
+        with self.lock:
+            free = [kept for of, kept in self.kept if of == stream and _form(kept) == form]
+            cache = min((c for c in free if length <= _length(c) <= longest), key=_length, default=None)
+            self.kept = [kept for kept in self.kept if kept[1] is not cache]
+        if cache is not None:
+            cache.reset()
+            return cache
+        try:
+            return _lasting(heads, length, batch, dtype, device)
+        except torch.OutOfMemoryError:
+            if not self.kept:
+                raise
+            self.release()
+            return _lasting(heads, length, batch, dtype, device)
+
+    def give(self, cache: Any, most: int) -> None:
+        """Keep a cache, and of the others so many that there are at `most` this many."""
+        with self.lock:
+            self.kept = [(_stream(cache.layers[0].keys.device), cache), *self.kept][:most]
+
+    def release(self) -> None:
+        """Give up the memory of the kept caches."""
+        with self.lock:
+            self.kept = []
+
+
+def _length(cache: Any) -> int:
+    return cache.layers[0].max_cache_len
+
+
+def _form(cache: Any) -> tuple[Any, ...]:
+    heads = [(layer.keys.shape[1], layer.keys.shape[-1], layer.values.shape[-1]) for layer in cache.layers]
+    keys = cache.layers[0].keys
+    return heads, len(keys), keys.dtype, keys.device
+
+
+def _stream(device: torch.device) -> Any:
+    return torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+
+def _lasting(heads: list[Heads], length: int, batch: int, dtype: torch.dtype, device: torch.device) -> Any:
+    with torch.inference_mode(False):  # else no call outside of that mode could write to it
+        return static_cache(heads, length, batch, dtype, device)

@@ -41,6 +41,7 @@ class Config:
     cuda_graphs  replay steps of decoding over a static cache as CUDA graphs (on GPUs)
     disk_cache   keep what was captured and transformed on disk, for other processes, beside Inductor's caches; the
                  environment's QCOMPILE_CACHE names another folder, or is 0
+    keep_caches  how many caches model.generate() keeps for its next calls; model.generate.release() gives them up
     do_fuse, fuse_max_seq_len, modules_to_fuse
                  AWQ's explicit fusing. modules_to_fuse: {"attention": [q, k, v, o], "mlp": [gate, up, down],
                  "layernorm": [names], "use_alibi": bool, "num_attention_heads", "num_key_value_heads", "hidden_size",
@@ -65,6 +66,7 @@ class Config:
     dump: Path | None = None
     cuda_graphs: bool = True
     disk_cache: bool = True
+    keep_caches: int = 2
     do_fuse: bool = True
     fuse_max_seq_len: int | None = None
     modules_to_fuse: Mapping[str, Any] | None = None
@@ -94,6 +96,8 @@ class Config:
             raise ConfigError(f"include={list(self.include)} without weights: there is no spec to quantize them to")
         if self.fuse_max_seq_len is not None:
             checks.positive("fuse_max_seq_len", self.fuse_max_seq_len)
+        if isinstance(self.keep_caches, bool) or not isinstance(self.keep_caches, int) or self.keep_caches < 0:
+            raise ConfigError(f"keep_caches={self.keep_caches!r} is not a number of caches")
         put("modules_to_fuse", self.fusing.stated)
 
     @property

@@ -1,23 +1,26 @@
 """The loop of `model.generate()` for an optimized model: greedy decoding and sampling, one token after the other.
 
 transformers prepares everything, as for a loop of its own (this one is its `custom_generate`), and its objects process
-the scores and say when to stop. What differs is what surrounds the model's call: its arguments keep their shapes from
-step to step, and on a GPU the next step is launched before anybody knows how the last one ended.
+the scores and say when to stop. What differs is what surrounds the model's call: tensors stay where they are from step
+to step, and on a GPU the next step is launched before anybody knows how the last one ended, as one CUDA graph where
+all that happens in it is known beforehand.
 """
 
 from __future__ import annotations
 
-import inspect
 import math
 import warnings
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from qcompile.choice import Choice
+from qcompile.decode_state import State
 from qcompile.decode_step import NO_CACHE, Step, check_room, room_of, why_not
+from qcompile.recordings import Recording, Recordings, Scores
 
 
 def decode(
@@ -27,12 +30,14 @@ def decode(
     stopping_criteria: Any,
     generation_config: Any,
     streamer: Any = None,
+    recordings: Recordings | None = None,
     **model_kwargs: Any,
 ) -> Any:
     """What transformers' `_sample` returns for the same arguments, token by token.
 
     Where `model` takes steps unlike other models', `_sample` itself runs, and a warning says why. Raises ConfigError,
-    before anything runs, if the tokens do not fit the static cache.
+    before anything runs, if the tokens do not fit the static cache. On a GPU, steps over static caches become
+    `recordings` if there are such.
     """
     from transformers.generation.utils import GenerateDecoderOnlyOutput
 
@@ -42,114 +47,139 @@ def decode(
         return type(model)._sample(
             model, input_ids, logits_processor, stopping_criteria, generation_config, streamer=streamer, **model_kwargs
         )
-    config, device = generation_config, input_ids.device
+    config, length = generation_config, input_ids.shape[1]
     room = room_of(model_kwargs["past_key_values"])
     check_room(room, input_ids, config, model_kwargs)
-    late = input_ids.is_cuda and room is not None and _is_transformers([*logits_processor, *stopping_criteria])
-    step, choose = Step(model, config, model_kwargs, room), Choice(config.do_sample, late)
-    ended = Ended(streamer, stopping_criteria.max_length, late)
-    process = _processor(logits_processor)
-    pad = config._pad_token_tensor if any(hasattr(c, "eos_token_id") for c in stopping_criteria) else None
-    unfinished = torch.ones(len(input_ids), dtype=torch.bool, device=device)
+    steady = input_ids.is_cuda and room is not None
+    late = steady and _is_transformers([*logits_processor, *stopping_criteria])
     all_scores = [] if config.return_dict_in_generate and config.output_scores else None
     all_logits = [] if config.return_dict_in_generate and config.output_logits else None
+    step = Step(model, config, model_kwargs, room)
     logits = step.first(input_ids)
+    state = step.state(input_ids)
+    criteria, limit = _without_known(stopping_criteria)
+    if any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria):
+        state.pad = config._pad_token_tensor.to(input_ids.device)
+        state.ends = _ends(stopping_criteria, input_ids.device)
+    choose = Choice(logits_processor, config.do_sample, state, logits.shape[1], all_scores is not None, steady)
+    ended = Ended(streamer, limit, input_ids.device if late else None)
+    advance = Advance(step, choose, recordings if steady else None)
+    state.make_room(length + 1)
+    scores = logits, choose(logits, input_ids)
     with model._optimize_model_for_decode():
         while True:
-            scores = process(input_ids, logits)
-            tokens = choose(scores)
-            if pad is not None:
-                tokens = torch.where(unfinished, tokens, pad.to(device))
-            input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
+            length += 1
             if all_logits is not None:
-                all_logits.append(logits)
+                all_logits.append(scores[0])
             if all_scores is not None:
-                all_scores.append(scores)
-            seen = None if all_scores is None else tuple(all_scores)
-            unfinished = unfinished & ~stopping_criteria(input_ids, seen)
-            if ended(unfinished, tokens, input_ids.shape[1]):
+                all_scores.append(scores[1])
+            if criteria:
+                seen = None if all_scores is None else tuple(all_scores)
+                state.unfinished.logical_and_(~criteria(state.text[:, :length], seen))
+            if ended(state, length):
                 break
-            logits = step(tokens)
+            scores = advance(length, copies=all_logits is not None or all_scores is not None)
     kept = slice(None)
     if ended.surplus:
         kept = slice(None, -ended.surplus)
         step.undo(ended.surplus)
-        choose.undo()
-    choose.check()
+        advance.undo()
+    choose.check(ended.surplus)
     if streamer is not None:
         streamer.end()
+    sequences = state.text[:, : length - ended.surplus].clone()
     if not config.return_dict_in_generate:
-        return input_ids[:, kept]
+        return sequences
     return GenerateDecoderOnlyOutput(
-        sequences=input_ids[:, kept],  # pyright: ignore[reportArgumentType]
+        sequences=sequences,  # pyright: ignore[reportArgumentType]
         scores=None if all_scores is None else tuple(all_scores[kept]),  # pyright: ignore[reportArgumentType]
         logits=None if all_logits is None else tuple(all_logits[kept]),  # pyright: ignore[reportArgumentType]
         past_key_values=step.cache,
     )
 
 
-class Choice:
-    """The next token of every sequence, i64[batch] of scores f32[batch, vocabulary]: the likeliest, or `sample`d."""
+class Advance:
+    """One more token of every sequence: the model's call and the choice, one after the other or as a recording."""
 
-    def __init__(self, sample: bool, late: bool):
-        self.sample, self.late = sample, late
-        self.broken: Tensor | bool = False
-        self.before: tuple[Tensor, torch.device, Tensor | bool] | None = None
+    def __init__(self, step: Step, choose: Choice, recordings: Recordings | None):
+        self.step, self.choose, self.recordings = step, choose, recordings
+        self.bound = False
+        self.warm = 0
+        self.recording: Recording | None = None
+        self.before: tuple[Tensor, torch.device] | None = None
 
-    def __call__(self, scores: Tensor) -> Tensor:
-        if not self.sample:
-            return scores.argmax(-1)
-        likely = scores.softmax(-1)
-        if not self.late:
-            return torch.multinomial(likely, 1).squeeze(1)
-        # What multinomial does, without its wait for the GPU to look for NaN; a row has one everywhere or nowhere.
-        self.before = torch.cuda.get_rng_state(scores.device), scores.device, self.broken
-        self.broken = likely[:, 0].isnan().any() | self.broken
-        return (likely / torch.empty_like(likely).exponential_()).argmax(-1)
+    def __call__(self, length: int, copies: bool) -> Scores:
+        """Logits and scores of the token after `length` others; those of a recording are copied, or gone after the
+        next step."""
+        if not self.bound:
+            self._bind()
+        if self.choose.sample and self.choose.steady:
+            device = self.step.now.text.device
+            self.before = torch.cuda.get_rng_state(device), device
+        if self.recording is None and self.recordings is not None:
+            self._record()
+        if self.recording is None:
+            return self._run(length)
+        logits, scores = self.recording()
+        return (logits.clone(), scores.clone()) if copies else (logits, scores)
+
+    def _run(self, length: int | None = None) -> Scores:
+        logits = self.step()
+        if length is not None:
+            self.step.now.make_room(length + 1)
+        return logits, self.choose(logits, self.step.now.text[:, :length])
+
+    def _bind(self) -> None:
+        self.bound, bound = True, self.step.bind()
+        choice = self.choose.key
+        if bound is None or choice is None or self.recordings is None:
+            self.recordings = None
+            return
+        self.key = self.recordings.key(bound, self.step.now, choice)
+        self.recording = self.recordings.find(self.step.cache, self.key)
+        if self.recording is not None:
+            self.step.now.move_to(self.recording.state)
+        self.warm = self.recordings.warmth(self.step.cache, self.key)
+
+    def _record(self) -> None:
+        assert self.recordings is not None
+        if self.warm:
+            self.warm -= 1
+            return
+        self.recording = self.recordings.make(self.step.cache, self.key, self.step.now, self._run)
+        if self.recording is None:
+            self.recordings = None
 
     def undo(self) -> None:
         """As if the last token had not been drawn: who draws next gets the numbers that it had."""
         if self.before is not None:
-            state, device, self.broken = self.before
-            torch.cuda.set_rng_state(state, device)
-
-    def check(self) -> None:
-        """Raises RuntimeError, as multinomial does, if there was nothing to choose from."""
-        if self.broken:
-            raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
+            torch.cuda.set_rng_state(*self.before)
 
 
 class Ended:
     """Whether all sequences have ended; streams their tokens.
 
-    With `late` it says so a step afterwards: then the GPU has begun the next step, which `surplus` counts, and has not
-    waited for the answer.
+    With a GPU as `late` it says so a step afterwards: then that has begun the next step, which `surplus` counts, and
+    has not waited for the answer.
     """
 
-    def __init__(self, streamer: Any, max_length: int | None, late: bool):
-        self.streamer = streamer
-        self.max_length = math.inf if max_length is None else max_length
-        self.late = late
-        self.unread: deque[tuple[Tensor, Tensor, Any]] = deque()
+    def __init__(self, streamer: Any, max_length: float, late: torch.device | None):
+        self.streamer, self.max_length = streamer, max_length
+        # What is read comes on a stream of its own, so that the next step waits for no copy.
+        self.reads = None if late is None else torch.cuda.Stream(late)
+        self.unread: deque[Read] = deque()
 
-    def __call__(self, unfinished: Tensor, tokens: Tensor, length: int) -> bool:
-        event = None
-        # On the way from a GPU `non_blocking` memory is pinned, and has its content when the event has come.
-        going = unfinished.any().to("cpu", non_blocking=self.late)
-        if self.streamer is not None:
-            tokens = tokens.to("cpu", non_blocking=self.late)
-        if self.late:
-            event = torch.cuda.Event(blocking=True)
-            event.record(torch.cuda.current_stream(unfinished.device))
-        self.unread.append((going, tokens, event))
+    def __call__(self, state: State, length: int) -> bool:
+        """With `length` tokens in the text."""
+        self.unread.append(Read(state, length, self.streamer is not None, self.reads))
         last = length >= self.max_length
-        while len(self.unread) > (self.late and not last):
-            going, tokens, event = self.unread.popleft()
-            if event is not None:
-                event.synchronize()
-            if self.streamer is not None:
-                self.streamer.put(tokens)
-            if not going:
+        while len(self.unread) > (self.reads is not None and not last):
+            read = self.unread.popleft()
+            if read.event is not None:
+                read.event.synchronize()
+            if read.tokens is not None:
+                self.streamer.put(read.tokens)
+            if not read.going:
                 return True
         return last
 
@@ -158,17 +188,45 @@ class Ended:
         return len(self.unread)
 
 
-def _processor(processors: Any) -> Callable[[Tensor, Tensor], Tensor]:
-    """All processors, one after the other, without transformers' look at their signatures at each step."""
-    if any(len(inspect.signature(processor.__call__).parameters) > 2 for processor in processors):
-        return processors  # says which arguments are missing
+class Read:
+    """On its way from a GPU, and there when `event` has come: whether a sequence goes on, and the last tokens."""
 
-    def process(input_ids: Tensor, scores: Tensor) -> Tensor:
-        for processor in processors:
-            scores = processor(input_ids, scores)
-        return scores
+    def __init__(self, state: State, length: int, with_tokens: bool, stream: Any):
+        self.from_gpu = state.unfinished.any()  # kept until it is read: its memory is the other stream's as well
+        self.event = self.tokens = None
+        if stream is not None:
+            stream.wait_stream(torch.cuda.current_stream(stream.device))
+        with torch.cuda.stream(stream):
+            # On the way from a GPU `non_blocking` memory is pinned.
+            self.going = self.from_gpu.to("cpu", non_blocking=stream is not None)
+            if with_tokens:
+                self.tokens = state.text[:, length - 1].to("cpu", non_blocking=stream is not None, copy=True)
+            if stream is not None:
+                self.event = torch.cuda.Event(blocking=True)
+                self.event.record(stream)
 
-    return process
+
+def _without_known(criteria: Any) -> tuple[Any, float]:
+    """The criteria that have to look at every step's tokens, and the length at which all sequences end."""
+    from transformers.generation import stopping_criteria as theirs
+
+    limit, others = math.inf, theirs.StoppingCriteriaList()
+    for criterion in criteria:
+        if type(criterion) is theirs.MaxLengthCriteria:
+            limit = min(limit, criterion.max_length)
+            longest = criterion.max_position_embeddings
+            if longest is not None and longest < criterion.max_length:
+                others.append(criterion)  # it says so when it comes to that
+        elif type(criterion) is not theirs.EosTokenCriteria:
+            others.append(criterion)
+    return others, limit
+
+
+def _ends(criteria: Any, device: torch.device) -> Tensor | None:
+    from transformers.generation.stopping_criteria import EosTokenCriteria
+
+    ends = [c.eos_token_id.to(device).flatten() for c in criteria if type(c) is EosTokenCriteria]
+    return torch.cat(ends) if ends else None
 
 
 def _is_transformers(objects: Sequence[Any]) -> bool:

@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qcompile.again import Bound
+from qcompile.decode_state import State
 from qcompile.errors import ConfigError
+from qcompile.runtime import runner_of
 
 # Arguments that are carried on from step to step; any others must be plain values.
 _CARRIED = ("past_key_values", "attention_mask", "position_ids")
@@ -24,8 +27,8 @@ NO_CACHE = "there is no key/value cache"
 
 
 class Step:
-    """The model's calls: `first` on the prompt, then on one more token of every sequence. Both give the logits of the
-    next token, f32[batch, vocabulary].
+    """The model's calls: `first` on the prompt, then on one more token of every sequence, which lies in a state. Both
+    give the logits of the next token, f32[batch, vocabulary].
 
     `room` is the length of a static cache: an attention mask for it has that length from the start, of ones for the
     tokens to come, which the model hides by itself. Other masks grow.
@@ -35,39 +38,65 @@ class Step:
         self.model, self.config, self.given, self.room = model, config, dict(model_kwargs), room
         self.plain = {name: value for name, value in model_kwargs.items() if name not in _CARRIED}
         self.cache = model_kwargs["past_key_values"]
-        position, mask = model_kwargs.get("position_ids"), model_kwargs.get("attention_mask")
-        self.position = None if position is None else position[..., -1:]
-        self.mask = None if mask is None or (mask == 1).all() else mask
-        if room is not None:
-            self._lengthen(room)
+        self.bound: Bound | None = None
 
     def first(self, input_ids: Tensor) -> Tensor:
         return self._logits(self.model._prefill(input_ids, self.config, self.given))
 
-    def __call__(self, tokens: Tensor) -> Tensor:
-        given = {"input_ids": tokens[:, None], "past_key_values": self.cache}
-        if self.position is not None:
-            given["position_ids"] = self.position = self.position + 1
-        if self.mask is not None:
-            if self.room is None:
-                self._lengthen(self.mask.shape[1] + 1)
-            given["attention_mask"] = self.mask
-        return self._logits(self.model(**given, **self.plain, return_dict=True))
+    def state(self, input_ids: Tensor) -> State:
+        """Where the calls after the first find their token, its positions and the mask."""
+        position, mask = self.given.get("position_ids"), self.given.get("attention_mask")
+        mask = None if mask is None or (mask == 1).all() else mask
+        if self.room is not None and mask is not None:
+            mask = _lengthened(mask, self.room)
+        limit = self.config.max_length or 0
+        room = max(limit, self.room + 1) if self.room is not None else limit
+        self.now = State(input_ids, room, None if position is None else position[..., -1:], mask)
+        return self.now
+
+    def bind(self) -> Bound | None:
+        """From now on the calls are those of one program on these tensors, without a search for it at each of them.
+
+        None where the model is more than its forward, or a call like these runs uncompiled.
+        """
+        runner, hooks = runner_of(self.model), (self.model._forward_hooks, self.model._forward_pre_hooks)
+        if self.room is not None and runner is not None and not any(hooks):
+            bound = runner.bind(self._arguments())
+            self.bound = None if isinstance(bound, str) else bound
+        return self.bound
+
+    def __call__(self) -> Tensor:
+        now = self.now
+        if now.position is not None:
+            now.position.add_(1)
+        if now.mask is not None and self.room is None:
+            now.mask = _lengthened(now.mask, now.mask.shape[1] + 1)
+        if self.bound is None:
+            return self._logits(self.model(**self._arguments()))
+        program, weights, tensors, caches, form = self.bound
+        return self._logits(program(weights, tensors, caches, form))
+
+    def _arguments(self) -> dict[str, Any]:
+        given = {"input_ids": self.now.token, "past_key_values": self.cache}
+        if self.now.position is not None:
+            given["position_ids"] = self.now.position
+        if self.now.mask is not None:
+            given["attention_mask"] = self.now.mask
+        return {**given, **self.plain, "return_dict": True}
 
     def _logits(self, outputs: Any) -> Tensor:
         self.cache = outputs.get("past_key_values", self.cache)
         # A copy: a view of the last row would keep the logits of a whole prompt.
         return outputs.logits[:, -1].to(copy=True, dtype=torch.float32)
 
-    def _lengthen(self, length: int) -> None:
-        if self.mask is not None:
-            ones = self.mask.new_ones(len(self.mask), length - self.mask.shape[1])
-            self.mask = torch.cat([self.mask, ones], dim=1)
-
     def undo(self, count: int) -> None:
         """Forget the last tokens of a static cache. What they wrote will be written over and is hidden until then."""
         for layer in self.cache.layers:
             layer.cumulative_length.sub_(count)
+
+
+def _lengthened(mask: Tensor, length: int) -> Tensor:
+    return torch.cat([mask, mask.new_ones(len(mask), length - mask.shape[1])], dim=1)
 
 
 def why_not(model: Any, input_ids: Tensor, model_kwargs: Mapping[str, Any]) -> str | None:

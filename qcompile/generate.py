@@ -7,12 +7,15 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from qcompile.caches import static_cache
+import torch
+
+from qcompile.caches import KeptCaches
 from qcompile.decode import decode
 from qcompile.errors import ConfigError
+from qcompile.recordings import Recordings
 from qcompile.runtime import Runner, runner_of
 
-# Cache lengths are rounded up to this many tokens.
+# Cache lengths are rounded up to so many tokens, and to an eighth of theirs.
 LENGTH_STEP = 64
 # With one of these, transformers runs another loop than sampling or greedy decoding, or the loop has more to do.
 _OTHER_LOOPS = (
@@ -27,19 +30,21 @@ _OTHER_CACHES = ("past_key_values", "assistant_model", "prompt_lookup_num_tokens
 class Generate:
     """Replaces `model.generate` on the instance.
 
-    It adds a static cache where the caller names no other cache. Greedy decoding and sampling run in qcompile.decode
-    and give what transformers' own loop gives; beams, assisted decoding and the like run in transformers' loops.
+    It adds a static cache where the caller names no other cache, and keeps it for the next call, with the recordings of
+    its steps; `release()` gives them up. Greedy decoding and sampling run in qcompile.decode and give what
+    transformers' own loop gives; beams, assisted decoding and the like run in transformers' loops.
     """
 
     def __init__(self, model: Any):
         self.model = model
+        self.caches, self.recordings = KeptCaches(), Recordings()
         self.__signature__ = inspect.signature(type(model).generate.__get__(model))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         original = type(self.model).generate.__get__(self.model)
         named = self.__signature__.bind(*args, **kwargs).arguments
         kwargs = {**named.pop("kwargs", {}), **named}
-        runner = runner_of(self.model)
+        runner, cache = runner_of(self.model), None
         if (
             runner is not None
             and not getattr(self.model.config, "is_encoder_decoder", False)
@@ -50,10 +55,20 @@ class Generate:
                 kwargs.pop("cache_implementation", None)
             if not any(self._setting(kwargs, name) for name in _OTHER_LOOPS):
                 kwargs = self._with_stop_strings(kwargs)
-                kwargs["custom_generate"] = functools.partial(decode, streamer=kwargs.get("streamer"))
+                recordings = self.recordings if runner.config.cuda_graphs else None
+                kwargs["custom_generate"] = functools.partial(
+                    decode, streamer=kwargs.get("streamer"), recordings=recordings
+                )
         # Our forward is compiled already; transformers would wrap it in torch.compile again.
         kwargs.setdefault("disable_compile", True)
-        return original(**kwargs)
+        result = original(**kwargs)
+        if runner is not None and cache is not None and isinstance(result, torch.Tensor):
+            self.caches.give(cache, runner.config.keep_caches)  # other results have the cache in them
+        return result
+
+    def release(self) -> None:
+        """Give up the caches that wait for the next call, and the recordings of steps on them."""
+        self.caches.release()
 
     def _setting(self, kwargs: Mapping[str, Any], name: str, default: Any = None) -> Any:
         """A value as generate() will take it: from the call, from the call's config, from the model's config."""
@@ -79,13 +94,14 @@ class Generate:
         batch, prompt = tokens.shape
         new = setting("max_new_tokens")
         needed = prompt + new if new is not None else max(setting("max_length", 20), prompt + 20)
-        length = -(-needed // LENGTH_STEP) * LENGTH_STEP
+        step = max(LENGTH_STEP, 1 << needed.bit_length() - 4)
+        length = -(-needed // step) * step
         if (limit := runner.config.fuse_max_seq_len) is not None:
             if needed > limit:
                 raise ConfigError(f"{prompt} prompt and {needed - prompt} new tokens exceed fuse_max_seq_len={limit}")
             length = limit
         batch *= setting("num_return_sequences", 1)
-        return static_cache(runner.heads, length, batch, self.model.dtype, self.model.device)
+        return self.caches.take(runner.heads, length, batch, self.model.dtype, self.model.device)
 
     def _with_stop_strings(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Arguments with a criterion made of stop strings: transformers gives no tokenizer to a `custom_generate`."""

@@ -12,7 +12,7 @@ import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Hashable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ KEPT = 4
 
 Run = Callable[..., Sequence[Any]]
 Form = Callable[[Sequence[Tensor]], bool]
+T = TypeVar("T")
 
 
 class Replay:
@@ -51,7 +52,7 @@ class Replay:
         key = self._key(args, kept)
         with self.lock:
             recording = self.recordings.get(key)
-            if recording is None or (recording.form is not form and recording.kept != _looks(kept)):
+            if recording is None or (recording.form is not form and recording.kept != looks(kept)):
                 recording = self._record(key, args, kept)
             if recording is not None:
                 recording.form = form
@@ -81,7 +82,7 @@ class Replay:
             return None
         try:
             beside = next((found for (stream, *_), found in self.recordings.items() if stream == key[0]), None)
-            recording = Recording(self.run, args, self.moving, _looks(kept), beside)
+            recording = Recording(self.run, args, self.moving, looks(kept), beside)
         except Exception as error:  # whatever a kernel may not do while it is recorded
             warnings.warn(f"qcompile: decoding runs without a CUDA graph: {error}", stacklevel=5)
             self.refused.add(key[:2])
@@ -97,7 +98,7 @@ def strides(x: Tensor) -> tuple[int, ...]:
     return tuple(stride for stride, size in zip(x.stride(), x.shape, strict=True) if size != 1)
 
 
-def _looks(tensors: Sequence[Tensor]) -> tuple[Hashable, ...]:
+def looks(tensors: Sequence[Tensor]) -> tuple[Hashable, ...]:
     """What memory at one place can be read as."""
     return tuple((x.dtype, x.shape, x.stride()) for x in tensors)
 
@@ -137,26 +138,44 @@ class Recording:
         for i, buffer in zip(moving, self.inputs, strict=True):
             given[i] = buffer
         device = self.inputs[0].device
-        current = torch.cuda.current_stream(device)
         # What libraries keep for a stream, such as cuBLAS its workspace, is made once for recordings that take turns.
-        self.side = side = beside.side if beside else torch.cuda.Stream(device)
-        side.wait_stream(current)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(side), torch.no_grad():
-            # A pool is gone with the last graph in it, so it is asked of one that lives.
-            pool = beside.graph.pool() if beside else torch.cuda.graph_pool_handle()
-            self.graph.capture_begin(pool, capture_error_mode="thread_local")
-            try:
-                self.outputs = list(run(*given))
-            except Exception:
-                with contextlib.suppress(RuntimeError):  # it would say that the capture failed, and not why
-                    self.graph.capture_end()
-                raise
-            self.graph.capture_end()
-        current.wait_stream(side)
+        self.side = beside.side if beside else torch.cuda.Stream(device)
+        # A pool is gone with the last graph in it, so it is asked of one that lives.
+        pool = beside.graph.pool() if beside else None
+        self.graph, outputs = recorded(lambda: run(*given), self.side, pool)
+        self.outputs = list(outputs)
 
     def __call__(self, *moving: Tensor) -> list[Any]:
         for buffer, value in zip(self.inputs, moving, strict=True):
             _once(buffer).copy_(_once(value))
         self.graph.replay()
         return [output.clone() if isinstance(output, Tensor) else output for output in self.outputs]
+
+
+def recorded(run: Callable[[], T], side: torch.cuda.Stream, pool: Any = None) -> tuple[torch.cuda.CUDAGraph, T]:
+    """`run`, not run but recorded on the stream `side`, and where each replay leaves what it returns."""
+    current = torch.cuda.current_stream(side.device)
+    side.wait_stream(current)
+    pool = pool or torch.cuda.graph_pool_handle()
+    with torch.cuda.stream(side), torch.no_grad():
+        try:
+            graph, result = _captured(run, pool)
+        except Exception:
+            # Until a capture ends well, the random generator takes itself for captured and refuses to draw.
+            _captured(lambda: torch.zeros(1, device=side.device), pool)
+            raise
+    current.wait_stream(side)
+    return graph, result
+
+
+def _captured(run: Callable[[], T], pool: Any) -> tuple[torch.cuda.CUDAGraph, T]:
+    graph = torch.cuda.CUDAGraph()
+    graph.capture_begin(pool, capture_error_mode="thread_local")
+    try:
+        result = run()
+    except Exception:
+        with contextlib.suppress(RuntimeError):  # it would say that the capture failed, and not why
+            graph.capture_end()
+        raise
+    graph.capture_end()
+    return graph, result

@@ -74,17 +74,26 @@ class Runner:
         # Programs run side by side. Finding one, and running the modules themselves, must not meet another thread's
         # capture, which puts fake tensors into the modules while it lasts.
         with _COMPILING:
-            if (reason := self._why_eager()) is None:
-                try:
-                    self._check_structure()
-                    bound = (self._again and self._again(kwargs)) or self._find(kwargs)
-                except (CaptureError, UnsupportedError) as error:
-                    reason = str(error)
-            if reason is not None:
-                self._note(reason)
+            if isinstance(bound := self._bound(kwargs), str):
+                self._note(bound)
                 return self.original(**kwargs)
         program, weights, tensors, caches, form = bound
         return program(weights, tensors, caches, form)
+
+    def bind(self, kwargs: Mapping[str, Any]) -> Bound | str:
+        """The program of a call with these arguments, made if there is none yet, with the tensors for it; or why the
+        call would run uncompiled."""
+        with _COMPILING:
+            return self._bound(self._by_name((), kwargs))
+
+    def _bound(self, kwargs: Mapping[str, Any]) -> Bound | str:
+        if (reason := self._why_eager()) is not None:
+            return reason
+        try:
+            self._check_structure()
+            return (self._again and self._again(kwargs)) or self._find(kwargs)
+        except (CaptureError, UnsupportedError) as error:
+            return str(error)
 
     def _note(self, reason: str) -> None:
         """Count a call that runs uncompiled; warn at the first one that nobody asked for."""

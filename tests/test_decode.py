@@ -14,8 +14,8 @@ from transformers.generation.logits_process import LogitsProcessor
 from transformers.generation.streamers import BaseStreamer
 
 import qcompile
-from qcompile import _torch, decode, replay
-from qcompile.decode import Choice, Ended
+from qcompile import _torch, decode, recordings
+from qcompile.decode import Ended
 from qcompile.errors import ConfigError
 
 
@@ -46,9 +46,28 @@ def looped(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return made
 
 
+class Graph:
+    """Stands in for a CUDA graph."""
+
+    made = 0
+
+    def __init__(self, run: Any, results: list[Any]):
+        Graph.made += 1
+        self.run, self.results = run, results
+
+    def replay(self) -> None:
+        self.results[:] = self.run()
+
+
 @pytest.fixture
 def as_on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The loop looks at flags a step late and draws without torch.multinomial, as if tensors were on a GPU."""
+    """The loop looks at flags a step late and runs recordings, as if tensors were on a GPU."""
+
+    class Stream:
+        device = None
+
+        def __init__(self, *_: Any): ...
+        def wait_stream(self, other: Any) -> None: ...
 
     class Event:
         def __init__(self, blocking: bool): ...
@@ -57,7 +76,15 @@ def as_on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Tensor, "is_cuda", property(lambda self: self.dtype == torch.long))
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)  # so that nothing is recorded
+
+    def recorded(run: Any, side: Any) -> tuple[Graph, list[Any]]:
+        graph = Graph(run, [])
+        return graph, graph.results
+
+    Graph.made = 0
+    monkeypatch.setattr(recordings, "recorded", recorded)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)  # no calls of the model are recorded
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: torch.get_rng_state())
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: torch.set_rng_state(state))
@@ -131,7 +158,7 @@ CASES = {
 def test_tokens_are_those_of_transformers(pair: tuple[Any, Any], looped: list[Any], name: str) -> None:
     options = {key: list(value) if isinstance(value, range) else value for key, value in CASES[name].items()}
     assert_same(pair, prompts(), **options)
-    assert len(looped) == 1 and not looped[0].late
+    assert len(looped) == 1 and not looped[0].reads
     if "eos" in name:
         assert_same(pair, prompts(1), **options)
 
@@ -140,7 +167,7 @@ def test_tokens_are_those_of_transformers(pair: tuple[Any, Any], looped: list[An
 def test_a_step_late_on_a_gpu(pair: tuple[Any, Any], looped: list[Any], as_on_gpu: None, name: str) -> None:
     options = {key: list(value) if isinstance(value, range) else value for key, value in CASES[name].items()}
     outs = [assert_same(pair, prompts(batch), **options) for batch in (3, 1)]
-    assert len(looped) == 2 and all(ended.late for ended in looped)
+    assert len(looped) == 2 and all(ended.reads for ended in looped)
     for ended, out in zip(looped, outs, strict=True):
         assert ended.surplus == (out.shape[1] < 19 and name != "max_length" and name != "one token")
 
@@ -186,7 +213,7 @@ def test_a_conversation_goes_on(
                 "attention_mask": torch.cat([given["attention_mask"], ones], 1),
             }
     assert torch.equal(results[0], results[2]) and torch.equal(results[1], results[3])
-    assert [ended.late for ended in looped] == [late and kind == "static"] * 2
+    assert [bool(ended.reads) for ended in looped] == [late and kind == "static"] * 2
 
 
 def test_own_code_sees_every_step_once(pair: tuple[Any, Any], as_on_gpu: None) -> None:
@@ -257,65 +284,58 @@ def test_other_models_steps_run_in_transformers_loop(
         assert torch.equal(model.generate(**given), reference.generate(**given))
 
 
-def test_a_choice_without_waiting_is_that_of_multinomial(as_on_gpu: None) -> None:
-    scores = torch.randn(5, 300).index_fill(1, torch.arange(40), -torch.inf)
-    torch.manual_seed(2)
-    want = [Choice(True, False)(scores) for _ in range(9)]
-    torch.manual_seed(2)
-    late = Choice(True, True)
-    assert all(torch.equal(late(scores), tokens) for tokens in want)
-    late.check()
-    state = torch.get_rng_state()
-    late(scores)
-    late.undo()
-    assert torch.equal(torch.get_rng_state(), state)
-    nothing = scores.index_fill(0, torch.tensor([3]), -torch.inf)
-    late(nothing)
-    late.undo()
-    late.check()
-    late(nothing)
-    late(scores)
-    with pytest.raises(RuntimeError, match="probability tensor contains"):
-        late.check()
+def test_recordings_serve_other_texts(pair: tuple[Any, Any], as_on_gpu: None) -> None:
+    pair[0].generate.release()
+    ways = (
+        {},
+        dict(do_sample=True, top_k=9, temperature=0.7, top_p=0.8, eos_token_id=[*range(20)]),
+        dict(repetition_penalty=1.3, min_new_tokens=5, eos_token_id=[*range(20)]),
+    )
+    for count, options in enumerate(ways, 1):
+        for length, end in ((7, 19), (5, 11), (9, 3)):
+            given = prompts(3, length)
+            if "eos_token_id" in options:
+                options = {**options, "eos_token_id": [end, *range(19)]}
+            assert_same(pair, given, **options)
+            assert Graph.made == count
+    assert_same(pair, prompts(), do_sample=True, temperature=0.6)
+    assert Graph.made == 4
+    # What cannot be recorded runs as before: here the next token depends on the text.
+    assert_same(pair, prompts(), no_repeat_ngram_size=2)
+    assert Graph.made == 4
 
 
-def test_recorded_steps(tiny_llama: Any, interpreted: None, as_on_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the memory that a recording was made of, while texts, caches and weights are exchanged."""
-    made: list[Any] = []
-
-    class Recorded:
-        def __init__(self, run: Any, args: Any, moving: Any, kept: Any, beside: Any):
-            self.run, self.args, self.moving, self.kept, self.form = run, list(args), moving, kept, None
-            self.times = 0
-            made.append(self)
-
-        def __call__(self, *moving: Tensor) -> Any:
-            self.times += 1
-            for i, value in zip(self.moving, moving, strict=True):
-                self.args[i] = value
-            return self.run(*self.args)
-
-    monkeypatch.setattr(replay, "Recording", Recorded)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    reference = tiny_llama()
+def test_a_recording_is_of_a_cache_and_of_weights(tiny_llama: Any, interpreted: None, as_on_gpu: None) -> None:
+    reference: Any = tiny_llama()
     model = qcompile.optimize(copy.deepcopy(reference), "u4/g32/asym", progress=False)
     reference.load_state_dict(qcompile.dequantize(model))
     cache = StaticCache(config=model.config, max_cache_len=40)
-    for options in ({}, dict(do_sample=True), dict(past_key_values=cache)):
-        assert_same((model, reference), prompts(), **options)
-        cache.reset()
-    assert made and all(recording.times >= 8 for recording in made)
-    before = len(made)
+    options = dict(past_key_values=cache, return_dict_in_generate=True, output_logits=True, output_scores=True)
+
+    def assert_close() -> None:
+        outs = []
+        for twin in (model, reference):
+            outs.append(twin.generate(**prompts(), max_new_tokens=8, pad_token_id=0, **options))
+            cache.reset()
+        for name in ("sequences", "logits", "scores"):
+            torch.testing.assert_close(*(torch.stack([*out[name]]) for out in outs), rtol=1e-4, atol=1e-5)
+
+    for _ in range(2):
+        assert_same((model, reference), prompts())
+        assert Graph.made == 1
+    for _ in range(2):
+        assert_close()
+        assert Graph.made == 2
     for twin in (model, reference):
         twin.model.norm.weight.data = torch.linspace(0.5, 2, 64)
-    options = dict(past_key_values=cache, return_dict_in_generate=True, output_logits=True)
     for _ in range(2):
-        logits = []
-        for twin in (model, reference):
-            logits.append(torch.stack(twin.generate(**prompts(), max_new_tokens=8, pad_token_id=0, **options).logits))
-            cache.reset()
-        torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-5)
-    assert len(made) == before + 1
+        assert_close()
+        assert Graph.made == 3
+    assert len(model.generate.recordings.of) == 2
+    for layer in cache.layers:
+        layer.keys = layer.keys.clone()
+    assert_close()
+    assert Graph.made == 4
 
 
 @pytest.fixture
@@ -333,7 +353,7 @@ def test_on_a_gpu(on_gpu: tuple[Any, Any], looped: list[Any]) -> None:
         for batch in (3, 1, 3):
             given = {key: value.cuda() for key, value in prompts(batch).items()}
             assert_same(on_gpu, given, **options)
-            assert looped[-1].late == (name != "dynamic cache"), name
+            assert bool(looped[-1].reads) == (name != "dynamic cache"), name
 
 
 @pytest.mark.cuda

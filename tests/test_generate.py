@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import AutoTokenizer, GenerationConfig, LlamaForCausalLM
+from transformers.generation.streamers import BaseStreamer
 
 import qcompile
 from qcompile import decode
@@ -95,6 +96,55 @@ def test_sliding_windows_run_compiled(interpreted: None) -> None:
         arguments = dict(max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None)
         assert torch.equal(model.generate(x, **arguments), reference.generate(x, **arguments)), cls.__name__
         assert programs(model) == 2 and not model.forward.eager
+
+
+def test_caches_are_kept_from_call_to_call(tiny_llama: Make, interpreted: None) -> None:
+    model, reference = pair_of(tiny_llama(vocab_size=100))
+    caches = model.generate.caches
+
+    def kept() -> list[int]:
+        return [id(cache) for _, cache in caches.kept]
+
+    def assert_same(x: torch.Tensor, new: int) -> None:
+        got, want = (m.generate(x, max_new_tokens=new, do_sample=False, pad_token_id=0) for m in (model, reference))
+        assert torch.equal(got, want)
+
+    for length, new in ((20, 40), (3, 5), (50, 14)):
+        assert_same(ids(1, length), new)
+        assert len(kept()) == 1 and caches.kept[0][1].layers[0].max_cache_len == 64
+    first = kept()
+    assert_same(ids(2, 9), 5)
+    assert_same(ids(1, 70), 5)
+    assert len(kept()) == 2 and first[0] not in kept()
+    # A cache that a caller has is nobody else's.
+    out = model.generate(ids(2, 9), max_new_tokens=5, return_dict_in_generate=True, pad_token_id=0)
+    assert len(kept()) == 1 and id(out.past_key_values) not in kept()
+    model.generate.release()
+    assert not kept()
+
+
+def test_a_call_within_a_call_has_a_cache_of_its_own(pair: tuple[Any, Any], interpreted: None) -> None:
+    model, reference = pair
+    inner, outer = ids(1, 5), ids(1, 5)
+
+    class Asks(BaseStreamer):
+        found: list[torch.Tensor] = []
+
+        def put(self, value: torch.Tensor) -> None:
+            self.found.append(model.generate(inner, **CALL))
+
+        def end(self) -> None: ...
+
+    got = model.generate(outer, streamer=Asks(), **CALL)
+    assert torch.equal(got, reference.generate(outer, **CALL)) and len(Asks.found) == 6
+    assert all(torch.equal(found, reference.generate(inner, **CALL)) for found in Asks.found)
+    assert len(model.generate.caches.kept) == 2
+
+
+def test_without_kept_caches(tiny_llama: Make, interpreted: None) -> None:
+    model, reference = pair_of(tiny_llama(), keep_caches=0)
+    x = ids(1, 5)
+    assert torch.equal(model.generate(x, **CALL), reference.generate(x, **CALL)) and not model.generate.caches.kept
 
 
 def test_too_long_for_the_stated_length(tiny_llama: Make) -> None:

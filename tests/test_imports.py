@@ -19,7 +19,7 @@ LAYERS = [
     {"checks", "patterns", "fingerprint"},
     {"fusing", "transformers_config", "shelf"},
     {"config", "normal"},
-    {"stores", "calls", "regions", "replay", "decode_step"},
+    {"stores", "calls", "regions", "replay", "decode_state"},
     {"storage"},
     {"step", "caches"},
     {"roles"},
@@ -29,7 +29,8 @@ LAYERS = [
     # what a user calls
     {"program"},
     {"again"},
-    {"runtime"},
+    {"runtime", "choice"},
+    {"decode_step", "recordings"},
     {"decode"},
     {"backend", "generate", "models", "conversion"},
     {"save"},

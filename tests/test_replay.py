@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import qcompile
-from qcompile import _torch, replay
+from qcompile import _torch, recordings, replay
 from qcompile.replay import KEPT, WARM, Replay
 
 
@@ -135,11 +135,25 @@ def test_what_cannot_be_recorded_runs_and_says_so(fake: None, monkeypatch: pytes
 
 
 @pytest.mark.cuda
+def test_random_numbers_can_be_drawn_after_a_recording_that_failed() -> None:
+    with pytest.raises(RuntimeError):
+        replay.recorded(lambda: torch.rand(1, device="cuda").item(), torch.cuda.Stream())
+    torch.cuda.manual_seed(0)
+    want = torch.rand(1, device="cuda")
+    torch.cuda.manual_seed(0)
+    graph, got = replay.recorded(lambda: torch.rand(1, device="cuda"), torch.cuda.Stream())
+    graph.replay()
+    assert torch.equal(got, want)
+    graph.replay()
+    assert not torch.equal(got, want)
+
+
+@pytest.mark.cuda
 @pytest.mark.parametrize("prompts", [1, 2])
 def test_generate_on_a_gpu(tiny_llama: Callable[..., nn.Module], prompts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
-    record = replay.Recording
-    monkeypatch.setattr(replay, "Recording", lambda *args: made.append(record(*args)) or made[-1])
+    record = recordings.Recording
+    monkeypatch.setattr(recordings, "Recording", lambda *args: made.append(record(*args)) or made[-1])
     options = dict(max_new_tokens=20, min_new_tokens=20, do_sample=False)
     inputs = torch.randint(2, 90, (prompts, 7), device="cuda")
     mask = torch.ones_like(inputs)
@@ -148,11 +162,12 @@ def test_generate_on_a_gpu(tiny_llama: Callable[..., nn.Module], prompts: int, m
     model = qcompile.optimize(tiny_llama().cuda(), progress=False)
     for _ in range(3):
         assert torch.equal(model.generate(inputs, attention_mask=mask, **options), want)
-    assert made
+        assert len(made) == 1
+    model.generate.release()
+    assert not model.generate.recordings.of
+    assert torch.equal(model.generate(inputs, attention_mask=mask, **options), want) and len(made) == 2
     plain = qcompile.optimize(tiny_llama().cuda(), cuda_graphs=False, progress=False)
-    count = len(made)
-    assert torch.equal(plain.generate(inputs, attention_mask=mask, **options), want)
-    assert len(made) == count
+    assert torch.equal(plain.generate(inputs, attention_mask=mask, **options), want) and len(made) == 2
 
 
 @pytest.fixture
@@ -165,7 +180,7 @@ def no_graph(fake: None, monkeypatch: pytest.MonkeyPatch) -> None:
         def replay(self) -> None: ...
         def pool(self) -> None: ...
 
-    stream = type("Stream", (), {"wait_stream": lambda *_: None})()
+    stream = type("Stream", (), {"wait_stream": lambda *_: None, "device": None})()
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: stream)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device=None: stream)

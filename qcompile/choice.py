@@ -1,0 +1,214 @@
+"""The choice of the next token, from its scores: what transformers' processors make of them, then the likeliest token
+or one that is drawn.
+
+Where they keep the `top_k` likeliest of a large vocabulary, what comes after has only these to look at: to sort 128,256
+scores for `top_p` takes an H100 about a tenth of a decoding step, and a CPU longer than the step.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qcompile.calls import PLAIN
+from qcompile.decode_state import State
+
+Process = Callable[[Tensor, Tensor], Tensor]
+
+# A vocabulary of fewer tokens is processed as a whole.
+WIDE = 4096
+# So many more than top_k are looked at, for there may be several of the same score as the last one.
+TIES = 64
+# Parts of the vocabulary that are searched side by side.
+PARTS = 64
+# Processors of transformers that read the scores alone, and take one of -inf for one that is not there.
+_OF_SCORES = frozenset({
+    "TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "MinPLogitsWarper", "TypicalLogitsWarper",
+    "EpsilonLogitsWarper", "LogitNormalization",
+})  # fmt: skip
+# Those that do the same at every step.
+_STEADY = _OF_SCORES | {"InfNanRemoveLogitsProcessor", "Banned", "Penalized"}
+_MODULE = "transformers.generation.logits_process"
+
+
+class Choice:
+    """Puts the next token of every sequence into a state: `choose(logits, ids)` of f32[batch, vocabulary].
+
+    The tokens and, with `return_scores`, the scores are those of transformers' loop after the same seed. If more than
+    TIES tokens have the score of the last of the top_k, only so many of them can be drawn. `steady` choices never wait
+    for the GPU.
+    """
+
+    def __init__(
+        self, processors: Sequence[Any], sample: bool, state: State, vocabulary: int, return_scores: bool, steady: bool
+    ):
+        self.sample, self.state, self.steady = sample, state, steady
+        self.processors = _steady(processors, state, vocabulary)
+        first = next((i for i, p in enumerate(self.processors) if _name(p) == "TopKLogitsWarper"), None)
+        self.narrow: int | None = None
+        if sample and not return_scores and first is not None and all(map(_is_of_scores, self.processors[first:])):
+            count = self.processors[first].top_k + TIES
+            self.narrow = first if vocabulary > WIDE and count * PARTS < vocabulary // 2 else None
+
+    @property
+    def key(self) -> Hashable | None:
+        """What makes two choices the same operations on their states; None if operations differ from step to step."""
+        if not all(_name(processor) in _STEADY for processor in self.processors):
+            return None
+        values = [(_name(p), name, x) for p in self.processors for name, x in vars(p).items() if name != "state"]
+        if not all(isinstance(value, PLAIN) for *_, value in values):
+            return None
+        return tuple(values), self.sample, self.narrow
+
+    def __call__(self, logits: Tensor, ids: Tensor) -> Tensor:
+        """The scores. `ids` i64[batch, …] are the text, as the processors are to see it."""
+        processors, places = self.processors, None
+        if self.narrow is not None:
+            scores = _processed(processors[: self.narrow], ids, logits)
+            noise = torch.empty_like(scores).exponential_()
+            scores, places = likeliest(scores, processors[self.narrow].top_k + TIES)
+            scores = _processed(processors[self.narrow :], ids, scores)
+            noise = noise.gather(1, places)
+        else:
+            scores = _processed(processors, ids, logits)
+            noise = torch.empty_like(scores).exponential_() if self.sample else None
+        if noise is None:
+            tokens = scores.argmax(-1) if not self.steady else argmax(scores)
+        else:
+            # What torch.multinomial does, without its wait for the GPU to look for NaN.
+            best, tokens = (scores.softmax(-1) / noise).max(-1, keepdim=True)
+            self._note(best[:, 0].isnan())
+            tokens = (tokens if places is None else places.gather(1, tokens))[:, 0]
+        self.state.put(tokens)
+        return scores
+
+    def _note(self, broken: Tensor) -> None:
+        known = self.state.broken
+        known[1].copy_(known[0])
+        known[0].logical_or_(broken)
+        if not self.steady:
+            self.check()
+
+    def check(self, surplus: int = 0) -> None:
+        """Raises RuntimeError, as multinomial does, if there was nothing to choose from; before a surplus step."""
+        if self.sample and self.state.broken[surplus].any():
+            raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
+
+
+class Banned:
+    """What MinLength and MinNewTokensLength do, with the text's length read where it lies."""
+
+    def __init__(self, state: State, place: int):
+        self.state, self.place = state, place
+
+    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+        banned, least = self.state.banned, self.state.least
+        assert banned is not None and least is not None
+        return scores.masked_fill(banned[self.place] & (self.state.at < least[self.place]), -torch.inf)
+
+
+class Penalized:
+    """What RepetitionPenalty does, on a text of fixed room."""
+
+    def __init__(self, state: State, penalty: float):
+        self.state, self.penalty = state, penalty
+
+    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+        text, ignored, vocabulary = self.state.text, self.state.ignored, scores.shape[1]
+        assert ignored is not None
+        place = torch.arange(text.shape[1], device=text.device)
+        outside = (place < ignored[:, None]) | (place >= self.state.at)
+        # Whatever is no token of a score of its own is one more, left out in the end.
+        ids = text.masked_fill(outside, vocabulary).clamp(max=vocabulary)
+        scores = torch.nn.functional.pad(scores, (0, 1))
+        score = scores.gather(1, ids)
+        score = torch.where(score < 0, score * self.penalty, score / self.penalty)
+        return scores.scatter(1, ids, score)[:, :vocabulary]
+
+
+def argmax(scores: Tensor) -> Tensor:
+    """scores.argmax(-1), the best of parts first.
+
+    NOTE: over 128,256 scores of one row argmax takes an H100 27 us, over 192 parts of them 4.
+    """
+    parts = _parts(scores.shape[1])
+    best, places = scores.unflatten(1, (parts, -1)).max(-1)
+    part = best.argmax(-1, keepdim=True)
+    return (part * (scores.shape[1] // parts) + places.gather(1, part))[:, 0]
+
+
+@functools.cache
+def _parts(count: int) -> int:
+    return next(parts for parts in range(256, 0, -1) if count % parts == 0)
+
+
+def likeliest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` largest of every row and their places, ordered by place; those of PARTS parts first.
+
+    NOTE: of 128,256 torch.topk looks for them by sorting all.
+    """
+    width = scores.shape[1] // PARTS
+    whole = width * PARTS
+    best, places = scores[:, :whole].unflatten(1, (PARTS, width)).topk(count, sorted=False)
+    places = (places + torch.arange(0, whole, width, device=scores.device)[:, None]).flatten(1)
+    best = torch.cat([best.flatten(1), scores[:, whole:]], 1)
+    rest = torch.arange(whole, scores.shape[1], device=scores.device).expand(len(scores), -1)
+    chosen = best.topk(count, sorted=False).indices
+    places = torch.cat([places, rest], 1).gather(1, chosen).sort().values
+    return scores.gather(1, places), places
+
+
+def _steady(processors: Sequence[Any], state: State, vocabulary: int) -> Sequence[Any]:
+    """The processors, where they depend on the text's length exchanged for ones that read it in the state."""
+    if any(len(inspect.signature(processor.__call__).parameters) > 2 for processor in processors):
+        return [processors]  # their list says which arguments are missing
+    device = state.text.device
+    tokens = torch.arange(vocabulary, device=device)
+    exchanged: list[Any] = []
+    banned, least = [], []
+    for processor in processors:
+        if (length := _least(processor)) is not None:
+            banned.append(torch.isin(tokens, processor.eos_token_id.to(device)))
+            least.append(length)
+            processor = Banned(state, len(least) - 1)
+        elif _name(processor) == "RepetitionPenaltyLogitsProcessor" and state.ignored is None:
+            ignored = processor.prompt_ignore_length
+            with torch.inference_mode(False):
+                ignored = torch.as_tensor(0 if ignored is None else ignored, device=device)
+                state.ignored = ignored.expand(len(state.text)).clone()
+            processor = Penalized(state, processor.penalty)
+        exchanged.append(processor)
+    if banned:
+        with torch.inference_mode(False):
+            state.banned, state.least = torch.stack(banned), torch.tensor(least, device=device)
+    return exchanged
+
+
+def _least(processor: Any) -> int | None:
+    """The length before which a processor bans the ends."""
+    if (name := _name(processor)) == "MinLengthLogitsProcessor":
+        return processor.min_length
+    if name == "MinNewTokensLengthLogitsProcessor":
+        return processor.prompt_length_to_skip + processor.min_new_tokens
+    return None
+
+
+def _processed(processors: Sequence[Any], ids: Tensor, scores: Tensor) -> Tensor:
+    """All processors, one after the other, without transformers' look at their signatures at each step."""
+    for processor in processors:
+        scores = processor(ids, scores)
+    return scores
+
+
+def _name(processor: Any) -> str:
+    """The name of a processor's class, "" if it is neither transformers' nor ours."""
+    return type(processor).__name__ if type(processor).__module__ in (_MODULE, __name__) else ""
+
+
+def _is_of_scores(processor: Any) -> bool:
+    return _name(processor) in _OF_SCORES and getattr(processor, "filter_value", -torch.inf) == -torch.inf
