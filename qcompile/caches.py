@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -95,6 +96,7 @@ class KeptCaches:
         """Give up the memory of the kept caches."""
         with self.lock:
             self.kept = []
+        gc.collect()  # the first calls of a kind leave cycles that refer to their cache
 
 
 def _length(cache: Any) -> int:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from qcompile.calls import PLAIN
 from qcompile.decode_state import State
+from qcompile.kernels.draw import draw, refuses
 
 Process = Callable[[Tensor, Tensor], Tensor]
 
@@ -54,6 +55,7 @@ class Choice:
         if sample and not return_scores and first is not None and all(map(_is_of_scores, self.processors[first:])):
             count = self.processors[first].top_k + TIES
             self.narrow = first if vocabulary > WIDE and count * PARTS < vocabulary // 2 else None
+        self.borders = None if self.narrow is None else _borders(self.processors[self.narrow :])
 
     @property
     def key(self) -> Hashable | None:
@@ -63,7 +65,7 @@ class Choice:
         values = [(_name(p), name, x) for p in self.processors for name, x in vars(p).items() if name != "state"]
         if not all(isinstance(value, PLAIN) for *_, value in values):
             return None
-        return tuple(values), self.sample, self.narrow
+        return tuple(map(_name, self.processors)), tuple(values), self.sample, self.narrow
 
     def __call__(self, logits: Tensor, ids: Tensor) -> Tensor:
         """The scores. `ids` i64[batch, …] are the text, as the processors are to see it."""
@@ -71,6 +73,11 @@ class Choice:
         if self.narrow is not None:
             scores = _processed(processors[: self.narrow], ids, logits)
             noise = torch.empty_like(scores).exponential_()
+            if self.borders is not None and refuses(scores, self.borders[0]) is None:
+                tokens, best = draw(scores, noise, *self.borders)
+                self._note(best.isnan())
+                self.state.put(tokens)
+                return scores
             scores, places = likeliest(scores, processors[self.narrow].top_k + TIES)
             scores = _processed(processors[self.narrow :], ids, scores)
             noise = noise.gather(1, places)
@@ -208,6 +215,18 @@ def _processed(processors: Sequence[Any], ids: Tensor, scores: Tensor) -> Tensor
 def _name(processor: Any) -> str:
     """The name of a processor's class, "" if it is neither transformers' nor ours."""
     return type(processor).__name__ if type(processor).__module__ in (_MODULE, __name__) else ""
+
+
+def _borders(processors: Sequence[Any]) -> tuple[int, float, float] | None:
+    """top_k, top_p and min_p of processors that are these, in this order."""
+    names = [_name(processor) for processor in processors]
+    order = [name for name in ("TopKLogitsWarper", "TopPLogitsWarper", "MinPLogitsWarper") if name in names]
+    if names != order or any(processor.min_tokens_to_keep != 1 for processor in processors[1:]):
+        return None
+    given = {"top_p": 1.0, "min_p": 0.0}
+    for processor in processors:
+        given |= {name: value for name, value in vars(processor).items() if name in ("top_k", "top_p", "min_p")}
+    return int(given["top_k"]), given["top_p"], given["min_p"]
 
 
 def _is_of_scores(processor: Any) -> bool:

@@ -156,13 +156,12 @@ def recorded(run: Callable[[], T], side: torch.cuda.Stream, pool: Any = None) ->
     """`run`, not run but recorded on the stream `side`, and where each replay leaves what it returns."""
     current = torch.cuda.current_stream(side.device)
     side.wait_stream(current)
-    pool = pool or torch.cuda.graph_pool_handle()
     with torch.cuda.stream(side), torch.no_grad():
         try:
-            graph, result = _captured(run, pool)
+            graph, result = _captured(run, pool or torch.cuda.graph_pool_handle())
         except Exception:
             # Until a capture ends well, the random generator takes itself for captured and refuses to draw.
-            _captured(lambda: torch.zeros(1, device=side.device), pool)
+            _captured(lambda: torch.zeros(1, device=side.device), torch.cuda.graph_pool_handle())
             raise
     current.wait_stream(side)
     return graph, result

@@ -71,6 +71,20 @@ def test_of_a_large_vocabulary_the_same_tokens_are_drawn(name: str, dtype: torch
     choose.check()
 
 
+@pytest.mark.parametrize(
+    ("processors", "borders"),
+    [
+        (WARPERS["temperature, top k, top p"], (50, 0.9, 0.0)),
+        (WARPERS["top k, min p"], (30, 1.0, 0.05)),
+        (WARPERS["top k, typical"], None),
+        ([theirs.TopKLogitsWarper(9), theirs.MinPLogitsWarper(0.1), theirs.TopPLogitsWarper(0.9)], None),
+        ([theirs.TopKLogitsWarper(9), theirs.TopPLogitsWarper(0.9, min_tokens_to_keep=2)], None),
+    ],
+)
+def test_what_a_kernel_draws(processors: list[Any], borders: Any) -> None:
+    assert choice(processors)[0].borders == borders
+
+
 def test_the_likeliest_are_all_that_top_k_leaves() -> None:
     scores = torch.randn(4, VOCABULARY + 37).bfloat16().float()
     found, places = likeliest(scores, 50 + TIES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -119,8 +120,9 @@ def test_caches_are_kept_from_call_to_call(tiny_llama: Make, interpreted: None) 
     # A cache that a caller has is nobody else's.
     out = model.generate(ids(2, 9), max_new_tokens=5, return_dict_in_generate=True, pad_token_id=0)
     assert len(kept()) == 1 and id(out.past_key_values) not in kept()
+    found = weakref.ref(caches.kept[0][1])
     model.generate.release()
-    assert not kept()
+    assert not kept() and found() is None
 
 
 def test_a_call_within_a_call_has_a_cache_of_its_own(pair: tuple[Any, Any], interpreted: None) -> None:

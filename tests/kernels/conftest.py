@@ -20,6 +20,7 @@ TRITON_TESTS = [
     "test_rope.py",
     "test_attention_decode.py",
     "test_rope_into_cache.py",
+    "test_draw.py",
 ]
 GPU = torch.cuda.is_available()
 INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"

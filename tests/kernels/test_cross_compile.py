@@ -18,6 +18,7 @@ from qcompile.kernels import (
     _tuning,
     attention_decode,
     dequantize_gpu,
+    draw,
     gated_act,
     linear_dot,
     linear_gemm,
@@ -67,16 +68,18 @@ def compiled(kernel: Any, gpu: int, absent: tuple[str, ...], warps: int, stages:
             signature[name] = "*i32"
         elif name in ("x_ptr", "norm_ptr") and kernel in PACKED:
             signature[name] = PACKED[kernel]
-        elif name in ("parts_ptr", "sums_ptr", "table_ptr"):
+        elif name in ("parts_ptr", "sums_ptr", "table_ptr", "scores_ptr", "found_ptr", "noise_ptr", "best_ptr"):
             signature[name] = "*fp32"
         elif name == "mask_ptr":
             signature[name] = "*i1"
-        elif name == "positions_ptr":
+        elif name in ("positions_ptr", "tokens_ptr"):
             signature[name] = "*i64"
+        elif name == "places_ptr":
+            signature[name] = "*i32"
         elif name.endswith("_ptr"):
             signature[name] = f"*{short}"
         else:
-            signature[name] = "fp32" if name in ("eps", "scale") else "i32"
+            signature[name] = "fp32" if name in ("eps", "scale", "tail", "min_p") else "i32"
         aligned = name.endswith(("_ptr", "_batch", "_head", "_row")) or name in ("N", "K", "columns")
         if aligned and name not in constants:
             attributes[(i,)] = [["tt.divisibility", 16]]
@@ -156,6 +159,9 @@ def variants(gpu: int) -> dict[str, Any]:
     found["rope"] = compiled(rope._rope, gpu, (), 4, HALF=64, BLOCK_M=8, BLOCK_N=64)
     sizes = {"HALF": 64, "WIDTH": 128, "BLOCK_M": 4, "BLOCK_N": 64, "BLOCK_V": 128}
     found["rope_into_cache"] = compiled(rope_into_cache._rope_into_cache, gpu, (), 4, **sizes)
+    found["candidates"] = compiled(draw._candidates, gpu, (), 4, PART=draw.PART, ROOM=64)
+    found["draw"] = compiled(draw._draw, gpu, (), 8, BLOCK=4096)
+    found["draw of many"] = compiled(draw._draw, gpu, (), 16, BLOCK=draw.MOST)
     return found | attentions(gpu, device)
 
 

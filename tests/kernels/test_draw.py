@@ -1,0 +1,91 @@
+"""draw against transformers' processors and torch's draws."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers.generation import logits_process as theirs
+
+from qcompile.kernels.draw import PART, TIES, draw, refuses
+
+VOCABULARY = 2 * PART + 100
+ALL = {"top_k": 50, "top_p": 1.0, "min_p": 0.0}
+WAYS = [
+    {},
+    {"top_p": 0.9},
+    {"top_p": 0.5, "min_p": 0.02},
+    {"min_p": 0.1},
+    {"top_k": 1},
+    {"top_p": 0.0},
+    {"top_k": 7, "top_p": 0.2},
+]
+
+
+def processed(scores: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
+    scores = theirs.TopKLogitsWarper(top_k)(scores, scores)
+    if top_p < 1:
+        # TopPLogitsWarper, sorting as it does on a GPU.
+        ordered, places = scores.sort(stable=True)
+        gone = ordered.softmax(-1).cumsum(-1) <= 1 - top_p
+        gone[:, -1] = False
+        scores = scores.masked_fill(gone.scatter(1, places, gone), -torch.inf)
+    return theirs.MinPLogitsWarper(min_p)(scores, scores) if min_p else scores
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_token_that_torch_draws(way: dict[str, Any], dtype: torch.dtype, device: str) -> None:
+    borders = {**ALL, **way}
+    for _ in range(3):
+        # In bfloat16 many scores are equal, also at the borders.
+        scores = (2 * torch.randn(4, VOCABULARY, device=device)).to(dtype).float()
+        noise = torch.empty_like(scores).exponential_()
+        tokens, best = draw(scores, noise, **borders)
+        likely = processed(scores, **borders).softmax(-1)
+        assert torch.equal(tokens, (likely / noise).argmax(-1))
+        assert best.isfinite().all()
+
+
+def test_what_is_left_is_what_may_be_drawn(device: str) -> None:
+    """Each token in turn is the one that noise would have."""
+    scores = torch.full((1, VOCABULARY), -20.0, device=device)
+    scores[0, [3, 900, 2500, 4000, 4001]] = torch.tensor([2.0, 1.0, 1.0, 1.0, 0.5], device=device)
+    # 0.40 for the first, 0.15 each, 0.09: of equal ones the later stay.
+    for top_p, left in ((0.95, {3, 900, 2500, 4000, 4001}), (0.7, {3, 2500, 4000}), (0.5, {3, 4000}), (0.3, {3})):
+        found = set()
+        for token in (3, 900, 2500, 4000, 4001, 17):
+            noise = torch.ones_like(scores)
+            noise[0, token] = 1e-9
+            found.add(draw(scores, noise, 5, top_p, 0.0)[0].item())
+        assert found == left
+
+
+def test_nothing_to_draw_from(device: str) -> None:
+    scores = torch.randn(3, VOCABULARY, device=device)
+    scores[1] = -torch.inf
+    scores[2, 77] = torch.nan
+    best = draw(scores, torch.ones_like(scores), **ALL)[1]
+    assert best.isnan().tolist() == [False, True, True]
+
+
+def test_fewer_than_top_k(device: str) -> None:
+    scores = torch.full((1, VOCABULARY), -torch.inf, device=device)
+    scores[0, 3000] = -1.0
+    assert draw(scores, torch.ones_like(scores), **ALL)[0].item() == 3000
+
+
+def test_more_equal_scores_than_there_is_room_for(device: str) -> None:
+    scores = torch.zeros(1, VOCABULARY, device=device)
+    noise = torch.ones_like(scores)
+    assert 0 <= draw(scores, noise, **ALL)[0].item() < VOCABULARY
+
+
+def test_refusals(device: str) -> None:
+    scores = torch.zeros(1, 128256, device=device)
+    assert refuses(scores, 50) is None and refuses(scores, 128 - TIES) is None
+    assert refuses(scores, 1000) == "handles no top_k of 1000 among 128256"
+    assert refuses(scores[:, :PART], 5) == f"handles no top_k of 5 among {PART}"
+    assert refuses(scores.half(), 5) == "handles float32"
