@@ -68,12 +68,12 @@ def linear_anyhow(
         zero = packed.with_dense_rows(zero)
     if bias is not None:
         bias = bias.contiguous()
-    _make_known(spec, columns)
+    make_known(spec, columns)
     rows, reader, kind = flat.shape[0], packed.Reader.of(spec, columns), packed.KINDS[x.dtype]
     if rows > _rows_without_copy(x.dtype, reader.many_rows is not None):
         _multiply_copy(flat, data, scale, zero, bias, spec, y.view(rows, outputs))
         return y
-    function = reader.few_rows if rows <= _few_rows(x.dtype, reader) else reader.many_rows
+    function = reader.few_rows if rows <= most_few_rows(x.dtype, reader) else reader.many_rows
     assert function is not None
     function(
         *reader.arguments(data, scale, zero),
@@ -97,19 +97,20 @@ def linear_packed(
     return linear_anyhow(x, data, scale, zero, bias, spec)
 
 
-def _few_rows(dtype: torch.dtype, reader: packed.Reader) -> int:
+def most_few_rows(dtype: torch.dtype, reader: packed.Reader) -> int:
+    """The most rows of x that its few_rows takes."""
     if reader.many_rows is None:
         return ROWS_WITHOUT_MANY_ROWS
     return FEW_ROWS_OF_16_BITS if reader.has_dot and dtype != torch.float32 else FEW_ROWS
 
 
 @functools.lru_cache(maxsize=4096)
-def _make_known(spec: str, columns: int) -> None:
+def make_known(spec: str, columns: int) -> None:
     """Tell linear_op.cpp how to multiply a few rows by weights of this spec."""
     if (op := without_python()) is None:
         return
     reader = packed.Reader.of(spec, columns)
-    most = [_few_rows(dtype, reader) for dtype in packed.FLOATS]
+    most = [most_few_rows(dtype, reader) for dtype in packed.FLOATS]
     few_rows = ctypes.cast(reader.few_rows, ctypes.c_void_p)  # type: ignore[arg-type]
     shape = (reader.group, reader.groups, reader.height, reader.bytes, reader.by_row)
     op.know(spec.encode(), columns, few_rows, *most, *shape, packed.ADDED * reader.added, reader.offset)
@@ -117,10 +118,10 @@ def _make_known(spec: str, columns: int) -> None:
 
 @functools.cache
 def without_python() -> ctypes.CDLL | None:
-    """linear_packed in C++, from the first call on; None, with a warning, where torch's headers do not compile."""
+    """linear_packed and fused_packed in C++, from now on; None, with a warning, if torch's headers do not compile."""
     work = f"constexpr long WORK_OF_A_THREAD = {packed.WORK_OF_A_THREAD};\n"
     try:
-        op = load_cpp(work + text_of("op.h", "linear_op.cpp"))
+        op = load_cpp(work + text_of("op.h", "vectors.h", "fused.h", "linear_op.cpp"))
     except RuntimeError as error:
         warnings.warn(f"qcompile: linears of a few rows are called through Python: {error}", stacklevel=2)
         return None

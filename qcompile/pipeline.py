@@ -38,6 +38,7 @@ from qcompile.passes.round_activation import RoundActivation
 # Importing a kernel signs it up. Earlier ones are asked first.
 KERNELS = (
     "linear_cpu",
+    "fused_linear_cpu",
     "dequantize_cpu",
     "linear_cuda",
     "fused_linear",

@@ -1,7 +1,7 @@
 // Attention of a few query rows over keys and values that are read once for all heads that share them.
 //
-// Of each sequence and key/value head the keys from the first to the last that anyone attends to are taken in parts, each
-// in two passes: scores into a buffer, then their exponentials times the values. (Dao et al. 2023, flash-decoding.)
+// Of each sequence and key/value head the keys from the first to the last that anyone attends to are taken in parts,
+// each in two passes: scores into a buffer, then their exponentials times the values. (Dao et al. 2023, flash-decoding.)
 
 #include <cmath>
 #include <limits>
@@ -31,18 +31,6 @@ struct Attention {
 };
 
 const float NOTHING = -std::numeric_limits<float>::infinity();
-
-// Of numbers that are not positive; what float32 cannot hold is 0.
-INLINE f32x16 exponential(f32x16 x) {
-    constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to an integer
-    const u32x16 is_small = (bits_of<u32x16>(x) > 0xc2aeac50) & 0xffffffff;  // below ln 2^-126; the sign makes it large
-    const f32x16 shifted = multiply_add(x, splat(1.44269504f), splat(ROUND)), whole = shifted - ROUND;
-    const f32x16 rest = multiply_add(whole, splat(-1.42860677e-6f), multiply_add(whole, splat(-0.693145752f), x));
-    f32x16 y = splat(1 / 720.0f);
-    for (float factor : {1 / 120.0f, 1 / 24.0f, 1 / 6.0f, 0.5f, 1.0f, 1.0f}) y = multiply_add(y, rest, splat(factor));
-    const f32x16 power = bits_of<f32x16>((bits_of<u32x16>(shifted) - 0x4b400000 + 127) << 23);
-    return bits_of<f32x16>(bits_of<u32x16>(y * power) & ~is_small);
-}
 
 INLINE bool attends(const Attention& a, const char* mask, int64_t n) {
     return load_some(mask, n * a.mask_strides[3], 1, a.mask_kind).piece[0][0] > (a.mask_kind == U8 ? 0 : NOTHING);
@@ -176,7 +164,10 @@ void attend(const Attention& a, int threads) {
                     r += M;
                 };
                 const int64_t left = rows - r;
-                left >= 4 ? run(Count<4>()) : left == 3 ? run(Count<3>()) : left == 2 ? run(Count<2>()) : run(Count<1>());
+                if (left >= 4) run(Count<4>());
+                else if (left == 3) run(Count<3>());
+                else if (left == 2) run(Count<2>());
+                else run(Count<1>());
             }
         }
     for (int64_t head = 0; head < heads; head++)

@@ -1,7 +1,8 @@
-// linear_packed of a few rows, called by torch without Python in between, which takes longer than a small layer does.
+// linear_packed and fused_packed of a few rows, called by torch without Python in between, which takes longer than a
+// small layer does.
 //
 // Ordinary arguments go straight to few_rows of the library that was compiled for the weight's codes. All others, more
-// rows and what is wrong go to linear_anyhow, which is the same in Python (linear_cpu.py).
+// rows and what is wrong go to linear_anyhow and fused_anyhow, the same in Python (linear_cpu.py, fused_linear_cpu.py).
 
 #include <algorithm>
 #include <array>
@@ -51,29 +52,83 @@ bool fits(const Reader& reader, const Tensor& x, int64_t rows, const Tensor& dat
            (!bias || (bias->is_contiguous() && bias->numel() == outputs && kind_of(*bias) >= 0));
 }
 
+// Dense x (rows, columns) times the weight, to dense y.
+void multiply(const Reader& reader, const void* x, int64_t rows, int64_t columns, int kind, const Tensor& data,
+              const Tensor& scale, const std::optional<Tensor>& zero, const std::optional<Tensor>& bias, void* y) {
+    const int64_t outputs = data.size(0), work = rows * outputs * columns;
+    if (!outputs) return;
+    reader.few_rows(data.data_ptr(), scale.data_ptr(), zero ? zero->data_ptr() : nullptr, outputs, columns,
+                    reader.group, reader.height, data.stride(0), reader.by_row ? scale.stride(0) : 0,
+                    zero && reader.by_row ? zero->stride(0) : 0, kind_of(scale),
+                    zero ? kind_of(*zero) | reader.added : 0, reader.offset, x, rows, columns, kind, y,
+                    bias ? bias->data_ptr() : nullptr, bias ? kind_of(*bias) : 0,
+                    std::min<int64_t>(torch::stable::get_num_threads(), 1 + work / WORK_OF_A_THREAD));
+}
+
+// The op of this name in Python.
+template <typename... Arguments> Tensor in_python(const char* name, const Arguments&... arguments) {
+    std::array<StableIValue, sizeof...(arguments)> stack = {from(arguments)...};
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
+    return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+Tensor empty_with(const Tensor& x, int64_t dims, int64_t outputs) {
+    int64_t shape[16];
+    for (int64_t i = 0; i < dims; i++) shape[i] = x.size(i);
+    shape[dims - 1] = outputs;
+    return empty(x, shape, dims);
+}
+
 Tensor linear_packed(Tensor x, Tensor data, Tensor scale, std::optional<Tensor> zero, std::optional<Tensor> bias,
                      std::string spec) {
     const int64_t dims = x.dim(), columns = dims ? x.size(dims - 1) : 0, rows = columns ? x.numel() / columns : 0;
     const std::optional<Reader> reader = find(spec, columns);
-    if (!reader || dims > 16 || data.dim() != 2 || !fits(*reader, x, rows, data, scale, zero, bias)) {
-        std::array<StableIValue, 6> stack = {from(x), from(data), from(scale), from(zero), from(bias), from(spec)};
-        STABLE_TORCH_ERROR_CODE_CHECK(
-            torch_call_dispatcher("qcompile_kernels::linear_anyhow", "", stack.data(), TORCH_ABI_VERSION));
-        return torch::stable::detail::to<Tensor>(stack[0]);
-    }
-    int64_t shape[16];
-    for (int64_t i = 0; i < dims; i++) shape[i] = x.size(i);
-    const int64_t outputs = shape[dims - 1] = data.size(0);
-    Tensor y = empty(x, shape, dims);
-    if (!outputs) return y;
-    const int64_t work = rows * outputs * columns;
-    reader->few_rows(data.data_ptr(), scale.data_ptr(), zero ? zero->data_ptr() : nullptr, outputs, columns,
-                     reader->group, reader->height, data.stride(0), reader->by_row ? scale.stride(0) : 0,
-                     zero && reader->by_row ? zero->stride(0) : 0, kind_of(scale),
-                     zero ? kind_of(*zero) | reader->added : 0, reader->offset, x.data_ptr(), rows, columns,
-                     kind_of(x), y.data_ptr(), bias ? bias->data_ptr() : nullptr, bias ? kind_of(*bias) : 0,
-                     std::min<int64_t>(torch::stable::get_num_threads(), 1 + work / WORK_OF_A_THREAD));
+    if (!reader || dims > 16 || data.dim() != 2 || !fits(*reader, x, rows, data, scale, zero, bias))
+        return in_python("qcompile_kernels::linear_anyhow", x, data, scale, zero, bias, spec);
+    Tensor y = empty_with(x, dims, data.size(0));
+    multiply(*reader, x.data_ptr(), rows, columns, kind_of(x), data, scale, zero, bias, y.data_ptr());
     return y;
+}
+
+Tensor fused_packed(Tensor x, std::optional<Tensor> norm_weight, std::optional<double> eps, double weight_offset,
+                    Tensor data, Tensor scale, std::optional<Tensor> zero, std::optional<Tensor> bias,
+                    std::optional<Tensor> residual, std::string spec, std::optional<std::string> activation,
+                    bool gated) {
+    const int64_t dims = x.dim(), columns = dims ? x.size(dims - 1) : 0, rows = columns ? x.numel() / columns : 0;
+    const int kind = kind_of(x);
+    const std::optional<Reader> reader = find(spec, columns);
+    const auto known = activation ? activation_of(*activation) : std::nullopt;
+    const bool fitting = reader && dims <= 16 && data.dim() == 2 && fits(*reader, x, rows, data, scale, zero, bias);
+    const int64_t outputs = fitting ? data.size(0) : 0, width = gated ? outputs / 2 : outputs;
+    auto has = [](const std::optional<Tensor>& t, int64_t count) {
+        return !t || (t->is_contiguous() && t->numel() == count);
+    };
+    if (!fitting || !outputs || (activation && !known) || (gated && (!known || outputs % 2)) ||
+        !has(norm_weight, columns) || (norm_weight && kind_of(*norm_weight) < 0) ||
+        !has(residual, rows * width) || (residual && kind_of(*residual) != kind))
+        return in_python("qcompile_kernels::fused_anyhow", x, norm_weight, eps, weight_offset, data, scale, zero, bias,
+                         residual, spec, activation, gated);
+    static thread_local Scratch for_norm, for_gate;
+    const int64_t size = size_of(kind);
+    auto row = [&](const void* at, int64_t m, int64_t columns) { return (char*)at + m * columns * size; };
+    const void* from = x.data_ptr();
+    if (eps) {
+        void* to = for_norm.get<char>(rows * columns * size);
+        for (int64_t m = 0; m < rows; m++)
+            norm_row(row(from, m, columns), row(to, m, columns), columns, kind,
+                     norm_weight ? norm_weight->data_ptr() : nullptr, norm_weight ? kind_of(*norm_weight) : 0, *eps,
+                     weight_offset);
+        from = to;
+    }
+    Tensor out = empty_with(x, dims, width);
+    void *y = out.data_ptr(), *wide = gated ? for_gate.get<char>(rows * outputs * size) : y;
+    multiply(*reader, from, rows, columns, kind, data, scale, zero, bias, wide);
+    for (int64_t m = 0; m < rows; m++) {
+        const char* gate = row(wide, m, outputs);
+        if (known) activate_row(gate, gated ? gate + width * size : nullptr, row(y, m, width), width, kind, *known);
+        if (residual) add_row(row(y, m, width), row(residual->data_ptr(), m, width), width, kind);
+    }
+    return out;
 }
 
 }  // namespace
@@ -91,4 +146,7 @@ extern "C" void forget() {
     readers.clear();
 }
 
-STABLE_TORCH_LIBRARY_IMPL(qcompile_kernels, CPU, m) { m.impl("linear_packed", TORCH_BOX(&linear_packed)); }
+STABLE_TORCH_LIBRARY_IMPL(qcompile_kernels, CPU, m) {
+    m.impl("linear_packed", TORCH_BOX(&linear_packed));
+    m.impl("fused_packed", TORCH_BOX(&fused_packed));
+}

@@ -134,6 +134,18 @@ INLINE float sum(f32x16 v) {
 #endif
 }
 
+// e^x of numbers that are not positive; what float32 cannot hold is 0.
+INLINE f32x16 exponential(f32x16 x) {
+    constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to an integer
+    const u32x16 is_small = (bits_of<u32x16>(x) > 0xc2aeac50) & 0xffffffff;  // below ln 2^-126; the sign makes it large
+    const f32x16 shifted = multiply_add(x, splat(1.44269504f), splat(ROUND)), whole = shifted - ROUND;
+    const f32x16 rest = multiply_add(whole, splat(-1.42860677e-6f), multiply_add(whole, splat(-0.693145752f), x));
+    f32x16 y = splat(1 / 720.0f);
+    for (float factor : {1 / 120.0f, 1 / 24.0f, 1 / 6.0f, 0.5f, 1.0f, 1.0f}) y = multiply_add(y, rest, splat(factor));
+    const f32x16 power = bits_of<f32x16>((bits_of<u32x16>(shifted) - 0x4b400000 + 127) << 23);
+    return bits_of<f32x16>(bits_of<u32x16>(y * power) & ~is_small);
+}
+
 // ---- number formats ----
 
 enum Kind : int { F32 = 0, BF16 = 1, F16 = 2, U8 = 3 };

@@ -142,7 +142,7 @@ def test_dequantize_more_dimensions() -> None:
 @pytest.fixture(params=["__AVX512BF16__", "__AVX512VNNI__", "__AVX512F__", "__AVX512F__ __AVX2__"])
 def lesser_processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The code for processors without these instructions."""
-    caches, load = (packed.library, packed.missing, packed.Reader.of, linear_cpu._make_known), packed.load_cpp
+    caches, load = (packed.library, packed.missing, packed.Reader.of, linear_cpu.make_known), packed.load_cpp
     without = "".join(f"#undef {name}\n" for name in request.param.split())
     monkeypatch.setattr(packed, "load_cpp", lambda source: load(without + source))
 
