@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +54,11 @@ def missing(element: Element) -> str | None:
     except RuntimeError as error:
         return f"C++ does not compile here: {error}"
     return None
+
+
+def compile_ahead(elements: Iterable[Element]) -> None:
+    """Begin to compile the libraries for these elements, in a thread."""
+    threading.Thread(target=lambda: [missing(each) for each in elements], name="qcompile-cpp", daemon=True).start()
 
 
 def _defines(element: Element) -> str:

@@ -14,6 +14,7 @@ from qcompile.config import Config
 from qcompile.errors import ConfigError, WeightError
 from qcompile.explain import Report
 from qcompile.generate import Generate
+from qcompile.kernels._packed_cpu import compile_ahead
 from qcompile.kernels._pages import use_large_pages
 from qcompile.load import load
 from qcompile.plan import Entry, Plan, example_inputs, make_plan
@@ -59,6 +60,8 @@ def optimize(
         raise ConfigError("the model is optimized already; optimize a freshly loaded one")
     plan = make_plan(model, config, example)
     _check(model, plan, config)
+    if next(model.parameters(), torch.empty(0)).device.type == "cpu":
+        compile_ahead({entry.spec.element for entry in plan.entries if isinstance(entry.spec, QSpec)})
     packed = plan.groups
     bar = tqdm(total=sum(len(group) for group in packed), desc="quantize", disable=not progress, leave=False)
     with bar, torch.no_grad():

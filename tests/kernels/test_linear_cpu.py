@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -398,3 +399,13 @@ def test_the_op_without_python_gives_the_same(spec: str, dtype: torch.dtype) -> 
         for each in (x, x.transpose(0, -1).contiguous().transpose(0, -1)):
             arguments = (each, *parts(q), bias, spec)
             assert torch.equal(linear_packed(*arguments), linear_cpu.linear_anyhow(*arguments))
+
+
+def test_what_is_compiled_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(packed, "missing", asked.append)
+    packed.compile_ahead(elements := [QSpec.parse(spec).element for spec in ("u4/g64/asym", "i8/row/sym")])
+    for thread in threading.enumerate():
+        if thread.name == "qcompile-cpp":
+            thread.join()
+    assert asked == elements
