@@ -137,9 +137,11 @@ def dot_tile(rows: int, outputs: int, inputs: int, step: int, bits: int, device:
     split = min(warps, power_of_two(cdiv(chunks, 32)))
     row_bytes = cdiv(chunks, 32 * split) * 32 * split * step * bits // 8
     # A thread holds both rows of x, and the sums of its weight rows.
-    tall = max(2, _floor_power(min(16 * warps // split // rows, (32 << 10) // row_bytes)))
+    tall = _floor_power(min(16 * warps // split // rows, max(4, (32 << 10) // row_bytes)))
+    tall = _floor_power(min(tall, (device.shared_bytes - (16 << 10)) // row_bytes))
     # Few rows at a time share what x costs with those of other steps; no processor is left without a program.
-    steps = min(max(1, 16 // tall), cdiv(outputs, tall * 2 * device.processors)) if tall < 8 else 1
+    steps = cdiv(outputs, tall * 2 * device.processors) if tall < 8 and tall * row_bytes <= 32 << 10 else 1
+    steps = max(1, min(steps, 16 // tall))
     return DotTile(tall, split, warps, steps, min(steps, 2))
 
 

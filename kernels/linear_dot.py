@@ -50,9 +50,11 @@ class Around:
 def dot(x: Tensor, weight: Weight, bias: Tensor | None, around: Around, tile: _tuning.DotTile) -> Tensor:
     """x @ W.T + bias, and what is around it, for contiguous x (M, K), M at most 2, that _gluon.can_read."""
     m, k = x.shape
-    n, made = weight.rows, tile.outputs
-    if around.gated:
-        n, made = n // 2, made // 2
+    n, outputs = weight.rows, tile.outputs
+    made = outputs
+    if around.gated:  # a gate and its factor at least
+        n, outputs = n // 2, max(2, outputs)
+        made = outputs // 2
     out = x.new_empty(m, n)
     norm_weight = around.norm_weight
     copied = norm_weight is not None and norm_weight.data_ptr() % 16 != 0
@@ -82,7 +84,7 @@ def dot(x: Tensor, weight: Weight, bias: Tensor | None, around: Around, tile: _t
         GATED=around.gated,
         EVEN=n % (made * tile.steps) == 0,
         ROWS=m,
-        OUTPUTS=tile.outputs,
+        OUTPUTS=outputs,
         SPLIT=tile.split,
         STEPS=tile.steps,
         AHEAD=min(tile.ahead, tile.steps),
