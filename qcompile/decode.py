@@ -131,15 +131,17 @@ class Advance:
 
     def _bind(self) -> None:
         self.bound, bound = True, self.step.bind()
-        choice = self.choose.key
-        if bound is None or choice is None or self.recordings is None:
-            self.recordings = None
+        recordings, self.recordings = self.recordings, None
+        if recordings is None or bound is None or (choice := self.choose.key) is None:
             return
-        self.key = self.recordings.key(bound, self.step.now, choice)
-        self.recording = self.recordings.find(self.step.cache, self.key)
+        self.key = recordings.key(bound, self.step.now, choice)
+        if recordings.refuses(self.key):
+            return
+        self.recordings = recordings
+        self.recording = recordings.find(self.step.cache, self.key)
         if self.recording is not None:
             self.step.now.move_to(self.recording.state)
-        self.warm = self.recordings.warmth(self.step.cache, self.key)
+        self.warm = recordings.warmth(self.step.cache, self.key)
 
     def _record(self) -> None:
         assert self.recordings is not None

@@ -44,6 +44,7 @@ class Recordings:
     def __init__(self) -> None:
         self.of: WeakKeyDictionary[Any, list[Recording]] = WeakKeyDictionary()
         self.sides: dict[torch.device, torch.cuda.Stream] = {}
+        self.refused: set[Hashable] = set()
         self.lock = threading.Lock()
 
     def key(self, bound: Bound, state: State, choice: Hashable) -> tuple[Hashable, ...]:
@@ -60,6 +61,10 @@ class Recordings:
         """How many steps run before one on this cache is recorded: lazy set-up and tuning are over then."""
         return 0 if any(recording.key[0] is key[0] for recording in self.of.get(cache, ())) else WARM
 
+    def refuses(self, key: tuple[Hashable, ...]) -> bool:
+        """Whether a step like this could not be recorded before."""
+        return (key[0], key[-1]) in self.refused
+
     def make(self, cache: Any, key: tuple[Hashable, ...], state: State, step: Callable[[], Scores]) -> Recording | None:
         """A recording of `step`, not yet run; None, with a warning, if it cannot be recorded."""
         device = state.text.device
@@ -69,6 +74,7 @@ class Recordings:
                 recording = Recording(key, state, *recorded(step, side))
             except Exception as error:  # whatever a kernel may not do while it is recorded
                 warnings.warn(f"qcompile: decoding runs without a CUDA graph: {error}", stacklevel=4)
+                self.refused.add((key[0], key[-1]))
                 return None
             kept = [recording, *self.of.get(cache, ())]
             self.of[cache] = kept[:KEPT]

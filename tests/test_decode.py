@@ -338,6 +338,20 @@ def test_a_recording_is_of_a_cache_and_of_weights(tiny_llama: Any, interpreted: 
     assert Graph.made == 4
 
 
+def test_what_cannot_be_recorded_runs_and_says_so_once(
+    pair: tuple[Any, Any], as_on_gpu: None, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    def refuse(*_: Any) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(recordings, "recorded", refuse)
+    pair[0].generate.release()
+    for _ in range(2):
+        assert_same(pair, prompts(), do_sample=True, temperature=0.9)
+    told = [str(warning.message) for warning in recwarn if "CUDA graph" in str(warning.message)]
+    assert told == ["qcompile: decoding runs without a CUDA graph: operation not permitted when stream is capturing"]
+
+
 @pytest.fixture
 def on_gpu() -> tuple[Any, Any]:
     torch.manual_seed(0)
