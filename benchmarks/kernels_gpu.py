@@ -189,8 +189,7 @@ def part_linear(report: Report, deadline: float) -> None:
                 continue
             gbps = weight_bytes(spec, n, k) / us / 1e3
             weight = Weight.of(*weights[0], spec, k)
-            run = weight.layout.run if can_read(x, weight) else None
-            way = _tuning.way(rows, run, weight.step, _tuning.Device.of(x.device))
+            way = _tuning.way(rows, can_read(x, weight), weight.step, _tuning.Device.of(x.device))
             report.add(
                 "linear", spec=spec, shape=name, rows=rows, way=way, us=us, gbps=gbps, vs_bf16=dense_us(name)[rows] / us
             )

@@ -33,7 +33,7 @@ from benchmarks.kernels_gpu import (
 )
 from qcompile.kernels import _tuning, linear_cuda, linear_dot
 from qcompile.kernels._tuning import DotTile, GemmTile, MmaTile
-from qcompile.kernels._weight import Layout, Weight
+from qcompile.kernels._weight import Weight
 from qcompile.kernels.linear_dot import Around, dot
 from qcompile.kernels.linear_gemm import gemm
 from qcompile.kernels.linear_mma import mma
@@ -176,10 +176,13 @@ def dot_tiles(spec: str) -> list[DotTile]:
 
 
 def mma_tiles(spec: str, rows: int) -> list[MmaTile]:
-    layout = Layout.of(spec)
-    tile = _tuning.mma_tile(rows, 4096, 4096, 16 * layout.fields, layout.run)
-    sizes = itertools.product((1, 2), {tile.columns, 2 * tile.columns}, (1, 2), (2, 4, 8))
-    return [replace(tile, tiles=t, columns=c, ahead=a, warps=w) for t, c, a, w in sizes if t * c <= 8]
+    bits = QSpec.parse(spec).element.bits
+    tile = _tuning.mma_tile(rows, 4096, 4096, bits, _tuning.Device())
+    codes = [c for c in (64, 128, 256, 512) if c * bits <= 2048]
+    sizes = itertools.product(codes, (3, 4, 6), (1, 2, 4), (4, 8, 16), {False, rows > 8})
+    tiles = [replace(tile, codes=c, stages=n, splits=s, warps=w, together=1, warp_groups=g) for c, n, s, w, g in sizes]
+    # What shared memory and registers hold.
+    return [t for t in tiles if t.stages * t.codes * (2 * t.warps * bits + 2 * t.tokens) <= _tuning.Device.shared_bytes]
 
 
 def gemm_tiles(rows: int) -> list[GemmTile]:

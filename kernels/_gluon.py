@@ -16,6 +16,7 @@ from qcompile.kernels._weight import Layout, Weight
 try:
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.language.nvidia import ampere, hopper
     from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
     # Triton 3.9 has given these other names.
@@ -24,7 +25,7 @@ try:
     commit_copies, wait_for_copies = async_copy.commit_group, async_copy.wait_group
 except ImportError:  # the modules still import, and `can_read` is false
     gluon = SimpleNamespace(jit=lambda function: function)
-    gl = barrier = begin_copy = commit_copies = wait_for_copies = None
+    gl = ampere = hopper = barrier = begin_copy = commit_copies = wait_for_copies = None
 
 
 def can_read(x: Tensor, weight: Weight) -> bool:
@@ -58,10 +59,10 @@ def wait():
 
 
 @gluon.jit
-def pick_bytes(a, b, SELECTOR: gl.constexpr):
-    """Four bytes of a (0 … 3) and b (4 … 7); a hexadecimal digit of SELECTOR each, the lowest first."""
+def pick_bytes(a, b, selector):
+    """Four bytes of a (0 … 3) and b (4 … 7); a hexadecimal digit of the selector each, the lowest first."""
     return gl.inline_asm_elementwise(
-        "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, SELECTOR], gl.int32, is_pure=True, pack=1
+        "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, selector], gl.int32, is_pure=True, pack=1
     )
 
 

@@ -41,19 +41,21 @@ class DotTile:
 
 @dataclass(frozen=True)
 class MmaTile:
-    """What a program of linear_mma makes: 16 * tiles outputs of 8 / spread * columns rows of x.
+    """What a program of linear_mma makes: 16 * warps outputs of `tokens` rows of x, from its share of the inputs.
 
-    words   of a chunk that a lane loads, 4 or 2
-    spread  columns that a row of x takes, because its lanes' codes do not share a scale
-    ahead   steps that are loaded before they are needed
+    codes        inputs of a step
+    stages       steps in shared memory, three at least for warp groups
+    together     programs that a multiprocessor has registers for
+    warp_groups  do four warps multiply as one (wgmma)?
     """
 
-    words: int
-    spread: int
-    tiles: int
-    columns: int
-    ahead: int
+    tokens: int
+    codes: int
+    stages: int
+    splits: int
     warps: int
+    together: int
+    warp_groups: bool
 
 
 @dataclass(frozen=True)
@@ -116,15 +118,11 @@ class Device:
         return Device(properties.major, shared, properties.multi_processor_count)
 
 
-def way(rows: int, run: int | None, step: int, device: Device) -> str:
-    """The fastest way for so many rows: `dot` or `mma`, `gemv`, `gemm` or `dequantize`.
-
-    The first two need integer codes; `run` of those, a power of two, share a scale, and it is None for others.
-    """
-    if run is not None and rows * step <= 128 and rows <= 2 and device.tensor_cores:  # as for asynchronous copies
+def way(rows: int, integers: bool, step: int, device: Device) -> str:
+    """The fastest way for so many rows: `dot` or `mma`, which need integer codes, `gemv`, `gemm` or `dequantize`."""
+    if integers and rows * step <= 128 and rows <= 2 and device.tensor_cores:  # as for asynchronous copies
         return "dot"
-    # Where lanes share no scale, several rows of x take the room of one.
-    if run is not None and rows <= (64 if mma_spread(rows, step, run)[1] == 1 else 8) and device.tensor_cores:
+    if integers and device.tensor_cores and rows <= (512 if device.major == 9 else 64):
         return "mma"
     if rows <= 8:
         return "gemv"
@@ -150,24 +148,33 @@ def _floor_power(n: int) -> int:
     return 1 << max(0, n.bit_length() - 1)
 
 
-def mma_spread(rows: int, step: int, run: int) -> tuple[int, int]:
-    """(words, spread) of an MmaTile. Two lanes for a chunk may share a scale where one each does not, and take less of
-    x at once; for few rows wide loads are worth more."""
-    words = 2 if run >= 2 * step > 32 and rows > 4 else 4
-    return words, max(1, min(words, words * step // run))
-
-
-def mma_tile(rows: int, outputs: int, inputs: int, step: int, run: int) -> MmaTile:
-    words, spread = mma_spread(rows, step, run)
-    columns = min(4, power_of_two(cdiv(rows * spread, 8)))
+def mma_tile(rows: int, outputs: int, inputs: int, bits: int, device: Device) -> MmaTile:
+    warp_groups = device.major == 9 and rows > 8
+    # Where outputs are few, every program has a multiprocessor for itself.
     wide = outputs >= 16384
+    codes = 256 if bits < 8 else 128
     if rows <= 8:
-        warps = 4 if wide else 8
+        tokens, stages, warps, together = 8, 4, 4, 4
+    elif rows <= 16:
+        tokens, stages, warps, together = 16, 4 if wide else 5, 8, 2 if wide else 1
+    elif rows <= 32:
+        tokens, stages, warps, together = 32, 3, 8, 2
+    elif rows <= 64 or not warp_groups:
+        tokens, stages, warps, together = 64, 3, 16 if wide and warp_groups else 8, 1
+    elif rows <= 128 or bits > 5:
+        tokens, codes, stages, warps, together = 128, 128, 4, 16 if wide else 8, 1
     else:
-        warps = 2 if wide else 8 if columns <= 2 else 4
-    # No more warps than have something to do.
-    warps = max(1, min(warps, power_of_two(cdiv(inputs, step * words))))
-    return MmaTile(words, spread, 1, columns, 1 if wide or columns > 2 else 2, warps)
+        tokens, codes, stages, warps, together = 256, 128, 3, 8, 1
+    while together * stages * codes * (2 * warps * bits + 2 * tokens) > device.shared_bytes:
+        if together > 1:
+            together //= 2
+        elif stages > (3 if warp_groups else 2):
+            stages -= 1
+        else:
+            codes //= 2
+    programs = cdiv(outputs, 16 * warps) * cdiv(rows, tokens)
+    splits = _floor_power(min(device.processors * together // programs, inputs // (4 * codes)))
+    return MmaTile(tokens, codes, stages, splits, warps, together, warp_groups)
 
 
 def gemv_tile(rows: int, outputs: int, inputs: int, step: int) -> GemvTile:

@@ -23,7 +23,7 @@ def refuses(
     if reason := _gluon.refuses(x, layout := Layout.of(spec)):
         return reason
     rows = math.prod(known(size) or 0 for size in x.shape[:-1])
-    if not rows or _tuning.way(rows, layout.run, 16 * layout.fields, _tuning.Device.of(x.device)) != "dot":
+    if not rows or _tuning.way(rows, True, 16 * layout.fields, _tuning.Device.of(x.device)) != "dot":
         return f"handles the one or two rows that linear_dot takes, not {rows or 'an unknown number'} by {spec}"
     if norm_weight is not None and norm_weight.dtype != x.dtype:
         return f"handles norms in the dtype of x, not {norm_weight.dtype}"

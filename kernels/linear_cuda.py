@@ -53,13 +53,12 @@ def linear_cuda(
     bias = None if bias is None else bias.contiguous()
     device = _tuning.Device.of(x.device)
     m, n, step = rows.shape[0], weight.rows, weight.step
-    run = weight.layout.run if can_read(rows, weight) else None
-    way = _tuning.way(m, run, step, device)
+    way = _tuning.way(m, can_read(rows, weight), step, device)
     if way == "dot":
         around = Around(activation=activation)
         y = dot(rows, weight, bias, around, _tuning.dot_tile(m, n, columns, step, weight.layout.bits, device))
     elif way == "mma":
-        y = mma(rows, weight, bias, activation, _tuning.mma_tile(m, n, columns, step, weight.layout.run))
+        y = mma(rows, weight, bias, activation, _tuning.mma_tile(m, n, columns, weight.layout.bits, device))
     elif way == "gemv":
         y = gemv(rows, weight, bias, activation, _tuning.gemv_tile(m, n, columns, step))
     elif way == "gemm":

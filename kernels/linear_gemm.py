@@ -32,7 +32,6 @@ def gemm(x: Tensor, weight: Weight, bias: Tensor | None, activation: str | None,
     """act(x @ W.T + bias) for contiguous x (M, K)."""
     (m, k), n = x.shape, weight.rows
     out = x.new_empty(m, n)
-    pdl = dependent_launch(x)
     split = tile.splits > 1
     parts = x.new_empty(tile.splits, m, n, dtype=torch.float32) if split else out
     launch(
@@ -52,15 +51,20 @@ def gemm(x: Tensor, weight: Weight, bias: Tensor | None, activation: str | None,
         BLOCK_M=tile.rows,
         BLOCK_N=tile.outputs,
         CHUNKS=tile.chunks,
-        PDL=pdl,
+        PDL=dependent_launch(x),
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
     if split:
-        grid = (cdiv(m * n, FINISH_BLOCK),)
-        constants = {"SPLITS": tile.splits, "ACTIVATION": activation, "BLOCK": FINISH_BLOCK, "PDL": pdl}
-        launch(_finish, grid, parts, bias, out, m * n, n, **constants)
+        finish(parts, bias, out, activation)
     return out
+
+
+def finish(parts: Tensor, bias: Tensor | None, out: Tensor, activation: str | None) -> None:
+    """out = act(sum of parts (splits, M, N) + bias)."""
+    grid = (cdiv(out.numel(), FINISH_BLOCK),)
+    constants = {"SPLITS": parts.shape[0], "ACTIVATION": activation, "BLOCK": FINISH_BLOCK}
+    launch(_finish, grid, parts, bias, out, out.numel(), out.shape[1], **constants, PDL=dependent_launch(out))
 
 
 @triton.jit

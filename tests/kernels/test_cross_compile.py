@@ -44,7 +44,7 @@ GPUS = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 WIDELY = (80, 90)  # where every variant is tried; elsewhere one a kernel, to save time
 
 # Kernels that read several elements of x at once.
-PACKED = {linear_gemv._gemv: "*i64", linear_dot._dot: "*i64", linear_mma._mma: "*i32"}
+PACKED = {linear_gemv._gemv: "*i64", linear_dot._dot: "*i64"}
 
 FOUR_BITS = Layout.of("u4/g64/asym")
 EIGHT_BITS = Layout.of("i8/row/sym")
@@ -54,7 +54,15 @@ FP8_TILES = Layout.of("fp8_e4m3/b128x128/sym")
 NF4 = Layout.of("nf4/g64/sym")
 
 
-def compiled(kernel: Any, gpu: int, absent: tuple[str, ...], warps: int, stages: int = 3, **constants: Any) -> Any:
+def compiled(
+    kernel: Any,
+    gpu: int,
+    absent: tuple[str, ...],
+    warps: int,
+    stages: int = 3,
+    registers: int | None = None,
+    **constants: Any,
+) -> Any:
     """`kernel` for this GPU. Arguments named …_ptr point to 16-bit floats, but for data and packed x."""
     if "PDL" in kernel.arg_names:
         constants["PDL"] = gpu >= 90
@@ -80,11 +88,12 @@ def compiled(kernel: Any, gpu: int, absent: tuple[str, ...], warps: int, stages:
             signature[name] = f"*{short}"
         else:
             signature[name] = "fp32" if name in ("eps", "scale", "tail", "min_p") else "i32"
-        aligned = name.endswith(("_ptr", "_batch", "_head", "_row")) or name in ("N", "K", "columns")
+        aligned = name.endswith(("_ptr", "_batch", "_head", "_row", "_stride")) or name in ("N", "K", "columns")
         if aligned and name not in constants:
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", gpu, 32), options={"num_warps": warps, "num_stages": stages})
+    options = {"num_warps": warps, "num_stages": stages, "maxnreg": registers}
+    return triton.compile(source, target=GPUTarget("cuda", gpu, 32), options=options)
 
 
 def absent_of(layout: Layout) -> tuple[str, ...]:
@@ -118,14 +127,18 @@ def variants(gpu: int) -> dict[str, Any]:
         kernel = linear_gemv._gemv
         found[f"gemv, {name}"] = compiled(kernel, gpu, absent, tile.warps, ACTIVATION="silu", W=layout, **sizes)
     found |= dots(gpu, device)
-    few = (("four rows", FOUR_BITS, 4), ("16 rows", FOUR_BITS, 16), ("64 rows", FOUR_BITS, 64))
-    for name, layout, rows in (*few, ("three bits", THREE_BITS, 8), ("eight bits", EIGHT_BITS, 64)):
+    few = (("four rows", 4), ("16 rows", 16), ("30 rows", 30), ("64 rows", 64), ("128 rows", 128), ("200 rows", 200))
+    few = tuple((name, FOUR_BITS, rows) for name, rows in few)
+    bits = (("two bits", TWO_BITS, 4), ("three bits", THREE_BITS, 200), ("eight bits", EIGHT_BITS, 64))
+    for name, layout, rows in (*few, *bits):
         if not device.tensor_cores or (name != "16 rows" and gpu not in WIDELY):
             continue
-        tile = _tuning.mma_tile(rows, 4096, 4096, 16 * layout.fields, layout.run)
-        sizes = {name.upper(): value for name, value in vars(tile).items() if name != "warps"}
+        tile = _tuning.mma_tile(rows, 16384, 4096, layout.bits, device)
+        sizes = {"TOKENS": tile.tokens, "CODES": tile.codes, "STAGES": tile.stages, "WARP_GROUPS": tile.warp_groups}
         absent, kernel = ("bias_ptr", *absent_of(layout)[1:]), linear_mma._mma
-        found[f"mma, {name}"] = compiled(kernel, gpu, absent, tile.warps, ACTIVATION="silu", W=layout, **sizes)
+        sizes |= {"ACTIVATION": "silu", "W": layout, "EVEN": layout is not THREE_BITS}
+        registers = min(255, 2048 // (tile.warps * tile.together))
+        found[f"mma, {name}"] = compiled(kernel, gpu, absent, tile.warps, registers=registers, **sizes)
     some = (("16 rows", FOUR_BITS, 16), ("200 rows", FOUR_BITS, 200), ("three bits", THREE_BITS, 64))
     for name, layout, rows in (*some, ("fp8", FP8_TILES, 64), ("nf4", NF4, 200)):
         if name != "200 rows" and gpu not in WIDELY:

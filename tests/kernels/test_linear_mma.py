@@ -14,13 +14,15 @@ from qcompile.ops.linear import linear
 from qcompile.quant.tensor import QTensor
 
 OLD = torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0)
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+DEVICE = _tuning.Device.of(torch.device("cuda")) if torch.cuda.is_available() else _tuning.Device()
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(OLD, reason="needs a GPU of compute capability 8.0")]
 
 # spec, rows of x, rows of the weight, columns
 CASES = [
     *(
         ("u4/g64/asym", m, n, k)
-        for m, n, k in ((1, 5, 192), (3, 130, 1024), (7, 64, 256), (17, 4099, 4096), (64, 40, 512))
+        for m, n, k in ((1, 5, 192), (3, 130, 1024), (7, 64, 256), (17, 4099, 4096), (64, 40, 512), (300, 200, 1088))
     ),
     *(
         ("i4/g128/sym", 5, 1, 128),
@@ -32,7 +34,7 @@ CASES = [
         ("i4/row/sym", 3, 7, 48),
         ("i8/row/sym", 33, 33, 144),
         ("u8/g256/asym_int", 8, 3, 512),
-        ("i8/g32/sym", 9, 20, 96),
+        ("i8/g32/sym", 90, 20, 96),
     ),
     *(("u3/g64/asym", 12, 3, 320), ("i3/row/sym", 6, 2, 80), ("u2/g32/asym", 5, 5, 96), ("u2/g128/asym", 16, 2, 640)),
     *(
@@ -58,7 +60,7 @@ def test_meaning(
 ) -> None:  # fmt: skip
     q, x = random_weight(spec, n, k, dtype), (torch.randn(m, k, device="cuda") + 0.25).to(dtype)
     weight = Weight.of(q.data, q.scale, q.zero, spec, k)
-    tile = _tuning.mma_tile(m, n, k, weight.step, weight.layout.run)
+    tile = _tuning.mma_tile(m, n, k, weight.layout.bits, DEVICE)
     want = linear.meaning(x.double(), q.data, q.scale, q.zero, None, spec, None)
     assert_close(mma(x, weight, None, None, tile), want)
 
@@ -71,27 +73,44 @@ def test_bias_and_activation(
     q, x = random_weight(spec, 6, 32, torch.float32), torch.randn(5, 32, device="cuda").bfloat16()
     bias = torch.randn(6, device="cuda").bfloat16()
     weight = Weight.of(q.data, q.scale, q.zero, spec, 32)
-    got = mma(x, weight, bias, activation, MmaTile(words=4, spread=1, tiles=1, columns=1, ahead=1, warps=1))
+    got = mma(
+        x,
+        weight,
+        bias,
+        activation,
+        MmaTile(tokens=8, codes=64, stages=2, splits=1, warps=4, together=1, warp_groups=False),
+    )
     assert_close(got, linear.meaning(x.double(), q.data, q.scale, q.zero, bias.double(), spec, activation))
 
 
 @pytest.mark.parametrize(
     "tile",
-    [MmaTile(4, 2, 2, 1, 1, 8), MmaTile(4, 2, 1, 4, 3, 2), MmaTile(2, 1, 2, 2, 2, 4), MmaTile(2, 1, 1, 8, 1, 1)],
+    [
+        MmaTile(8, 64, 2, 1, 2, 1, False),
+        MmaTile(8, 512, 3, 2, 4, 1, False),
+        MmaTile(16, 128, 4, 3, 8, 1, HOPPER),
+        MmaTile(32, 256, 3, 1, 16, 1, HOPPER),
+        MmaTile(64, 64, 4, 8, 4, 1, HOPPER),
+        MmaTile(128, 128, 4, 2, 16, 1, HOPPER),
+        MmaTile(256, 64, 4, 1, 8, 1, HOPPER),
+    ],
     ids=str,
 )
-def test_many_tiles(tile: MmaTile, random_weight: Callable[..., QTensor], assert_close: Callable[..., None]) -> None:
+def test_tiles(tile: MmaTile, random_weight: Callable[..., QTensor], assert_close: Callable[..., None]) -> None:
+    if tile.tokens > 64 and not HOPPER:
+        pytest.skip("too many registers without warp groups")
     spec = "u4/g64/asym"
-    q, x = random_weight(spec, 37, 1600, torch.float16), torch.randn(11, 1600, device="cuda").half()
-    got = mma(x, Weight.of(q.data, q.scale, q.zero, spec, 1600), None, None, tile)
-    assert_close(got, linear.meaning(x.double(), q.data, q.scale, q.zero, None, spec, None))
+    q, x = random_weight(spec, 277, 1600, torch.float16), torch.randn(131, 1600, device="cuda").half()
+    bias = torch.randn(277, device="cuda").half()
+    got = mma(x, Weight.of(q.data, q.scale, q.zero, spec, 1600), bias, "silu", tile)
+    assert_close(got, linear.meaning(x.double(), q.data, q.scale, q.zero, bias.double(), spec, "silu"))
 
 
 def test_inputs_far_from_zero(random_weight: Callable[..., QTensor], assert_close: Callable[..., None]) -> None:
-    """What is multiplied beside the codes is large then, and taken off again."""
-    for spec in ("u4/g64/asym", "u7/g128/asym", "i2/g64/sym"):
+    """Errors of a weight that its whole group shares would add up."""
+    for spec, m in (("u4/g64/asym", 4), ("u7/g128/asym", 4), ("u3/g64/asym", 80)):
         for dtype in (torch.float16, torch.bfloat16):
-            q, x = random_weight(spec, 64, 4096, dtype), (torch.randn(4, 4096, device="cuda") + 3).to(dtype)
+            q, x = random_weight(spec, 64, 4096, dtype), (torch.randn(m, 4096, device="cuda") + 3).to(dtype)
             weight = Weight.of(q.data, q.scale, q.zero, spec, 4096)
-            got = mma(x, weight, None, None, _tuning.mma_tile(4, 64, 4096, weight.step, weight.layout.run))
+            got = mma(x, weight, None, None, _tuning.mma_tile(m, 64, 4096, weight.layout.bits, DEVICE))
             assert_close(got, linear.meaning(x.double(), q.data, q.scale, q.zero, None, spec, None))
