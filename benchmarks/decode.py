@@ -5,13 +5,15 @@
 `ms a call` is model(…) over a static cache as a user calls it, `ms a step` the same in a CUDA graph that this script
 captures, for others too. The limit is the time of reading the weights and the keys and values once, at the rate of a
 read-only stream that is measured in the same run. generate() is greedy and sampling (temperature 0.8, top-k 50, top-p
-0.9), tokens a second of all texts. First calls compile and do not count; they have columns of their own.
+0.9), tokens a second of all texts. First calls compile and do not count; they have columns of their own. Below, where
+the time of our steps goes, kernel by kernel: the profiler's times, in which neighbours overlap.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,11 @@ import torch
 
 from benchmarks._gpu import Report, log
 from benchmarks._models import DEVICE, Contender, captured, contenders, seconds, synchronize
-from benchmarks.kernels_gpu import median_us
+from benchmarks.linear import stream_rate
 from qcompile.runtime import runner_of
 
 CACHE, POSITION = 1024, 512
+SAMPLING = {"do_sample": True, "temperature": 0.8, "top_k": 50, "top_p": 0.9}
 
 
 def main() -> None:
@@ -38,33 +41,29 @@ def main() -> None:
     report = Report(options.out, "decode", "Decoding on a GPU")
     shape = f"{options.layers} of Llama-3-8B's 32 layers, random weights, {POSITION} tokens before, cache {CACHE}"
     report.notes.append(shape)
-    stream = stream_rate()
+    stream = 1e10 if options.tiny else stream_rate()
     report.notes.append(f"Read-only stream: {stream / 1e9:.0f} GB/s.")
     for one in contenders(report, options.layers, options.specs, not options.without_others, options.tiny):
         for batch in options.batch:
             try:
-                row = measure(one, batch, stream)
+                row, replay = measure(one, batch, stream)
             except Exception as failure:  # others' failures are a line of the report, and the rest goes on
                 report.fail(one.name, f"batch {batch}: {type(failure).__name__}: {failure}"[:400])
                 continue
             log(row)
             report.add("decoding", model=one.name, batch=batch, **row)
+            if one.name.startswith("qcompile") and DEVICE.type == "cuda":
+                for kernel in kernels(replay):
+                    report.add(f"a step of {one.name}, batch {batch}", **kernel)
     report.write()
     print(report.body())
     if options.record:
         report.record("decode")
 
 
-def stream_rate() -> float:
-    """Bytes a second of reading 2 GiB."""
-    if DEVICE.type != "cuda":
-        return 1e10
-    numbers = torch.ones(1 << 29, dtype=torch.int32, device=DEVICE)
-    return numbers.nbytes / median_us([lambda: torch.sum(numbers, dtype=torch.int32)], 4) * 1e6
-
-
 @torch.no_grad()
-def measure(one: Contender, batch: int, stream: float) -> dict[str, Any]:
+def measure(one: Contender, batch: int, stream: float) -> tuple[dict[str, Any], Callable[[], object]]:
+    """A row of the table, and a step as a CUDA graph."""
     cache = one.cache(batch, CACHE)
     prompt = torch.randint(0, 500, (batch, POSITION), device=DEVICE)
     token = prompt[:, :1].clone()
@@ -96,10 +95,20 @@ def measure(one: Contender, batch: int, stream: float) -> dict[str, Any]:
             rate = generated(one.model, prompt, **sampling)
             row[f"generate() {name}, tokens/s"] = rate
             row[f"{name}: of the step's speed"] = f"{rate / row['tokens/s']:.0%}"
-    return row
+    return row, replay
 
 
-SAMPLING = {"do_sample": True, "temperature": 0.8, "top_k": 50, "top_p": 0.9}
+def kernels(replay: Callable[[], object], repeats: int = 4) -> list[dict[str, Any]]:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(repeats):
+            replay()
+        synchronize()
+    events = sorted(profile.key_averages(), key=lambda event: -event.device_time_total)
+    launched = [event for event in events if event.device_time_total]
+    return [
+        {"kernel": event.key[:70], "launches": event.count // repeats, "µs": event.device_time_total / repeats}
+        for event in launched
+    ]
 
 
 def generated(model: Any, prompt: torch.Tensor, **options: Any) -> float:
