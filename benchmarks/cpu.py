@@ -42,7 +42,7 @@ SPECS = ("u8/g64/asym", "u4/g64/asym", "u3/g64/asym", "u2/g64/asym", "u1/g64/asy
 HEADS = "u8/g64/asym"
 LLAMA_CPP = {"Q8_0": "i8/g32/sym", "Q4_0": "i4/g32/sym"}
 PROMPTS = (16, 128, 512)
-LINEARS = ("::linear_packed", "::linear_codes")
+LINEARS = ("::linear_packed", "::linear_codes", "::fused_packed")
 BATCHES = (2, 4, 8, 16, 32, 64)
 NEW = 24
 

@@ -1,13 +1,11 @@
 """Times every GPU kernel: `python -m benchmarks.kernels_gpu --out FOLDER [--record]`, some minutes on one H100.
 
-1. compile  what linear times, in parallel processes, so that it finds it in Triton's cache
-2. linear   against bf16 F.linear at the shapes of Llama-3-8B, with the tiles of kernels/_tuning.py
-3. w8a8     products of 8-bit codes, with the making of the codes of x, against bf16 F.linear at the same shapes
-4. light    norms, gated activations and rope against what Inductor makes of their meaning
+1. w8a8   products of 8-bit codes, with the making of the codes of x, against bf16 F.linear at the shapes of Llama-3-8B
+2. light  norms, gated activations and rope against what Inductor makes of their meaning
 
 Times are medians of CUDA graph replays, in µs; weights rotate through at least 320 MB, so they come from memory. A part
-that fails is reported and the others go on. Whether the kernels are right is check_gpu.py's to say, whether other tiles
-would be faster sweep_gpu.py's.
+that fails is reported and the others go on. Linears with float inputs are linear.py's, whether the kernels are right is
+check_gpu.py's to say, whether other tiles would be faster sweep_gpu.py's.
 """
 
 from __future__ import annotations
@@ -18,7 +16,7 @@ import itertools
 import math
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,9 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks._gpu import DEVICE, START, Report, Row, in_parallel, log, random_weight
-from qcompile.kernels import _tuning, gated_act, linear_cuda, norm, rope
-from qcompile.kernels._gluon import can_read
-from qcompile.kernels._weight import Weight
+from qcompile.kernels import gated_act, norm, rope
 from qcompile.kernels.linear_w8a8_cuda import linear_w8a8_cuda
 from qcompile.ops.activation import gated_act as gated_act_op
 from qcompile.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
@@ -47,8 +43,6 @@ SHAPES = {
     "down": (4096, 14336),
     "lm_head": (128256, 4096),
 }
-SPECS = ("i8/g64/sym", "u4/g64/asym", "i4/g128/sym", "u3/g64/asym", "u2/g64/asym", "u1/g64/asym")
-ROWS = (1, 4, 16, 64, 256, 2048)
 W8A8_ROWS = (256, 2048)
 
 Part = Callable[[Report, float], None]
@@ -142,10 +136,6 @@ def median_us(calls: list[Callable[[], Any]], at_least: int = 24) -> float:
 # The parts
 
 
-def part_compile(report: Report, deadline: float) -> None:
-    compile_ahead(warm, list(timed_cases()), report, deadline)
-
-
 def compile_ahead(work: Callable[[Row], Row], cases: list[Row], report: Report, deadline: float) -> None:
     results, troubles = in_parallel(work, cases, report.folder, 0.35 * (deadline - time.time()))
     report.notes.append(f"Compiled ahead: {len(results)} of {len(cases)}.")
@@ -154,53 +144,12 @@ def compile_ahead(work: Callable[[Row], Row], cases: list[Row], report: Report, 
         report.fail("compile", trouble)
 
 
-def timed_cases() -> Iterator[Row]:
-    """Everything that linear launches, on the smaller shapes: equal constants are one compilation."""
-    for spec, rows, name in itertools.product(SPECS, ROWS, ("o", "down")):
-        yield {"spec": spec, "rows": rows, "shape": name}
-
-
-def warm(case: Row) -> Row:
-    """The case with why it failed, or None."""
-    try:
-        n, k = SHAPES[case["shape"]]
-        x, weight = random_x(case["rows"], k), raw_weights(case["spec"], n, k, 1)[0]
-        linear_cuda.linear_cuda(x, *weight, None, case["spec"], None)
-        torch.cuda.synchronize()
-        return {**case, "why": None}
-    except Exception as failure:
-        return {**case, "why": f"{type(failure).__name__}: {failure}"[-600:]}
-
-
-def part_linear(report: Report, deadline: float) -> None:
-    for name, rows in itertools.product(SHAPES, ROWS):
-        report.add("dense", shape=name, rows=rows, us=dense_us(name)[rows])
-    for spec, (name, (n, k)) in itertools.product(SPECS, SHAPES.items()):
-        weights = raw_weights(spec, n, k, copies_for(weight_bytes(spec, n, k)))
-        for rows in ROWS:
-            if time.time() > deadline:
-                report.fail("linear", f"out of time before {spec} {name} {rows}")
-                return
-            x = random_x(rows, k)
-            try:
-                us = median_us([partial(linear_cuda.linear_cuda, x, *w, None, spec, None) for w in weights])
-            except Exception as failure:
-                report.fail("linear", f"{spec} {name} {rows}: {failure}"[:400])
-                continue
-            gbps = weight_bytes(spec, n, k) / us / 1e3
-            weight = Weight.of(*weights[0], spec, k)
-            way = _tuning.way(rows, can_read(x, weight), weight.step, _tuning.Device.of(x.device))
-            report.add(
-                "linear", spec=spec, shape=name, rows=rows, way=way, us=us, gbps=gbps, vs_bf16=dense_us(name)[rows] / us
-            )
-
-
 @functools.cache
 def dense_us(name: str) -> dict[int, float]:
     """Times of bf16 F.linear, by rows of x."""
     n, k = SHAPES[name]
     weights, times = [random_x(n, k) for _ in range(copies_for(n * k * 2))], {}
-    for rows in ROWS:
+    for rows in W8A8_ROWS:
         x = random_x(rows, k)
         times[rows] = median_us([partial(F.linear, x, weight) for weight in weights])
     return times
@@ -258,8 +207,6 @@ def light_calls(tokens: int) -> list[tuple[str, Callable[..., Any], Any, tuple[A
 
 
 PARTS: dict[str, Part] = {
-    "compile": part_compile,
-    "linear": part_linear,
     "w8a8": part_w8a8,
     "light": part_light,
 }
