@@ -99,14 +99,15 @@ def start(shape: str, layers: int | None, device: str, dtype: str) -> dict[str, 
 
     sizes = {**SHAPES[shape], **({"num_hidden_layers": layers} if layers else {})}
     heads = sizes["hidden_size"] // (64 if shape != "8b" else 128)
-    config = LlamaConfig(num_attention_heads=heads, num_key_value_heads=heads // 4, **sizes)
+    shape_config = LlamaConfig(num_attention_heads=heads, num_key_value_heads=heads // 4, **sizes)
     torch.manual_seed(0)
     with torch.device(device):
-        model = LlamaForCausalLM._from_config(config, dtype=getattr(torch, dtype)).eval()
+        model = LlamaForCausalLM._from_config(shape_config, dtype=getattr(torch, dtype)).eval()
         prompt, token = torch.ones((1, PROMPT), dtype=torch.long), torch.ones((1, 1), dtype=torch.long)
     # The plan is made apart, as optimize() quantizes too; there it is then on disk.
-    phase("plan", lambda: qcompile.plan(model, "u4/g64/asym", algorithm="rtn"))
-    phase("optimize, planned before", lambda: qcompile.optimize(model, "u4/g64/asym", algorithm="rtn", progress=False))
+    config = qcompile.Config("u4/g64/asym", algorithm="rtn", disk_cache=True)
+    phase("plan", lambda: qcompile.plan(model, config))
+    phase("optimize, planned before", lambda: qcompile.optimize(model, config, progress=False))
     runner = runner_of(model)
     assert runner is not None and runner.heads is not None
     cache = static_cache(runner.heads, CACHE, 1, getattr(torch, dtype), torch.device(device))

@@ -51,9 +51,6 @@ def missing() -> str | None:
     return None
 
 
-_HEADERS = "#include <cmath>\n#include <limits>\n#include <tuple>\n#include <utility>\n"
-
-
 @opaque(lambda query, key, value, mask, scale: query.new_empty((*query.shape[:3], value.shape[3])))
 def attend_cpu(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     missing()  # after this call attention_op.cpp takes this one's place

@@ -84,7 +84,8 @@ def _gated(node: Node) -> Fused | Miss | None:
     if set(wide.users) != {gate, up} or any(only_user(half) is not node for half in (gate, up)):
         return Miss("the linear has another user", wide)
     half, last = known(value(node).shape[-1]), value(wide).dim() - 1
-    if gate.args[1:] != (last, 0, half) or up.args[1:] != (last, half, half):
+    halves = (last, 0, half), (last, half, half)
+    if (gate.args[1:], up.args[1:]) != halves or half is None or known(value(wide).shape[-1]) != 2 * half:
         return Miss("the gate is not the first half of the linear", node)
     if arguments["activation"] is not None:
         return Miss("the linear has an activation", wide)

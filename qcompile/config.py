@@ -40,7 +40,8 @@ class Config:
     dump         folder for the text of the graph after each pass
     cuda_graphs  replay steps of decoding over a static cache as CUDA graphs (on GPUs)
     disk_cache   keep what was captured and transformed on disk, for other processes, beside Inductor's caches; the
-                 environment's QCOMPILE_CACHE names another folder, or is 0
+                 environment's QCOMPILE_CACHE names another folder, or is 0. For models whose code nobody edits: edits
+                 of code that is imported inside of functions, or found by a name that is made at run time, go unnoticed
     keep_caches  how many caches model.generate() keeps for its next calls; model.generate.release() gives them up
     do_fuse, fuse_max_seq_len, modules_to_fuse
                  AWQ's explicit fusing. modules_to_fuse: {"attention": [q, k, v, o], "mlp": [gate, up, down],
@@ -65,7 +66,7 @@ class Config:
     strict: bool = False
     dump: Path | None = None
     cuda_graphs: bool = True
-    disk_cache: bool = True
+    disk_cache: bool = False
     keep_caches: int = 2
     do_fuse: bool = True
     fuse_max_seq_len: int | None = None
@@ -182,6 +183,9 @@ class Config:
             "keep": sorted(self.keep),
             "strict": self.strict,
             "dump": None if self.dump is None else str(self.dump),
+            "cuda_graphs": self.cuda_graphs,
+            "disk_cache": self.disk_cache,
+            "keep_caches": self.keep_caches,
             "do_fuse": self.do_fuse,
             "fuse_max_seq_len": self.fuse_max_seq_len,
             "modules_to_fuse": self.modules_to_fuse,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import threading
 import warnings
 from collections import Counter
@@ -23,9 +24,11 @@ from qcompile.config import Config
 from qcompile.errors import CaptureError, StrictError, UnsupportedError
 from qcompile.pipeline import Outcome, Pipeline
 from qcompile.plan import Plan, example_inputs
-from qcompile.program import Draft, Program, draft_call, preview_call
+from qcompile.program import Program, draft_call, preview_call
 from qcompile.replay import Replay
 from qcompile.shelf import Shelf
+
+log = logging.getLogger(__name__)
 
 # Dynamo's limit is 8 for one function. A program is made per kind of call and per set of fixed sizes (batch 1 or more,
 # one token or more), so a healthy model has two to four; this many means that something varies that should not.
@@ -138,7 +141,7 @@ class Runner:
     def _made(self, flat: calls.Flat, kwargs: Mapping[str, Any]) -> tuple[Program, Sequence[Tensor]]:
         if sum(map(len, self.programs.values())) >= PROGRAM_LIMIT:
             raise UnsupportedError(f"{PROGRAM_LIMIT} programs are compiled already, and no one fits this call")
-        program = self._draft(flat, kwargs).compile(self.model)
+        program = self._compiled(flat, kwargs)
         if self.config.strict:
             program.outcome.insist()
         if self.config.cuda_graphs and flat.cached and flat.tensors[0].is_cuda:
@@ -148,19 +151,25 @@ class Runner:
         self.programs.setdefault(tuple(flat.key), []).append(program)
         return program, program.gather()
 
-    def _draft(self, flat: calls.Flat, kwargs: Mapping[str, Any]) -> Draft:
-        """What is compiled for a call: as it was kept on disk, or made now and kept."""
+    def _compiled(self, flat: calls.Flat, kwargs: Mapping[str, Any]) -> Program:
+        """The program for a call: of a draft that was kept on disk, or of one that is made now and kept."""
         pipeline = self.pipeline()
         # A dump is written while the passes run.
         off = not self.config.disk_cache or pipeline.dump is not None
         shelf = Shelf("program", self.config.to_json(), self.model, self.original, list(kwargs), flat.key, off=off)
         for draft in shelf.entries():
             if draft.accepts(flat.tensors):
+                try:
+                    program = draft.compile(self.model)
+                except Exception as error:  # whatever is wrong with it, it can be made again
+                    log.warning("qcompile: a program from the cache on disk does not compile: %s", error)
+                    continue
                 self.recalled += 1
-                return draft
+                return program
         draft = draft_call(self.model, self.original, kwargs, pipeline)
+        program = draft.compile(self.model)
         shelf.keep(draft)
-        return draft
+        return program
 
     def _known(self, flat: calls.Flat) -> tuple[Program, Sequence[Tensor]] | None:
         for program in self.programs.get(tuple(flat.key), ()):
@@ -218,6 +227,7 @@ class Runner:
             if not hooked and all(map(is_, map(dict.get, owners, names), children)):
                 return
         self.programs.clear()
+        self.recalled = 0
         self._again = None
         found = [
             (module._modules, name, child, vars(child))

@@ -6,6 +6,7 @@ in a folder that nobody else may write to, as they are unpickled. One that is da
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from qcompile import _torch
-from qcompile.fingerprint import Unknown, fingerprint
+from qcompile.fingerprint import fingerprint
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ def folder() -> Path | None:
     said, root = os.environ.get("QCOMPILE_CACHE"), _torch.cache_root()
     if root is None or said == "0":
         return None
-    return Path(said) if said else Path(root) / "qcompile"
+    return Path(said).expanduser() if said else Path(root) / "qcompile"
 
 
 class Shelf:
@@ -41,8 +42,8 @@ class Shelf:
             return
         try:
             name = f"{what}-{fingerprint(what, *roots)[:40]}"
-        except Unknown as unknown:
-            log.info("qcompile: %s is not kept on disk: the model has %s", what, unknown)
+        except Exception as error:  # Unknown, too deep, or what somebody's attributes raise: never a reason to fail
+            log.info("qcompile: %s is not kept on disk: the model has %s", what, error or type(error).__name__)
             return
         if _is_private(root):
             self.place = root / name
@@ -59,7 +60,8 @@ class Shelf:
                 entry = _torch.loads(data[32:])
             except Exception as error:  # whatever is wrong with it, it can be made again
                 log.warning("qcompile: dropped %s from the cache on disk: %s", file, error)
-                file.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    file.unlink()
                 continue
             log.info("qcompile: read %s", file)
             yield entry
@@ -80,9 +82,10 @@ class Shelf:
             data = _torch.dumps(entry)
             digest = hashlib.sha256(data).digest()
             self.place.mkdir(mode=0o700, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=self.place, delete=False) as file:
-                file.write(digest + data)
-            os.replace(file.name, self.place / f"{digest.hex()[:16]}.bin")
+            with tempfile.TemporaryDirectory(dir=self.place) as aside:  # a file is there whole or not at all
+                file = Path(aside) / f"{digest.hex()[:16]}.bin"
+                file.write_bytes(digest + data)
+                os.replace(file, self.place / file.name)
         except Exception as error:  # pickle raises what it likes, and so do disks
             log.info("qcompile: %s is not kept on disk: %s", self.place.name, error)
 

@@ -79,7 +79,7 @@ def llama() -> nn.Module:
 
 def test_a_second_process_captures_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = torch.arange(12).reshape(2, 6)
-    cold = qcompile.optimize(llama(), "u4/g32/asym", progress=False)
+    cold = qcompile.optimize(llama(), "u4/g32/asym", disk_cache=True, progress=False)
     with torch.no_grad():
         want = cold(tokens)
     grown = cold.generate(tokens, max_new_tokens=4, do_sample=False)  # type: ignore[operator]
@@ -89,7 +89,7 @@ def test_a_second_process_captures_nothing(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(program, "capture_call", refuse)
     monkeypatch.setattr(roles, "capture_call", refuse)
-    warm = qcompile.optimize(llama(), "u4/g32/asym", progress=False)
+    warm = qcompile.optimize(llama(), "u4/g32/asym", disk_cache=True, progress=False)
     with torch.no_grad():
         got = warm(tokens)
         longer = warm(torch.arange(21).reshape(3, 7))
@@ -106,9 +106,9 @@ def test_a_second_process_captures_nothing(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_another_model_is_captured() -> None:
     tokens = torch.arange(12).reshape(2, 6)
-    models = [qcompile.optimize(llama(), "u4/g32/asym", progress=False) for _ in range(3)]
+    models = [qcompile.optimize(llama(), "u4/g32/asym", disk_cache=True, progress=False) for _ in range(3)]
     models[1].config._attn_implementation = "eager"  # type: ignore[union-attr]
-    models.append(qcompile.optimize(llama(), "u4/g64/asym", progress=False))
+    models.append(qcompile.optimize(llama(), "u4/g64/asym", disk_cache=True, progress=False))
     with torch.no_grad():
         for model in models:
             model(tokens)
@@ -116,9 +116,37 @@ def test_another_model_is_captured() -> None:
     assert [runner.recalled for runner in runners if runner] == [0, 0, 1, 0]
 
 
+def test_an_entry_that_does_not_compile_is_made_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokens = torch.arange(12).reshape(2, 6)
+    models = [qcompile.optimize(llama(), "u4/g32/asym", disk_cache=True, progress=False) for _ in range(2)]
+    compiled, failures = program.Draft.compile, [RuntimeError("no such kernel")]
+
+    def fail_once(draft: Any, model: nn.Module) -> Any:
+        if failures:
+            raise failures.pop()
+        return compiled(draft, model)
+
+    with torch.no_grad():
+        want = models[0](tokens).logits
+        monkeypatch.setattr(program.Draft, "compile", fail_once)
+        assert torch.equal(models[1](tokens).logits, want)
+    assert "does not compile: no such kernel" in caplog.text
+    runner = runner_of(models[1])
+    assert runner is not None and runner.recalled == 0
+
+
+def test_whatever_a_fingerprint_raises_is_no_error() -> None:
+    deep: list[Any] = []
+    for _ in range(5000):
+        deep = [deep]
+    assert Shelf("things", deep).place is None
+
+
 def test_a_dump_is_written_by_passes_that_run(tmp_path: Path) -> None:
     for name in ("cold", "warm"):
-        model = qcompile.optimize(llama(), "u4/g32/asym", dump=tmp_path / name, progress=False)
+        model = qcompile.optimize(llama(), "u4/g32/asym", dump=tmp_path / name, disk_cache=True, progress=False)
         with torch.no_grad():
             model(torch.arange(12).reshape(2, 6))
     assert len(list((tmp_path / "warm").rglob("*.txt"))) == len(list((tmp_path / "cold").rglob("*.txt"))) > 3

@@ -73,6 +73,20 @@ def test_masks(shape: Any, mask_shape: Any, additive: bool) -> None:
         check(q, k, v, torch.randn(size).to(dtype).masked_fill(~mask, -math.inf) if additive else mask)
 
 
+@pytest.mark.parametrize("place", ["query", "key"])
+def test_what_is_no_number_shows(place: str) -> None:
+    """NaN of either sign, also where arithmetic makes it: inf - inf has its sign bit set."""
+    for bad in (math.nan, -math.nan, math.inf):
+        q, k, v = heads(1, 2, 1, 1, 40, 16, 16)
+        (q if place == "query" else k)[0, 0, 0, 3] = bad
+        q[0, 0, 0, 4] = 0.0
+        k[0, 0, 0, 4] = math.inf
+        want = attention.meaning(q, k, v, None, False, 0.2)
+        for _ in range(2):  # the first call may go through Python
+            got = attention_cpu.attention_cpu(q, k, v, None, False, 0.2)
+            assert torch.equal(got.isnan(), want.isnan()) and want.isnan().any()
+
+
 @each_float
 def test_keys_that_nobody_attends_to_are_not_read(dtype: torch.dtype) -> None:
     """A cache that is partly filled, and a window in it: elsewhere is NaN, which would show."""
