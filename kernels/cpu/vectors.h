@@ -137,8 +137,9 @@ INLINE float sum(f32x16 v) {
 // e^x of numbers that are not positive; what float32 cannot hold is 0.
 INLINE f32x16 exponential(f32x16 x) {
     constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to an integer
-    // Below ln 2^-126; the sign makes it large. Above -inf are those that are no numbers.
-    const u32x16 bits = bits_of<u32x16>(x), is_small = (bits > 0xc2aeac50) & (bits <= 0xff800000) & 0xffffffff;
+    // Below ln 2^-126, where the sign makes bits large; beyond those of -inf are what is no number.
+    const u32x16 bits = bits_of<u32x16>(x), is_none = (bits > 0xff800000) & 0xffffffff;
+    const u32x16 is_small = (bits > 0xc2aeac50) & ~is_none;
     const f32x16 shifted = multiply_add(x, splat(1.44269504f), splat(ROUND)), whole = shifted - ROUND;
     const f32x16 rest = multiply_add(whole, splat(-1.42860677e-6f), multiply_add(whole, splat(-0.693145752f), x));
     f32x16 y = splat(1 / 720.0f);
