@@ -22,6 +22,7 @@ from qcompile.caches import static_cache
 from qcompile.quant.spec import QSpec
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+EAGER = "bf16, eager"
 SHAPE: dict[str, Any] = {
     "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8,
     "vocab_size": 128256, "max_position_embeddings": 8192, "rope_theta": 500000.0,
@@ -63,7 +64,7 @@ def contenders(
     A spec may end in `+lm_head`, which quantizes the output layer too, in `+unfused`, or in `+i8` or `+fp8_e4m3`,
     which rounds activations by token.
     """
-    makers: dict[str, Callable[[nn.Module], Callable[..., Tensor]]] = {"bf16, eager": _eager}
+    makers: dict[str, Callable[[nn.Module], Callable[..., Tensor]]] = {EAGER: _eager}
     if with_others:
         makers["bf16, torch.compile"] = _compiled
         makers |= {name: make for name, make in OTHERS.items() if find_spec(name.partition(" ")[0])}

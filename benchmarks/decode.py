@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks._gpu import Report, log
-from benchmarks._models import DEVICE, Contender, captured, contenders, seconds, synchronize
+from benchmarks._models import DEVICE, EAGER, Contender, captured, contenders, seconds, synchronize
 from benchmarks.linear import stream_rate
 from qcompile.runtime import runner_of
 
@@ -90,11 +90,11 @@ def measure(one: Contender, batch: int, stream: float) -> tuple[dict[str, Any], 
         "reads, GB": read / 1e9,
         "of the limit": f"{1e3 * read / stream / ms:.0%}",
     }
-    if "eager" in one.name or runner_of(one.model) is not None:  # the others are compiled steps, not models
+    if one.name == EAGER or runner_of(one.model) is not None:  # the others are compiled steps, not models
         for name, sampling in {"greedy": {"do_sample": False}, "sampling": SAMPLING}.items():
-            if "eager" in one.name and name == "sampling":  # minutes of no news
+            if one.name == EAGER and name == "sampling":  # minutes of no news
                 continue
-            rate = generated(one.model, prompt, 32 if "eager" in one.name else 128, **sampling)
+            rate = generated(one.model, prompt, 32 if one.name == EAGER else 128, **sampling)
             row[f"generate() {name}, tokens/s"] = rate
             row[f"{name}: of the step's speed"] = f"{rate / row['tokens/s']:.0%}"
     return row, replay

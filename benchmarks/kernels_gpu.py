@@ -1,10 +1,10 @@
-"""Times every GPU kernel: `python -m benchmarks.kernels_gpu --out FOLDER [--record]`, some minutes on one H100.
+"""Times GPU kernels: `python -m benchmarks.kernels_gpu --out FOLDER [--record]`, some minutes on one H100.
 
 1. w8a8   products of 8-bit codes, with the making of the codes of x, against bf16 F.linear at the shapes of Llama-3-8B
 2. light  norms, gated activations and rope against what Inductor makes of their meaning
 
 Times are medians of CUDA graph replays, in µs; weights rotate through at least 320 MB, so they come from memory. A part
-that fails is reported and the others go on. Linears with float inputs are linear.py's, whether the kernels are right is
+that fails is reported and the others go on. Linears of floats are linear.py's, whether the kernels are right is
 check_gpu.py's to say, whether other tiles would be faster sweep_gpu.py's.
 """
 

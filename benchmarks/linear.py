@@ -105,10 +105,14 @@ def measure(report: Report, specs: Sequence[str], rows: Sequence[int], deadline:
                 except Exception as failure:
                     report.fail("linear", f"{kind.name} {shape} {m}: {failure}"[:400])
                     continue
-                dense.setdefault(m, us)
+                if kind.name == DENSE:
+                    dense[m] = us
                 limit = 1e6 * max(kind.nbytes(n, k) / stream, 2 * m * n * k / flops)
-                report.detail("linear", kind=kind.name, shape=shape, rows=m, us=us, limit_us=limit, bf16_us=dense[m])
+                report.detail(
+                    "linear", kind=kind.name, shape=shape, rows=m, us=us, limit_us=limit, bf16_us=dense.get(m)
+                )
         log(shape)
+        report.write()  # a run that is cut off leaves what it had
 
 
 def stream_rate() -> float:
@@ -133,19 +137,18 @@ def of_layers(details: Sequence[Row]) -> list[Row]:
     return [
         {"kind": kind, "shape": "layer", "rows": m} | {key: sum(part[key] for part in parts) for key in keys}
         for (kind, m), parts in found.items()
-        if len(parts) == len(LAYER)
+        if len(parts) == len(LAYER) and all(part["bf16_us"] for part in parts)
     ]
 
 
 def tabulate_rows(report: Report) -> None:
     """A table for each number of rows, from the details."""
-    details = report.details["linear"]
+    details = report.details.get("linear", [])
     cells: dict[int, dict[str, Row]] = defaultdict(lambda: defaultdict(dict))
     for one in [*details, *of_layers(details)]:
-        us = one["us"]
-        cells[one["rows"]][one["kind"]][one["shape"]] = (
-            f"{us:.1f} / {one['limit_us'] / us:.0%} / {one['bf16_us'] / us:.2f}×"
-        )
+        us, dense = one["us"], one["bf16_us"]
+        times = f"{dense / us:.2f}×" if dense else "bf16 failed"
+        cells[one["rows"]][one["kind"]][one["shape"]] = f"{us:.1f} / {one['limit_us'] / us:.0%} / {times}"
     for m, by_kind in cells.items():
         for kind, by_shape in by_kind.items():
             shown = {shape: by_shape.get(shape, "") for shape in [*SHAPES, "layer"]}

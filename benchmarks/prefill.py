@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks._gpu import Report, log
-from benchmarks._models import DEVICE, Contender, contenders, seconds, synchronize
+from benchmarks._models import DEVICE, EAGER, Contender, contenders, seconds, synchronize
 
 
 def main() -> None:
@@ -43,7 +43,10 @@ def main() -> None:
                 report.fail(one.name, f"{length} tokens: {type(failure).__name__}: {failure}"[:400])
                 continue
             row["first calls, s"] += first
-            row[str(length)] = f"{rate:.0f} ({rate / base.setdefault(length, rate):.2f}×)"
+            if one.name == EAGER:
+                base[length] = rate
+            times = f" ({rate / base[length]:.2f}×)" if length in base else ""
+            row[str(length)] = f"{rate:.0f}{times}"
         log(row)
         report.add("tokens a second (times as fast as eager bf16)", **row)
     report.write()

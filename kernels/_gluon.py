@@ -66,30 +66,6 @@ def pick_bytes(a, b, selector):
     )
 
 
-@gluon.jit
-def load_words(row, chunk, word, K, W: gl.constexpr):
-    """The words of each plane that belong to a chunk of the smallest one; `codes` takes them apart."""
-    FIELDS: gl.constexpr = W.fields
-    words = _load_plane(row, chunk, word, K, FIELDS, W.p0)
-    if W.p1 > 0:
-        row += plane_words(K, W.p0)
-        words += _load_plane(row, chunk, word, K, FIELDS, W.p1)
-    if W.p2 > 0:
-        row += plane_words(K, W.p1)
-        words += _load_plane(row, chunk, word, K, FIELDS, W.p2)
-    return words
-
-
-@gluon.jit
-def _load_plane(row, chunk, word, K, FIELDS: gl.constexpr, WIDTH: gl.constexpr):
-    COUNT: gl.constexpr = FIELDS * WIDTH // 8
-    words = ()
-    for i in gl.static_range(COUNT):
-        at = (chunk * COUNT + i) * 4
-        words += (gl.load(row + (at + word), mask=at < plane_words(K, WIDTH), other=0),)
-    return words
-
-
 @constexpr_function
 def pieces(layout: Layout) -> int:
     """Pieces of 16 bytes in a chunk of the smallest plane and what belongs to it."""
@@ -98,7 +74,8 @@ def pieces(layout: Layout) -> int:
 
 @gluon.jit
 def copy_words(ring, index, row, chunk, word, K, W: gl.constexpr):
-    """Begin to copy what `load_words` loads to the tiles of shared memory from `index` on."""
+    """Begin to copy the words of each plane that belong to a chunk of the smallest one to tiles of shared memory, from
+    `index` on; `words_of` reads them, and `codes` takes them apart."""
     FIELDS: gl.constexpr = W.fields
     _copy_plane(ring, index, row, chunk, word, K, FIELDS, W.p0)
     if W.p1 > 0:

@@ -10,11 +10,10 @@ import functools
 
 from torch import Tensor
 
-from qcompile.graph.match import known
 from qcompile.kernels._cpp import load_cpp, text_of
 from qcompile.kernels._packed_cpu import FLOATS
 from qcompile.ops.attention import attention
-from qcompile.ops.registry import opaque
+from qcompile.ops.registry import known, opaque
 
 MAX_LENGTH = 8
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qcompile.graph.match import known
 from qcompile.kernels import _tuning
 from qcompile.kernels._tiles import (
     cdiv,
@@ -24,7 +23,7 @@ from qcompile.kernels._tiles import (
     triton,
 )
 from qcompile.ops.attention import attention
-from qcompile.ops.registry import opaque
+from qcompile.ops.registry import known, opaque
 
 MAX_LENGTH = 8
 MAX_WIDTH = 256

@@ -17,11 +17,7 @@ def refuses(
     return packed.refuses(data, dtype, scale, zero, spec, shape[-1])
 
 
-def _fake(data: Tensor, scale: Tensor, zero: Tensor | None, spec: str, shape: list[int], dtype: torch.dtype) -> Tensor:
-    return data.new_empty(shape, dtype=dtype)
-
-
-@opaque(_fake)
+@opaque(dequantize.fake)
 def dequantize_packed(
     data: Tensor, scale: Tensor, zero: Tensor | None, spec: str, shape: list[int], dtype: torch.dtype
 ) -> Tensor:

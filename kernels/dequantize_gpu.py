@@ -34,11 +34,7 @@ def refuses(
     return refuses_device(data, dtype) or refuses_weight(scale, zero, spec, shape[-1])
 
 
-def _fake(data: Tensor, scale: Tensor, zero: Tensor | None, spec: str, shape: list[int], dtype: torch.dtype) -> Tensor:
-    return data.new_empty(shape, dtype=dtype)
-
-
-@opaque(_fake)
+@opaque(dequantize.fake)
 def dequantize_cuda(
     data: Tensor, scale: Tensor, zero: Tensor | None, spec: str, shape: list[int], dtype: torch.dtype
 ) -> Tensor:

@@ -6,12 +6,11 @@ import math
 
 from torch import Tensor
 
-from qcompile.graph.match import known
 from qcompile.kernels import _gluon, _tuning, linear_cuda
 from qcompile.kernels._weight import Layout, Weight
 from qcompile.kernels.linear_dot import Around, dot
 from qcompile.ops.fused_linear import fused_linear
-from qcompile.ops.registry import opaque
+from qcompile.ops.registry import known, opaque
 
 
 def refuses(
@@ -30,14 +29,7 @@ def refuses(
     return None
 
 
-def _fake(
-    x: Tensor, norm_weight: Tensor | None, eps: float | None, weight_offset: float, data: Tensor, scale: Tensor,
-    zero: Tensor | None, bias: Tensor | None, residual: Tensor | None, spec: str, activation: str | None, gated: bool,
-) -> Tensor:  # fmt: skip
-    return x.new_empty((*x.shape[:-1], data.shape[0] // (2 if gated else 1)))
-
-
-@opaque(_fake)
+@opaque(fused_linear.fake)
 def fused_linear_cuda(
     x: Tensor, norm_weight: Tensor | None, eps: float | None, weight_offset: float, data: Tensor, scale: Tensor,
     zero: Tensor | None, bias: Tensor | None, residual: Tensor | None, spec: str, activation: str | None, gated: bool,

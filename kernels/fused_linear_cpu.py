@@ -6,31 +6,20 @@ import math
 
 from torch import Tensor
 
-from qcompile.graph.match import known
 from qcompile.kernels import _packed_cpu as packed
 from qcompile.kernels import linear_cpu
 from qcompile.ops.activation import ACTIVATIONS, gated_act
 from qcompile.ops.fused_linear import fused_linear
 from qcompile.ops.norm import rms_norm
-from qcompile.ops.registry import opaque
+from qcompile.ops.registry import known, opaque
 
 HANDLED = ("silu", "quick_gelu", "gelu_tanh")
 
 
 def refuses(
-    x: Tensor,
-    norm_weight: Tensor | None,
-    eps: float | None,
-    weight_offset: float,
-    data: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    spec: str,
-    activation: str | None,
-    gated: bool,
-) -> str | None:
+    x: Tensor, norm_weight: Tensor | None, eps: float | None, weight_offset: float, data: Tensor, scale: Tensor,
+    zero: Tensor | None, bias: Tensor | None, residual: Tensor | None, spec: str, activation: str | None, gated: bool,
+) -> str | None:  # fmt: skip
     """Why this kernel cannot run the call, or None."""
     if reason := linear_cpu.refuses(x, data, scale, zero, bias, spec, None):
         return reason
@@ -46,14 +35,7 @@ def refuses(
     return None if linear_cpu.without_python() else "the C++ that torch calls does not compile here"
 
 
-def _fake(
-    x: Tensor, norm_weight: Tensor | None, eps: float | None, weight_offset: float, data: Tensor, scale: Tensor,
-    zero: Tensor | None, bias: Tensor | None, residual: Tensor | None, spec: str, activation: str | None, gated: bool,
-) -> Tensor:  # fmt: skip
-    return x.new_empty((*x.shape[:-1], data.shape[0] // (2 if gated else 1)))
-
-
-@opaque(_fake)
+@opaque(fused_linear.fake)
 def fused_anyhow(
     x: Tensor, norm_weight: Tensor | None, eps: float | None, weight_offset: float, data: Tensor, scale: Tensor,
     zero: Tensor | None, bias: Tensor | None, residual: Tensor | None, spec: str, activation: str | None, gated: bool,
@@ -66,7 +48,7 @@ def fused_anyhow(
     return y if residual is None else residual + y
 
 
-@opaque(_fake)
+@opaque(fused_linear.fake)
 def fused_packed(
     x: Tensor, norm_weight: Tensor | None, eps: float | None, weight_offset: float, data: Tensor, scale: Tensor,
     zero: Tensor | None, bias: Tensor | None, residual: Tensor | None, spec: str, activation: str | None, gated: bool,

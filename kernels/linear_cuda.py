@@ -34,13 +34,7 @@ def refuses(
     return refuses_device(x, x.dtype) or refuses_weight(scale, zero, spec, x.shape[-1])
 
 
-def _fake(
-    x: Tensor, data: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, spec: str, activation: str | None
-) -> Tensor:
-    return x.new_empty((*x.shape[:-1], data.shape[0]))
-
-
-@opaque(_fake)
+@opaque(linear.fake)
 def linear_cuda(
     x: Tensor, data: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, spec: str, activation: str | None
 ) -> Tensor:

@@ -204,18 +204,9 @@ def _weight_row(row, first, N, MADE: gl.constexpr, EVEN: gl.constexpr):
 
 @gluon.jit
 def _copy(
-    ring,
-    slot,
-    data_ptr,
-    first,
-    n,
-    chunk,
-    word,
-    K: gl.constexpr,
-    STRIDE: gl.constexpr,
-    W: gl.constexpr,
+    ring, slot, data_ptr, first, n, chunk, word, K: gl.constexpr, STRIDE: gl.constexpr, W: gl.constexpr,
     PARTS: gl.constexpr,
-):
+):  # fmt: skip
     """Begin to copy a step's words to their slot."""
     data = data_ptr + first.to(gl.int64) * (STRIDE * 4) + gl.expand_dims(n, 2) * (STRIDE * 4)
     for part in gl.static_range(PARTS):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from qcompile.graph.match import known
 from qcompile.kernels._tiles import (
     cdiv,
     dependent_launch,
@@ -19,7 +18,7 @@ from qcompile.kernels._tiles import (
     tl,
     triton,
 )
-from qcompile.ops.registry import opaque
+from qcompile.ops.registry import known, opaque
 from qcompile.ops.rope import rope_into_cache
 
 BLOCK_ELEMENTS = 512

@@ -15,9 +15,10 @@ from typing import Any
 from torch.fx import Node
 
 from qcompile.graph.alias import is_written_between
-from qcompile.graph.match import Miss, argument, aten, is_call, known, same_shape, value
+from qcompile.graph.match import Miss, argument, aten, is_call, same_shape, value
 from qcompile.graph.rewrite import Rewriter
 from qcompile.ops.attention import attention
+from qcompile.ops.registry import known
 
 
 @dataclass(frozen=True)

@@ -24,13 +24,13 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from qcompile.graph.alias import is_written_between
-from qcompile.graph.match import Miss, aten, is_call, is_input, known, only_user, same_type, value
+from qcompile.graph.match import Miss, aten, is_call, is_input, only_user, same_type, value
 from qcompile.graph.rewrite import Rewriter
 from qcompile.ops.activation import gated_act
 from qcompile.ops.fused_linear import fused_linear
 from qcompile.ops.linear import linear
 from qcompile.ops.norm import layer_norm, rms_norm
-from qcompile.ops.registry import MEANING
+from qcompile.ops.registry import MEANING, known
 
 FEW_ROWS = 8
 

@@ -21,7 +21,6 @@ from qcompile.graph.match import (
     dtype_text,
     is_call,
     is_tensor,
-    known,
     only_reader,
     other_operand,
     same_shape,
@@ -29,6 +28,7 @@ from qcompile.graph.match import (
     value,
 )
 from qcompile.graph.rewrite import Rewriter
+from qcompile.ops.registry import known
 from qcompile.ops.rope import rope
 
 

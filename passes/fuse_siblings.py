@@ -17,9 +17,10 @@ from typing import Any
 from torch.fx import Node
 
 from qcompile.graph.alias import is_written
-from qcompile.graph.match import Miss, aten, is_call, is_input, known, module_path, value
+from qcompile.graph.match import Miss, aten, is_call, is_input, module_path, value
 from qcompile.graph.rewrite import Rewriter
 from qcompile.ops.linear import linear
+from qcompile.ops.registry import known
 from qcompile.quant.spec import QSpec
 
 

@@ -16,10 +16,11 @@ import torch
 from torch.fx import Node
 
 from qcompile.graph.alias import is_written
-from qcompile.graph.match import aten, is_call, is_tensor, known, named_argument, same_shape, value
+from qcompile.graph.match import aten, is_call, is_tensor, named_argument, same_shape, value
 from qcompile.graph.rewrite import Rewriter
 from qcompile.graph.spelling import Build, Spelling, spell
 from qcompile.ops.activation_rounding import round_activation
+from qcompile.ops.registry import known
 
 
 class NormalizeRows:

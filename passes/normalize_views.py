@@ -17,9 +17,10 @@ from typing import Any
 from torch.fx import Node
 
 from qcompile.graph.alias import is_written
-from qcompile.graph.match import argument, aten, is_call, is_tensor, known, named_argument, same_shape, value
+from qcompile.graph.match import argument, aten, is_call, is_tensor, named_argument, same_shape, value
 from qcompile.graph.rewrite import Rewriter
 from qcompile.graph.spelling import Build, Spelling, spell
+from qcompile.ops.registry import known
 
 
 class NormalizeViews:

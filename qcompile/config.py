@@ -40,8 +40,8 @@ class Config:
     dump         folder for the text of the graph after each pass
     cuda_graphs  replay steps of decoding over a static cache as CUDA graphs (on GPUs)
     disk_cache   keep what was captured and transformed on disk, for other processes, beside Inductor's caches; the
-                 environment's QCOMPILE_CACHE names another folder, or is 0. For models whose code nobody edits: edits
-                 of code that is imported inside of functions, or found by a name that is made at run time, go unnoticed
+                 environment's QCOMPILE_CACHE names another folder, or is 0. Programs of another model, code, version or
+                 machine are told apart by fingerprint.py; an entry is unpickled, so keep the folder to yourself
     keep_caches  how many caches model.generate() keeps for its next calls; model.generate.release() gives them up
     do_fuse, fuse_max_seq_len, modules_to_fuse
                  AWQ's explicit fusing. modules_to_fuse: {"attention": [q, k, v, o], "mlp": [gate, up, down],

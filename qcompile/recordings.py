@@ -70,8 +70,9 @@ class Recordings:
         device = state.text.device
         with self.lock:
             try:
-                side = self.sides.setdefault(device, torch.cuda.Stream(device))
-                recording = Recording(key, state, *recorded(step, side))
+                if device not in self.sides:
+                    self.sides[device] = torch.cuda.Stream(device)
+                recording = Recording(key, state, *recorded(step, self.sides[device]))
             except Exception as error:  # whatever a kernel may not do while it is recorded
                 warnings.warn(f"qcompile: decoding runs without a CUDA graph: {error}", stacklevel=4)
                 self.refused.add((key[0], key[-1]))

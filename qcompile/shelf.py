@@ -21,7 +21,7 @@ from qcompile.fingerprint import fingerprint
 
 log = logging.getLogger(__name__)
 
-# Programs of one fingerprint differ in the sizes that they fixed; more than this many are not read.
+# Programs of one fingerprint differ in the sizes that they fixed; so many of them are kept, the newest.
 MOST = 16
 
 
@@ -52,7 +52,7 @@ class Shelf:
         """All that are there."""
         if self.place is None or not self.place.is_dir():
             return
-        for file in sorted(self.place.glob("*.bin"))[:MOST]:
+        for file in sorted(self.place.glob("*.bin")):
             try:
                 data = file.read_bytes()
                 if hashlib.sha256(data[32:]).digest() != data[:32]:
@@ -86,6 +86,8 @@ class Shelf:
                 file = Path(aside) / f"{digest.hex()[:16]}.bin"
                 file.write_bytes(digest + data)
                 os.replace(file, self.place / file.name)
+            for old in sorted(self.place.glob("*.bin"), key=lambda file: file.stat().st_mtime_ns)[:-MOST]:
+                old.unlink(missing_ok=True)
         except Exception as error:  # pickle raises what it likes, and so do disks
             log.info("qcompile: %s is not kept on disk: %s", self.place.name, error)
 

@@ -2,9 +2,12 @@
 
 import copy
 import functools
+import importlib
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,6 +30,7 @@ class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.fc = nn.Linear(4, 4)
+        self.layer = Layer(4, 1, 8)
         self.options = {"eps": 1e-5, "names": ["a", "b"]}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -35,8 +39,16 @@ class Model(nn.Module):
     def inner(self, x: torch.Tensor) -> torch.Tensor:
         return x + self.depth
 
-    def unused(self) -> int:
-        return 1
+    def sideways(self, x: torch.Tensor) -> torch.Tensor:
+        """Which is called by a name that is made as it runs, if at all."""
+        return x
+
+
+class Layer(nn.TransformerEncoderLayer):
+    """Its parent, which is torch's, calls what it defines."""
+
+    def _ff_block(self, x: torch.Tensor) -> torch.Tensor:
+        return x
 
 
 def of(model: nn.Module) -> str:
@@ -56,6 +68,14 @@ def _attribute(model: Model, patch: pytest.MonkeyPatch) -> None:
 
 def _method(model: Model, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Model, "inner", lambda self, x: x - self.depth)
+
+
+def _method_by_any_name(model: Model, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Model, "sideways", lambda self, x: -x)
+
+
+def _method_that_a_parent_calls(model: Model, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Layer, "_ff_block", lambda self, x: -x)
 
 
 def _class_attribute(model: Model, patch: pytest.MonkeyPatch) -> None:
@@ -127,8 +147,9 @@ def _default_dtype(model: Model, patch: pytest.MonkeyPatch) -> None:
 
 
 CHANGES = [
-    _attribute, _method, _class_attribute, _global, _table, _helper, _forward, _wrapped, _hook, _dtype, _shape, _tie,
-    _of_torch, _module_of_torch, _of_transformers, _registry, _threads, _default_dtype,
+    _attribute, _method, _method_by_any_name, _method_that_a_parent_calls, _class_attribute, _global, _table, _helper,
+    _forward, _wrapped, _hook, _dtype, _shape, _tie, _of_torch, _module_of_torch, _of_transformers, _registry, _threads,
+    _default_dtype,
 ]  # fmt: skip
 
 
@@ -143,10 +164,48 @@ def test_what_changes_it(change: Callable[..., None], monkeypatch: pytest.Monkey
     assert of(model) != before
 
 
-def test_what_no_code_reads_does_not_change_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = of(Model())
-    monkeypatch.setattr(Model, "unused", lambda self: 2)
-    assert of(Model()) == before
+def test_a_module_named_like_one_of_pythons_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not one that changes with a version."""
+    found = []
+    for number in range(2):
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, "this", raising=False)
+        (tmp_path / "this.py").write_text(f"class Act:\n    def __call__(self, x):\n        return x * {number}\n")
+        importlib.invalidate_caches()
+        shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)
+        model = Model()
+        model.act = importlib.import_module("this").Act()
+        found.append(of(model))
+    assert found[0] != found[1]
+
+
+def _imports(x: torch.Tensor) -> Any:
+    from tests_of_nothing import act  # type: ignore[import-not-found]
+
+    return act(x)
+
+
+def _looks_up(x: torch.Tensor) -> Any:
+    return globals()["helper"](x)
+
+
+def _looks_into_a_module(x: torch.Tensor) -> Any:
+    return getattr(pytest, "mark")(x)  # noqa: B009
+
+
+@pytest.mark.parametrize(
+    ("function", "why"),
+    [
+        (_imports, "an import of tests_of_nothing inside of _imports"),
+        (_looks_up, "code that calls globals: _looks_up"),
+        (_looks_into_a_module, "code that may look up names in the module pytest"),
+    ],
+)
+def test_code_that_reaches_for_more_than_it_names(function: Any, why: str) -> None:
+    model = Model()
+    model.forward = function  # type: ignore[method-assign]
+    with pytest.raises(Unknown, match=why):
+        of(model)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import qcompile
 from qcompile import program, roles
 from qcompile.runtime import runner_of
-from qcompile.shelf import Shelf
+from qcompile.shelf import MOST, Shelf
 
 
 @pytest.fixture(autouse=True)
@@ -60,6 +60,12 @@ def test_what_cannot_be_kept_is_no_error(folder: Path) -> None:
     Shelf("things", 1).keep(lambda: None)
     Shelf("things", torch.ones(2)).keep("good")
     assert not list(folder.rglob("*.bin"))
+
+
+def test_the_oldest_go(folder: Path) -> None:
+    for number in range(MOST + 3):
+        Shelf("things", 1).keep(number)
+    assert sorted(Shelf("things", 1).entries()) == list(range(3, MOST + 3))
 
 
 @pytest.mark.skipif(os.getuid() == 0, reason="root may write anywhere")

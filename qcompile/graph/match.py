@@ -60,12 +60,6 @@ def only_user(node: Node) -> Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
-def known(size: Any) -> int | None:
-    """A size as a number if it is one; torch leaves numbers wrapped where a symbol was found to be one."""
-    text = str(size)
-    return int(text) if text.isdigit() else None
-
-
 def same_shape(a: Sequence[Any], b: Sequence[Any]) -> bool:
     """Whether two shapes are one expression; `==` on symbolic sizes would add guards."""
     return str(tuple(a)) == str(tuple(b))

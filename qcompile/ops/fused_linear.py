@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from qcompile.ops.activation import gated_act
@@ -11,37 +13,16 @@ from qcompile.ops.registry import op_with_fake
 
 
 def _empty(
-    x: Tensor,
-    norm_weight: Tensor | None,
-    eps: float | None,
-    weight_offset: float,
-    data: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    spec: str,
-    activation: str | None,
-    gated: bool,
+    x: Tensor, norm_weight: Tensor | None, eps: float | None, weight_offset: float, data: Tensor, *rest: Any
 ) -> Tensor:
-    return x.new_empty((*x.shape[:-1], data.shape[0] // (2 if gated else 1)))
+    return x.new_empty((*x.shape[:-1], data.shape[0] // (2 if rest[-1] else 1)))
 
 
 @op_with_fake(_empty)
 def fused_linear(
-    x: Tensor,
-    norm_weight: Tensor | None,
-    eps: float | None,
-    weight_offset: float,
-    data: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    spec: str,
-    activation: str | None,
-    gated: bool,
-) -> Tensor:
+    x: Tensor, norm_weight: Tensor | None, eps: float | None, weight_offset: float, data: Tensor, scale: Tensor,
+    zero: Tensor | None, bias: Tensor | None, residual: Tensor | None, spec: str, activation: str | None, gated: bool,
+) -> Tensor:  # fmt: skip
     """residual + linear(rms_norm(x)), see `linear` and `rms_norm`: x (…, in_features) → (…, out_features).
 
     Without eps there is no norm; residual (…, out_features) is None for none. `gated`: the weight's rows are those of

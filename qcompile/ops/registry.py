@@ -48,12 +48,19 @@ class Choice:
 MEANING = "MEANING"
 
 
+def known(size: Any) -> int | None:
+    """A size as a number if it is one; torch leaves numbers wrapped where a symbol was found to be one."""
+    text = str(size)
+    return int(text) if text.isdigit() else None
+
+
 @dataclass
 class Op:
-    """A registered op; calling it runs the meaning through the dispatcher."""
+    """A registered op; calling it runs the meaning through the dispatcher. `fake` gives its result empty."""
 
     name: str
     meaning: Function
+    fake: Function
     overload: torch._ops.OpOverload
     implementations: list[Implementation] = field(default_factory=list)
 
@@ -99,7 +106,7 @@ def op(meaning: Function, fake: Function | None = None, writes: Sequence[str] = 
     names the parameters that it writes to.
     """
     name = meaning.__name__
-    OPS[name] = Op(name, meaning, _define(_OPS, meaning, fake or meaning, writes))
+    OPS[name] = Op(name, meaning, fake or meaning, _define(_OPS, meaning, fake or meaning, writes))
     OPS[name].__doc__ = meaning.__doc__
     return OPS[name]
 

@@ -9,8 +9,9 @@ from torch import nn
 
 from qcompile.errors import CaptureError
 from qcompile.graph import capture
-from qcompile.graph.match import aten, is_tensor, known, module_path, value
+from qcompile.graph.match import aten, is_tensor, module_path, value
 from qcompile.normal import normalize
+from qcompile.ops.registry import known
 
 
 class Block(nn.Module):

@@ -1,0 +1,184 @@
+"""What changes with its version alone, and where a process runs: the part of a fingerprint that no model decides.
+
+Python's own library, torch, transformers and what they need are not read but for their versions; qcompile's own files
+are. Somebody may exchange their functions for others, which `exchanged` finds.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import platform
+import re
+import sys
+import sysconfig
+import types
+from collections.abc import Collection, Iterator, Mapping
+from importlib.machinery import ModuleSpec
+from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qcompile.kernels._cpp import processor_features
+from qcompile.ops.registry import OPS
+
+PINNED = frozenset({"torch", "triton", "numpy", "sympy", "transformers", "accelerate", "peft", "qcompile"})
+# Where somebody may exchange what a forward calls, beside the modules of the classes met.
+OPEN = re.compile(r"transformers\.(?!models\b|tokenization|utils\b|trainer|data\b|generation\b)|torch\.nn\.functional$")
+FUNCTIONS = (types.FunctionType, types.MethodType, staticmethod, classmethod, property, functools.partial)
+
+
+def is_pinned(x: Any) -> bool:
+    """Whether a function or a class is in a file that changes with a version."""
+    if isinstance(x, types.FunctionType):
+        file = x.__code__.co_filename
+    else:
+        file = getattr(sys.modules.get(x.__module__), "__file__", None) or "<>"
+    if not file.startswith("<"):
+        return file.startswith(_pinned_folders()) or file in _pinned_files()
+    root = str(x.__module__).partition(".")[0]  # made by a text, as namedtuples are, or built in
+    return root in PINNED or root in sys.stdlib_module_names or root.startswith("namedtuple_")
+
+
+def is_pinned_module(name: str) -> bool:
+    """Whether all modules of this name's package change with a version."""
+    root = name.partition(".")[0]
+    spec = _spec(root)
+    if spec is None or spec.origin in (None, "built-in", "frozen"):
+        return root in sys.builtin_module_names or (spec is not None and root in sys.stdlib_module_names)
+    return spec.origin.startswith(_pinned_folders()) or spec.origin in _pinned_files()
+
+
+def inside(x: Any) -> list[Any]:
+    """What a function and its kind are made of, code aside."""
+    if isinstance(x, types.FunctionType):
+        cells = [cell.cell_contents for cell in x.__closure__ or () if cell != types.CellType()]
+        return [*cells, x.__defaults__, x.__kwdefaults__]
+    if isinstance(x, property):
+        return [x.fget, x.fset]
+    if isinstance(x, functools.partial):
+        return [x.func, x.args, x.keywords]
+    if isinstance(x, types.ModuleType):
+        return [x.__name__]
+    return [x.__func__, getattr(x, "__self__", None)]
+
+
+@functools.cache
+def _needed() -> frozenset[str]:
+    """Packages that the pinned ones need here, whatever extras were asked for."""
+    from packaging.requirements import Requirement  # which transformers needs
+
+    lines = [Requirement(line) for package in PINNED for line in _requires(package)]
+    here = [line for line in lines if line.marker is None or line.marker.evaluate({"extra": ""})]
+    return frozenset(line.name.replace("-", "_") for line in here)
+
+
+@functools.cache
+def _places() -> tuple[str, ...]:
+    specs = [_spec(package) for package in (*PINNED, *_needed())]
+    found = [place for spec in specs if spec for place in spec.submodule_search_locations or (spec.origin or "<>",)]
+    library = sysconfig.get_path("stdlib")
+    names = [name for name in os.listdir(library) if name not in ("site-packages", "dist-packages")]
+    found += [os.path.join(library, name) for name in names]
+    return tuple(path for place in map(str, found) for path in (place, os.path.realpath(place)))
+
+
+@functools.cache
+def _pinned_folders() -> tuple[str, ...]:
+    return tuple(place + os.sep for place in _places() if os.path.isdir(place))
+
+
+@functools.cache
+def _pinned_files() -> frozenset[str]:
+    return frozenset(place for place in _places() if not os.path.isdir(place))
+
+
+def exchanged(modules: Collection[str]) -> list[tuple[str, Any]]:
+    """What others have put into pinned modules, by name: functions, methods of classes, entries of registries."""
+    names = sorted(name for name in sys.modules if name in modules or OPEN.match(name))
+    members = (member for name in names for member in _members(name, getattr(sys.modules[name], "__dict__", {})))
+    return [(path, x) for path, x in members if _is_foreign(x)]
+
+
+def _members(path: str, scope: Mapping[Any, Any], depth: int = 2) -> Iterator[tuple[str, Any]]:
+    entries = dict.items(scope) if isinstance(scope, dict) else scope.items()  # some registries import what they give
+    for name, x in list(entries):
+        where = f"{path}.{name}"
+        if isinstance(x, FUNCTIONS):
+            yield where, x
+        elif isinstance(x, type):
+            if depth and x.__module__ == path:
+                yield from _members(where, vars(x), depth - 1)
+        elif depth and isinstance(x, dict):
+            yield from _members(where, x, depth - 1)
+        elif depth and type(x).__module__ == path and hasattr(x, "__dict__"):
+            yield from _members(where, vars(x), depth - 1)
+
+
+def _is_foreign(x: Any, depth: int = 4) -> bool:
+    """Whether a function, or one wrapped in it, is in no file of a pinned package."""
+    if isinstance(x, types.FunctionType) and not is_pinned(x):
+        return True
+    return bool(depth) and any(isinstance(each, FUNCTIONS) and _is_foreign(each, depth - 1) for each in inside(x))
+
+
+def environment() -> list[Any]:
+    """Where this runs: versions, the processor and the GPUs, and the state of torch that a trace or a choice reads."""
+    sdp = torch.backends.cuda
+    state: list[Any] = [
+        sys.version,
+        platform.machine(),
+        sorted(processor_features()),
+        [(package, _version(package)) for package in sorted(PINNED | _needed())],
+        _source(),
+        os.environ.get("TRITON_INTERPRET"),
+        torch.get_default_dtype(),
+        torch.get_num_threads(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.get_float32_matmul_precision(),
+        torch.backends.mkldnn.enabled,  # pyright: ignore[reportAttributeAccessIssue]
+        [sdp.flash_sdp_enabled(), sdp.mem_efficient_sdp_enabled(), sdp.math_sdp_enabled(), sdp.cudnn_sdp_enabled()],
+        [(each.name, each.function, each.refuses) for op in OPS.values() for each in op.implementations],
+    ]
+    if torch.cuda.is_available():
+        state += [torch.version.cuda, torch.cuda.current_device()]
+        for index in range(torch.cuda.device_count()):
+            gpu = torch.cuda.get_device_properties(index)
+            state += [gpu.name, gpu.major, gpu.minor, gpu.multi_processor_count, gpu.total_memory]
+    return state
+
+
+def _requires(package: str) -> list[str]:
+    try:
+        return list(requires(package) or ())
+    except PackageNotFoundError:
+        return []
+
+
+def _spec(package: str) -> ModuleSpec | None:
+    try:
+        return find_spec(package)
+    except (ImportError, ValueError):
+        return None
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+@functools.cache
+def _source() -> str:
+    """The digest of qcompile's own files."""
+    digest, root = hashlib.sha256(), Path(__file__).parent
+    for folder in (root, root / "passes", root / "kernels"):
+        for file in sorted(folder.rglob("*")):
+            if file.suffix in (".py", ".h", ".cpp"):
+                digest.update(str(file.relative_to(root)).encode() + file.read_bytes())
+    return digest.hexdigest()
