@@ -2,8 +2,8 @@
 
     y = qcompile.linear(x, …)          ->        y = qcompile.linear(round_activation(x, "i8/token/dynamic"), …)
 
-Why: codes by codes are multiplied faster than floats, see quantize_activation. Linears of one value share its rounding,
-so that they are siblings still.
+Why: codes can be multiplied by codes then, see quantize_activation. Linears of one value share its rounding, so that
+they are siblings still.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ class Config:
     specs        pattern → spec, or None to keep dense; the first match wins
     activations  how compiled programs round what quantized linears read, such as "i8/token/dynamic" (ActivationSpec),
                  where the checkpoint does not say; None leaves it as it is. With weights of "i8/row/sym", or fp8_e4m3
-                 for both, codes are multiplied by codes: faster for many tokens, and less exact
+                 for both, codes are multiplied by codes
     keep         roles that stay dense: a subset of ROLES
     strict       raise StrictError if something is left behind unexpectedly
     dump         folder for the text of the graph after each pass

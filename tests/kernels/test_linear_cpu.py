@@ -2,7 +2,6 @@
 
 import itertools
 import random
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -17,7 +16,6 @@ from qcompile.kernels import linear_cpu
 from qcompile.kernels.dequantize_cpu import dequantize_packed
 from qcompile.kernels.linear_cpu import linear_packed
 from qcompile.ops.linear import dequantize, linear
-from qcompile.ops.registry import MEANING
 from qcompile.quant.granularity import PerBlock, PerGroup
 from qcompile.quant.spec import QSpec, Zero
 from qcompile.quant.tensor import QTensor
@@ -352,31 +350,6 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "not float64" in dict(dequantize.choose(*parts(q), "u4/g64/asym", [16, 128], torch.float64).refusals)["cpu"]
 
 
-def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    q, tried = weight("u4/g64/asym", 16, 128), []
-
-    def fails(source: str) -> None:
-        tried.append(source)
-        raise RuntimeError("g++ is not found")
-
-    monkeypatch.setattr(packed, "load_cpp", fails)
-    packed.library.cache_clear()
-    packed.missing.cache_clear()
-    try:
-        for _ in range(2):
-            choice = linear.choose(torch.randn(2, 128), *parts(q), None, "u4/g64/asym", None)
-            assert dict(choice.refusals)["cpu"] == "C++ does not compile here: g++ is not found"
-            assert choice.name == MEANING
-        assert len(tried) == 1
-    finally:
-        packed.missing.cache_clear()
-
-
-def test_what_the_compiler_says() -> None:
-    with pytest.raises(RuntimeError, match=r"^[^\n]*error: [^\n]*$"):
-        packed.load_cpp("int f( { return 0; }")
-
-
 def test_wrong_shapes_are_not_read() -> None:
     q, x = weight("u4/g64/asym", 16, 128), torch.randn(1, 128)
     data, scale, zero = parts(q)
@@ -399,13 +372,3 @@ def test_the_op_without_python_gives_the_same(spec: str, dtype: torch.dtype) -> 
         for each in (x, x.transpose(0, -1).contiguous().transpose(0, -1)):
             arguments = (each, *parts(q), bias, spec)
             assert torch.equal(linear_packed(*arguments), linear_cpu.linear_anyhow(*arguments))
-
-
-def test_what_is_compiled_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-    monkeypatch.setattr(packed, "missing", asked.append)
-    packed.compile_ahead(elements := [QSpec.parse(spec).element for spec in ("u4/g64/asym", "i8/row/sym")])
-    for thread in threading.enumerate():
-        if thread.name == "qcompile-cpp":
-            thread.join()
-    assert asked == elements

@@ -131,3 +131,22 @@ def side_by_side(quantized: Callable[..., QTensor]) -> Callable[..., None]:
             start += rows
 
     return store
+
+
+class Siblings(nn.Module):
+    """Two linears of one value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(64, 8, bias=False), nn.Linear(64, 4, bias=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.q(x), self.k(x)
+
+
+@pytest.fixture
+def siblings(side_by_side: Callable[..., None]) -> Siblings:
+    """Packed side by side."""
+    module = Siblings()
+    side_by_side(module.q, module.k)
+    return module

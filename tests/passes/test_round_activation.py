@@ -19,19 +19,8 @@ SPEC = "i8/token/dynamic"
 BEFORE = (*normalizing_passes(), QuantizeLinear())
 
 
-class Siblings(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.q, self.k = nn.Linear(64, 8, bias=False), nn.Linear(64, 4, bias=False)
-
-    def forward(self, x):
-        return self.q(x), self.k(x)
-
-
-def test_text(graph, side_by_side, golden):
-    module = Siblings()
-    side_by_side(module.q, module.k)
-    g = graph(module, torch.randn(3, 64)).prepare(*BEFORE)
+def test_text(graph, siblings, golden):
+    g = graph(siblings, torch.randn(3, 64)).prepare(*BEFORE)
     before = g.text()
     g.apply(RoundActivation(SPEC), rtol=0.1, atol=0.5)
     golden("passes/round_activation", f"{before}\nbecomes\n\n{g.text()}")
@@ -48,18 +37,16 @@ def test_what_the_checkpoint_asks_for_stays(graph, side_by_side):
     assert not g.apply(RoundActivation(SPEC)).rewrites
 
 
-def test_a_value_that_is_written_is_rounded_again(graph, side_by_side):
-    module = Siblings()
-    side_by_side(module.q, module.k)
+def test_a_value_that_is_written_is_rounded_again(graph, siblings):
 
     def calls(x):
-        q = module.q(x)
+        q = siblings.q(x)
         x.add_(1)
-        return q, module.k(x)
+        return q, siblings.k(x)
 
     x = torch.randn(3, 64)
-    module.forward = calls  # type: ignore[method-assign]
-    g = graph(module, x.clone()).prepare(*BEFORE)
+    siblings.forward = calls  # type: ignore[method-assign]
+    g = graph(siblings, x.clone()).prepare(*BEFORE)
     g.apply(RoundActivation(SPEC), rtol=0.1, atol=0.5)
     assert g.ops().count("round_activation") == 2
 

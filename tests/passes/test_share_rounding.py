@@ -1,7 +1,6 @@
 """share_rounding."""
 
 import torch
-from torch import nn
 
 from qcompile.normal import normalizing_passes
 from qcompile.ops.activation_rounding import round_activation
@@ -16,34 +15,21 @@ DYNAMIC = ActivationSpec.parse("i8/token/dynamic")
 BEFORE = [rule for rule in normalizing_passes() if rule.name != "share_rounding"]
 
 
-class Siblings(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.q, self.k = nn.Linear(64, 8, bias=False), nn.Linear(64, 4, bias=False)
-
-    def forward(self, x):
-        return self.q(x), self.k(x)
-
-
-def test_text(graph, side_by_side, golden):
-    module = Siblings()
-    side_by_side(module.q, module.k)
-    for linear in (module.q, module.k):
+def test_text(graph, siblings, golden):
+    for linear in (siblings.q, siblings.k):
         put_rounding(linear, INPUT_ROUNDING, ActivationRounding(DYNAMIC))
-    g = graph(module, torch.randn(3, 64)).prepare(*BEFORE)
+    g = graph(siblings, torch.randn(3, 64)).prepare(*BEFORE)
     before = g.text()
     g.apply(ShareRounding())
     golden("passes/share_rounding", f"{before}\nbecomes\n\n{g.text()}")
 
 
-def test_siblings_are_fused_behind_it(graph, side_by_side):
-    module = Siblings()
-    side_by_side(module.q, module.k)
+def test_siblings_are_fused_behind_it(graph, siblings):
     rounding = ActivationRounding(ActivationSpec.parse("i8/tensor/static"), torch.tensor(0.02))
-    for linear in (module.q, module.k):
+    for linear in (siblings.q, siblings.k):
         put_rounding(linear, INPUT_ROUNDING, rounding)
         put_rounding(linear, OUTPUT_ROUNDING, ActivationRounding(DYNAMIC))
-    g = graph(module, torch.randn(3, 64)).prepare(*normalizing_passes(), QuantizeLinear())
+    g = graph(siblings, torch.randn(3, 64)).prepare(*normalizing_passes(), QuantizeLinear())
     assert len(g.apply(FuseSiblings()).rewrites) == 1
     assert g.ops() == ["round_activation", "linear", "narrow", "narrow", "round_activation", "round_activation"]
 
