@@ -19,8 +19,9 @@ MAX_LENGTH = 8
 
 
 def refuses(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float
-) -> str | None:
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float,
+    softcap: float | None = None,
+) -> str | None:  # fmt: skip
     """Why this kernel cannot run the call, or None."""
     if query.device.type != "cpu":
         return f"needs cpu, got {query.device.type}"
@@ -50,16 +51,19 @@ def missing() -> str | None:
     return None
 
 
-@opaque(lambda query, key, value, mask, scale: query.new_empty((*query.shape[:3], value.shape[3])))
-def attend_cpu(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+@opaque(lambda query, key, value, *others: query.new_empty((*query.shape[:3], value.shape[3])))
+def attend_cpu(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, softcap: float | None
+) -> Tensor:
     missing()  # after this call attention_op.cpp takes this one's place
-    return attention.meaning(query, key, value, mask, False, scale)
+    return attention.meaning(query, key, value, mask, False, scale, softcap)
 
 
 @attention.implementation("cpu_decode", refuses)
 def attention_cpu(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float
-) -> Tensor:
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float,
+    softcap: float | None = None,
+) -> Tensor:  # fmt: skip
     if mask is not None:
         mask = mask.expand(*query.shape[:3], key.shape[2])
-    return attend_cpu(query, key, value, mask, scale)
+    return attend_cpu(query, key, value, mask, scale, softcap)

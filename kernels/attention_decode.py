@@ -31,8 +31,9 @@ SCAN_ELEMENTS = 1024
 
 
 def refuses(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float
-) -> str | None:
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float,
+    softcap: float | None = None,
+) -> str | None:  # fmt: skip
     for tensor in (query, key, value):
         if reason := refuses_device(tensor, tensor.dtype):
             return reason
@@ -48,21 +49,24 @@ def refuses(
     return None
 
 
-@opaque(lambda query, key, value, mask, scale: query.new_empty(*query.shape[:3], value.shape[3]))
-def attention_decode_cuda(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    return attend(query, key, value, mask, scale)
+@opaque(lambda query, key, value, *others: query.new_empty(*query.shape[:3], value.shape[3]))
+def attention_decode_cuda(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, softcap: float | None = None
+) -> Tensor:
+    return attend(query, key, value, mask, scale, softcap=softcap)
 
 
 @attention.implementation("triton_decode", refuses)
 def attention_decode(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float
-) -> Tensor:
-    return attention_decode_cuda(query, key, value, mask, scale)
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float,
+    softcap: float | None = None,
+) -> Tensor:  # fmt: skip
+    return attention_decode_cuda(query, key, value, mask, scale, softcap)
 
 
 def attend(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float,
-    tile: _tuning.AttentionTile | None = None,
+    tile: _tuning.AttentionTile | None = None, softcap: float | None = None,
 ) -> Tensor:  # fmt: skip
     """The op without is_causal, by the tile that is given or else chosen."""
     batch, heads, length, width = query.shape
@@ -101,6 +105,7 @@ def attend(
         length,
         keys,
         scale,
+        softcap,
         *query.stride()[:3],
         *key.stride(),
         *value.stride(),
@@ -140,6 +145,14 @@ def _attended(mask):
 
 
 @triton.jit
+def _capped(logits, softcap):
+    """softcap * tanh(logits / softcap)"""
+    x = logits / softcap
+    part = tl.exp(-2 * tl.abs(x))
+    return tl.where(x < 0, -softcap, softcap) * ((1 - part) / (1 + part))
+
+
+@triton.jit
 def _product(a, b, c):
     """a @ b + c in float32. Tensor cores take 16 rows or more; fewer are multiplied one by one."""
     if a.shape[0] >= 16:
@@ -154,7 +167,7 @@ def _product(a, b, c):
 
 @triton.jit
 def _split(
-    q_ptr, k_ptr, v_ptr, mask_ptr, out_ptr, sums_ptr, parts_ptr, kv_heads, rows, length, keys, scale,
+    q_ptr, k_ptr, v_ptr, mask_ptr, out_ptr, sums_ptr, parts_ptr, kv_heads, rows, length, keys, scale, softcap,
     q_batch, q_head, q_row, k_batch, k_head, k_row, k_column, v_batch, v_head, v_row, v_column,
     mask_batch, mask_head, mask_row, mask_column,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -206,6 +219,8 @@ def _split(
         k = tl.load(k_ptr + down * k_row, mask=(down < keys) & (d < D), other=0.0)
         v = tl.load(v_ptr + down * v_row, mask=(down < keys) & (dv < DV), other=0.0)
         logits = _product(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32)) * scale
+        if softcap is not None:
+            logits = _capped(logits, softcap)
         inside = across < keys
         if mask_ptr is not None:
             inside &= seen_row < rows

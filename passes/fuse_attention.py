@@ -3,6 +3,8 @@
     k, v = every head of K, of V, n times in a row
     y = scaled_dot_product_attention(q, k, v, mask)           ->        y = qcompile.attention(q, K, V, mask, …)
 
+So does qcompile.attention(q, k, v, …), which recognize_attention makes of soft-capped scores.
+
 Why: repeating writes and reads the whole cache n times over at every token.
 """
 
@@ -23,35 +25,33 @@ from qcompile.ops.registry import known
 
 @dataclass(frozen=True)
 class Heads:
-    """The value of `root`: attention of q over k and v, each head of which serves as many of q as there are more."""
+    """The value of `root`: attention of q over k and v, each head of which serves as many of q as there are more, with
+    the op's other arguments."""
 
     root: Node
     q: Node
     k: Node
     v: Node
-    mask: Node | None
-    is_causal: bool
-    scale: float
+    others: tuple[Any, ...]
 
 
 class FuseAttention:
     name = "fuse_attention"
 
     def match(self, node: Node) -> Heads | Miss | None:
-        if not is_call(node, aten.scaled_dot_product_attention.default):
+        if not is_call(node, aten.scaled_dot_product_attention.default, attention.overload):
             return None
         args: Any = node.args
         q, k, v = args[:3]
         if (rank := value(q).dim()) != 4:
             return Miss(f"attention in {rank} dimensions", node)
-        if argument(node, 4, "dropout_p", 0.0):
-            return Miss("attention weights are dropped at random", node)
-        scale: Any = node.kwargs.get("scale")
-        if scale is None:
-            if (width := known(value(q).shape[-1])) is None:
-                return Miss("the head dimension is not a constant", node)
-            scale = 1 / math.sqrt(width)
+        is_ours = node.target is attention.overload
+        others = args[3:] if is_ours else _others(node)
+        if isinstance(others, Miss):
+            return others
         (k, times), (v, times_v) = _unrepeated(k), _unrepeated(v)
+        if is_ours and times == times_v == 1:
+            return None
         if times != times_v:
             return Miss(f"k is repeated {times} times, v {times_v} times", node)
         heads, of_k, of_v = (known(value(x).shape[1]) for x in (q, k, v))
@@ -62,12 +62,23 @@ class FuseAttention:
         for x in (k, v):
             if is_written_between(x, node):
                 return Miss(f"{x.name} is written to in between", node)
-        mask, is_causal = argument(node, 3, "attn_mask"), argument(node, 5, "is_causal", False)
-        return Heads(node, q, k, v, mask, is_causal, float(scale))
+        return Heads(node, q, k, v, others)
 
     def rewrite(self, g: Rewriter, m: Heads) -> None:
         with g.before(m.root):
-            g.replace(m.root, g.call(attention.overload, m.q, m.k, m.v, m.mask, m.is_causal, m.scale))
+            g.replace(m.root, g.call(attention.overload, m.q, m.k, m.v, *m.others))
+
+
+def _others(node: Node) -> tuple[Any, ...] | Miss:
+    """Mask, is_causal and scale of torch's attention."""
+    if argument(node, 4, "dropout_p", 0.0):
+        return Miss("attention weights are dropped at random", node)
+    scale: Any = node.kwargs.get("scale")
+    if scale is None:
+        if (width := known(value(node.args[0]).shape[-1])) is None:
+            return Miss("the head dimension is not a constant", node)
+        scale = 1 / math.sqrt(width)
+    return argument(node, 3, "attn_mask"), argument(node, 5, "is_causal", False), float(scale)
 
 
 def _unrepeated(node: Node) -> tuple[Any, Any]:

@@ -3,13 +3,20 @@
     w = softmax(q @ k.transpose(2, 3) * scale + mask, -1)
     y = w @ v                                     ->        y = scaled_dot_product_attention(q, k, v, mask, scale=scale)
 
-Why: the logits never reach memory, and fuse_attention knows a single spelling.
+    w = softmax(cap * tanh(q @ k.transpose(2, 3) * scale / cap) + mask, -1)
+    y = w @ v                                     ->        y = qcompile.attention(q, k, v, mask, False, scale, cap)
+
+and a mask = where(seen, 0, lowest number) becomes `seen`. (A row that may see nothing, as left padding has, was the
+mean of all values, and becomes zeros.)
+
+Why: the logits never reach memory, and fuse_attention knows a single spelling of each; torch's attention caps nothing.
+Keys that are not seen need not be read, of a cache all that is not filled.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,32 +38,34 @@ from qcompile.graph.match import (
     value,
 )
 from qcompile.graph.rewrite import Rewriter
+from qcompile.ops.attention import attention
 
 _PRODUCTS = (aten.matmul.default, aten.bmm.default)
 
 
 @dataclass(frozen=True)
 class Scores:
-    """`product` is q @ k.transpose(2, 3), or q @ k where `k_is_turned`; factors of the three are in `scale`."""
+    """`product` is q @ k.transpose(2, 3), or q @ k where `k_is_turned`; factors of the three are in `scale`. Then came
+    softcap * tanh(… / softcap), or not."""
 
     product: Node
     q: Node
     k: Node
     scale: float
     k_is_turned: bool
+    softcap: float | None = None
 
 
 @dataclass(frozen=True)
 class Spelled:
-    """The value of `root`: softmax(scores of q and k + mask) @ v, all in one dtype."""
+    """The value of `root`: softmax(`scores`, of q and k, + mask) @ v, all in one dtype."""
 
     root: Node
     q: Node
     k: Node
     v: Node
     mask: Node | None
-    scale: float
-    k_is_turned: bool
+    scores: Scores
 
 
 class RecognizeAttention:
@@ -79,8 +88,6 @@ class RecognizeAttention:
         scores, mask = _scores_and_mask(logits)
         if scores is None:
             return Miss("the logits are not q @ k.transpose(2, 3) * scale + mask", logits)
-        if isinstance(scores, Miss):
-            return scores
         if not same_shape(value(logits).shape, value(scores.product).shape):
             return Miss("the mask is larger than the logits", logits)
         for inner in (scores.product, logits):
@@ -90,9 +97,13 @@ class RecognizeAttention:
 
     def rewrite(self, g: Rewriter, m: Spelled) -> None:
         with g.before(m.root):
-            k = g.call(aten.transpose.int, m.k, 2, 3) if m.k_is_turned else m.k
-            arguments = (m.q, k, m.v, m.mask, 0.0, False)
-            g.replace(m.root, g.call(aten.scaled_dot_product_attention.default, *arguments, scale=m.scale))
+            k = g.call(aten.transpose.int, m.k, 2, 3) if m.scores.k_is_turned else m.k
+            if m.scores.softcap is None:
+                arguments = (m.q, k, m.v, m.mask, 0.0, False)
+                y = g.call(aten.scaled_dot_product_attention.default, *arguments, scale=m.scores.scale)
+            else:
+                y = g.call(attention.overload, m.q, k, m.v, m.mask, False, m.scores.scale, m.scores.softcap)
+            g.replace(m.root, y)
 
 
 def _interrupted(softmax: Node, readers: list[Node]) -> Miss | None:
@@ -118,10 +129,20 @@ def _typed(product: Node, scores: Scores, mask: Node | None) -> Spelled | Miss:
             return Miss(f"{name} has other heads than q", product)
     if mask is not None and value(mask).dtype not in (dtype, torch.float32):
         return Miss(f"the mask is {dtype_text(mask)}, q is {dtype_text(q)}", product)
-    return Spelled(root, q, k, v, mask, scores.scale, scores.k_is_turned)
+    return Spelled(root, q, k, v, _seen(mask), scores)
 
 
-def _scores_and_mask(logits: Any) -> tuple[Scores | Miss | None, Node | None]:
+def _seen(mask: Any) -> Any:
+    """The choice of keys that a mask to be added is made of, or the mask."""
+    where = skip_casts(mask)
+    if not is_call(where, aten.where.ScalarOther):
+        return mask
+    seen, kept, hidden = where.args
+    is_zero = is_call(kept, aten.zeros.default) or (is_call(kept, aten.full.default) and kept.args[1] == 0)
+    return seen if is_zero and hidden <= torch.finfo(value(mask).dtype).min else mask
+
+
+def _scores_and_mask(logits: Any) -> tuple[Scores | None, Node | None]:
     if (scores := _scores(logits)) is None and is_call(logits, aten.add.Tensor) and not logits.kwargs:
         for product, mask in (logits.args, logits.args[::-1]):
             if is_tensor(product) and is_tensor(mask) and (scores := _scores(product)) is not None:
@@ -129,11 +150,14 @@ def _scores_and_mask(logits: Any) -> tuple[Scores | Miss | None, Node | None]:
     return scores, None
 
 
-def _scores(node: Node) -> Scores | Miss | None:
+def _scores(node: Node) -> Scores | None:
     product, scale = _scaled(node)
-    if is_call(product := skip_casts(product), aten.tanh.default):
-        return Miss("logit soft-capping", product)
-    if not is_call(product, aten.matmul.default):
+    if is_call(capped := skip_casts(product), aten.tanh.default) and scale > 0:
+        inner = _scores(capped.args[0])
+        if inner is None or inner.softcap is not None:
+            return None
+        return replace(inner, scale=inner.scale * scale, softcap=scale)
+    if not is_call(product := skip_casts(product), aten.matmul.default):
         return None
     (q, by_q), (k, by_k) = _scaled(product.args[0]), _scaled(product.args[1])
     turned = skip_casts(k)

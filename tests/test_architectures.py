@@ -56,9 +56,9 @@ ARCHITECTURES = {
         (7, 0), (2, 0), (2, 1), (2, 0), 2, (1, 0), 1,
     ),
     "gemma2": Architecture(
-        # Soft-capped attention scores have no fused form.
+        # With soft-capped attention scores, and every other layer with a sliding window.
         causal(hf.Gemma2Config, hf.Gemma2ForCausalLM, LLAMA, sliding_window=16),
-        (7, 0), (2, 0), (4, 1), (2, 0), 2, (1, 0), 0,
+        (7, 0), (2, 0), (4, 1), (2, 0), 2, (1, 0), 1,
     ),
     "gemma3": Architecture(
         causal(hf.Gemma3TextConfig, hf.Gemma3ForCausalLM, LLAMA, sliding_window=16),

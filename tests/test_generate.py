@@ -99,6 +99,32 @@ def test_sliding_windows_run_compiled(interpreted: None) -> None:
         assert programs(model) == 2 and not model.forward.eager
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_soft_capped_attention(dtype: torch.dtype, interpreted: None) -> None:
+    """Gemma 2, with scores on both sides of the cap, and a window in every other layer: logits of each step."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=64, intermediate_size=128, num_attention_heads=4, num_key_value_heads=2, vocab_size=100)
+    capped = dict(attn_logit_softcapping=0.5, query_pre_attn_scalar=1, initializer_range=0.2)
+    config = Gemma2Config(**sizes, **capped, num_hidden_layers=2, head_dim=16, sliding_window=8)
+    model, reference = pair_of(Gemma2ForCausalLM(config).to(dtype).eval())
+    arguments = dict(max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
+    out = model.generate(ids(2, 6), **arguments, return_dict_in_generate=True, output_logits=True)
+    with torch.no_grad():
+        want = reference.double()(out.sequences).logits[:, 5:-1]
+        config.attn_logit_softcapping = 1e9
+        uncapped = Gemma2ForCausalLM(config).double().eval()
+        uncapped.load_state_dict(reference.state_dict())
+        assert (uncapped(out.sequences).logits[:, 5:-1] - want).norm() > 0.1 * want.norm()
+    got = torch.stack(out.logits, 1)
+    assert (got - want).norm() <= {torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype] * want.norm()
+    for outcome in model.forward.outcomes():
+        done = {result.name: result for result in outcome.passes}
+        assert len(done["recognize_attention"].rewrites) == len(done["fuse_attention"].rewrites) == 2
+        assert not done["recognize_attention"].misses and not done["fuse_attention"].misses
+
+
 def test_caches_are_kept_from_call_to_call(tiny_llama: Make, interpreted: None) -> None:
     model, reference = pair_of(tiny_llama(vocab_size=100))
     caches = model.generate.caches

@@ -19,6 +19,7 @@ struct Attention {
     int64_t query_strides[3], key_strides[3], value_strides[3], mask_strides[4];
     int mask_kind;
     float scale;
+    float softcap;  // 0: scores are as they are
 
     int64_t groups() const { return heads / kv_heads; }
     int64_t parts() const { return std::max<int64_t>(1, keys / PART); }
@@ -84,8 +85,17 @@ void mix_values(const float* shares, int64_t room, const char* value, int64_t st
         for (int c = 0; c < C; c++) store(y + m * width + c * LANES, total[m][c]);
 }
 
+// softcap * tanh(score / softcap)
+INLINE f32x16 capped(f32x16 score, float softcap) {
+    const f32x16 part = exponential(max(score, splat(0) - score) * splat(-2 / softcap));
+    const f32x16 high = (splat(softcap) - part * softcap) / (part + 1);
+    return bits_of<f32x16>(bits_of<u32x16>(high) | (bits_of<u32x16>(score) & 0x80000000u));
+}
+
 // Scores to exponentials of their distance to the largest, which is returned with the sum of them.
 std::pair<float, float> weigh(const Attention& a, float* scores, int64_t count, const char* mask, int64_t first) {
+    for (int64_t n = 0; a.softcap && n < count; n += LANES)
+        store(scores + n, capped(load<f32x16>(scores + n), a.softcap));
     std::fill(scores + count, scores + whole(count), NOTHING);
     f32x16 tops = splat(NOTHING), sums{};
     for (int64_t n = 0; n < count; n += LANES) {

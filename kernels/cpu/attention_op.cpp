@@ -10,10 +10,12 @@ void set_strides(int64_t* to, const Tensor& t, int count) {
     for (int i = 0; i < count; i++) to[i] = t.size(i) == 1 ? 0 : t.stride(i);
 }
 
-Tensor attend_cpu(Tensor query, Tensor key, Tensor value, std::optional<Tensor> mask, double scale) {
+Tensor attend_cpu(Tensor query, Tensor key, Tensor value, std::optional<Tensor> mask, double scale,
+                  std::optional<double> softcap) {
     Attention a = {query.data_ptr(), key.data_ptr(), value.data_ptr(), mask ? mask->data_ptr() : nullptr, nullptr,
                    query.size(0), query.size(1), key.size(1), query.size(2), key.size(2), query.size(3), value.size(3)};
     a.scale = scale;
+    a.softcap = softcap.value_or(0);
     set_strides(a.query_strides, query, 3);
     set_strides(a.key_strides, key, 3);
     set_strides(a.value_strides, value, 3);

@@ -2,26 +2,55 @@
 
 from __future__ import annotations
 
+import math
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qcompile.ops.precision import wide
 from qcompile.ops.registry import op
 
 
 @op
-def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float) -> Tensor:
-    """softmax(query @ key.T * scale + mask) @ value, with query heads in equal groups over the key/value heads.
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float,
+    softcap: float | None = None,
+) -> Tensor:  # fmt: skip
+    """softmax(cap(query @ key.T * scale) + mask) @ value, with query heads in equal groups over the key/value heads.
 
     query (batch, heads, q_len, d), key and value (batch, kv_heads, kv_len, d), mask boolean (True: attend) or additive,
-    broadcast against (batch, heads, q_len, kv_len). Keys and values are never repeated in memory.
-    (Vaswani et al. 2017, Ainslie et al. 2023.)
+    broadcast against (batch, heads, q_len, kv_len). Keys and values are never repeated in memory. cap(x) is x, or
+    softcap * tanh(x / softcap) with a positive softcap. (Vaswani et al. 2017, Ainslie et al. 2023, Gemma Team 2024.)
     """
     groups = int(query.shape[1] // key.shape[1])
+    if softcap is not None:
+        return _capped(query, key, value, mask, is_causal, groups, scale, softcap)
     if groups > 1 and query.shape[2] == 1 and not is_causal:
         return _few_rows(query, key, value, mask, groups, scale)
     return F.scaled_dot_product_attention(
         query, key, value, mask, is_causal=is_causal, scale=scale, enable_gqa=groups > 1
     )
+
+
+def _capped(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, groups: int, scale: float,
+    softcap: float,
+) -> Tensor:  # fmt: skip
+    """With the logits in memory, in float32: torch's attention takes no function of them."""
+    batch, heads, length, width = query.shape
+    rows = (batch, heads // groups, groups * length)
+    logits = wide(query).reshape(*rows, width) @ wide(key).transpose(2, 3) * (scale / softcap)
+    logits = torch.tanh(logits).reshape(batch, heads, length, key.shape[2]) * softcap
+    if is_causal:
+        logits = logits.masked_fill(torch.ones_like(logits, dtype=torch.bool).triu(1), -math.inf)
+    if mask is not None:
+        logits = logits.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else logits + mask
+    weights = torch.softmax(logits, -1)
+    # Rows that attend to nothing are zeros, as in torch's attention.
+    weights = weights.masked_fill((logits == -math.inf).all(-1, keepdim=True), 0.0)
+    y = weights.reshape(*rows, key.shape[2]) @ wide(value)
+    return y.reshape(batch, heads, length, value.shape[3]).to(query.dtype)
 
 
 def _few_rows(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, groups: int, scale: float) -> Tensor:

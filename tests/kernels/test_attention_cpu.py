@@ -47,12 +47,12 @@ def heads(batch: int, heads: int, kv: int, length: int, keys: int, width: int, v
     return tuple(torch.randn(shape) for shape in shapes)
 
 
-def check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float = 0.2) -> None:
-    choice = attention.choose(q, k, v, mask, False, scale)
+def check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float = 0.2, *cap: float) -> None:
+    choice = attention.choose(q, k, v, mask, False, scale, *cap)
     assert choice.name == "cpu_decode"
-    got = choice.function(q, k, v, mask, False, scale)
+    got = choice.function(q, k, v, mask, False, scale, *cap)
     wide = mask.double() if mask is not None and mask.is_floating_point() else mask
-    want = attention.meaning(q.double(), k.double(), v.double(), wide, False, scale)
+    want = attention.meaning(q.double(), k.double(), v.double(), wide, False, scale, *cap)
     assert got.dtype == q.dtype and got.is_contiguous()
     assert (got - want).norm() <= ROUNDING[q.dtype] * want.norm()
 
@@ -73,6 +73,18 @@ def test_masks(shape: Any, mask_shape: Any, additive: bool) -> None:
         mask = torch.rand(size) < 0.6
         mask[..., 0] = True
         check(q, k, v, torch.randn(size).to(dtype).masked_fill(~mask, -math.inf) if additive else mask)
+
+
+@each_shape
+@each_float
+def test_soft_capping(shape: Any, dtype: torch.dtype) -> None:
+    """Of logits far below the cap, and far above it."""
+    q, k, v = (x.to(dtype) for x in heads(*shape))
+    mask = torch.rand(q.shape[0], 1, 1, k.shape[2]) < 0.6
+    mask[..., 0] = True
+    for cap in (0.5, 50.0):
+        check(q, k, v, None, 0.3, cap)
+        check(q, k, v, mask, 0.3, cap)
 
 
 def test_it_compiles() -> None:
@@ -153,7 +165,8 @@ def test_threads_do_not_change_the_result() -> None:
 def test_opcheck() -> None:
     q, k, v = heads(1, 6, 2, 1, 37, 16, 32)
     mask = (torch.rand(1, 1, 1, 37) < 0.6).expand(1, 6, 1, 37)
-    torch.library.opcheck(attention_cpu.attend_cpu, (q, k, v, mask, 0.2))
+    torch.library.opcheck(attention_cpu.attend_cpu, (q, k, v, mask, 0.2, None))
+    torch.library.opcheck(attention_cpu.attend_cpu, (q, k, v, mask, 0.2, 0.5))
 
 
 def test_refusals() -> None:

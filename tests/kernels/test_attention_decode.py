@@ -39,10 +39,10 @@ def heads(random_tensor: Callable[..., Tensor]) -> Callable[..., Any]:
     return make
 
 
-def exact(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def exact(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float | None = None) -> Tensor:
     if mask is not None and mask.is_floating_point():
         mask = mask.double()
-    return attention.meaning(q.double(), k.double(), v.double(), mask, False, scale)
+    return attention.meaning(q.double(), k.double(), v.double(), mask, False, scale, softcap)
 
 
 @each_shape
@@ -118,6 +118,18 @@ def test_large_logits(heads: Callable, assert_close: Callable) -> None:
     assert_close(got, exact(q * 50, k, v, None, 1.0))
 
 
+@each_shape
+@pytest.mark.parametrize("tile", TILES, ids=str)
+def test_soft_capping(shape: Any, tile: AttentionTile, heads: Callable[..., Any], assert_close: Callable) -> None:
+    """Of logits far below the cap, and far above it; with keys that a mask hides."""
+    q, k, v = heads(*shape)
+    mask = (torch.rand(k.shape[2]) < 0.6).index_fill(0, torch.tensor([0]), True).to(q.device)
+    for cap in (0.5, 50.0):
+        for seen in (None, mask):
+            got = attention_decode.attend(q, k, v, seen, 0.3, tile, cap)
+            assert_close(got, exact(q, k, v, seen, 0.3, cap))
+
+
 def test_layouts_of_a_cache(heads: Callable, random_tensor: Callable, assert_close: Callable) -> None:
     """Heads last but one, keys turned, a stretch of a longer cache, an expanded batch; q cut from a projection."""
     _, k, v = heads(2, 4, 2, 1, 40, 16, 16)
@@ -158,6 +170,7 @@ def test_the_op_agrees_with_its_implementation(heads: Callable, assert_close: Ca
     got = torch.ops.qcompile_kernels.attention_decode_cuda(q, k, v, mask, 0.25)
     assert torch.equal(got, choice.function(*args))
     torch.library.opcheck(attention_decode.attention_decode_cuda, (q, k, v, mask, 0.25))
+    assert_close(choice.function(*args, 0.5), exact(q, k, v, mask, 0.25, 0.5))
 
 
 def test_refusals(device: str) -> None:

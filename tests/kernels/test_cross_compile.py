@@ -87,7 +87,7 @@ def compiled(
         elif name.endswith("_ptr"):
             signature[name] = f"*{short}"
         else:
-            signature[name] = "fp32" if name in ("eps", "scale", "tail", "min_p") else "i32"
+            signature[name] = "fp32" if name in ("eps", "scale", "softcap", "tail", "min_p") else "i32"
         aligned = name.endswith(("_ptr", "_batch", "_head", "_row", "_stride")) or name in ("N", "K", "columns")
         if aligned and name not in constants:
             attributes[(i,)] = [["tt.divisibility", 16]]
@@ -220,7 +220,8 @@ def attentions(gpu: int, device: _tuning.Device) -> dict[str, Any]:
         tile = _tuning.attention_tile(pairs, rows, 8192, width, 2, device)
         sizes = {"D": width, "DV": width, "BLOCK_D": width, "BLOCK_DV": width, "BLOCK_M": tile.rows}
         steps = {"BLOCK_N": tile.keys, "MASK_ROWS": 1, "SCAN": attention_decode.SCAN_ELEMENTS, "EARLY": True}
-        absent = () if tile.splits > 1 else ("sums_ptr", "parts_ptr")
+        # The widest with a soft-cap.
+        absent = ("softcap",) * (width < 256) + ("sums_ptr", "parts_ptr") * (tile.splits == 1)
         plain = {"k_column": 1, "v_column": 1, "mask_column": 1}
         found[f"attention, {rows} rows of {width}"] = compiled(
             attention_decode._split, gpu, absent, tile.warps, tile.stages, **sizes, **steps, **plain

@@ -37,9 +37,11 @@ each_input = pytest.mark.parametrize("make", INPUTS.values(), ids=INPUTS)
 ATOL = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
 
-def exact(q, k, v, mask, is_causal, scale):
+def exact(q, k, v, mask, is_causal, scale, softcap=None):
     k, v = (t.double().repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
     logits = q.double() @ k.transpose(2, 3) * scale
+    if softcap:
+        logits = torch.tanh(logits / softcap) * softcap
     if is_causal:
         logits = logits.masked_fill(~torch.ones(logits.shape[-2:], dtype=torch.bool).tril(), -math.inf)
     if mask is not None:
@@ -48,10 +50,10 @@ def exact(q, k, v, mask, is_causal, scale):
     return torch.softmax(logits, -1).nan_to_num(0.0) @ v
 
 
-def check(q, k, v, mask, is_causal, scale):
-    y = attention(q, k, v, mask, is_causal, scale)
+def check(*args):
+    y, q = attention(*args), args[0]
     assert y.dtype == q.dtype
-    torch.testing.assert_close(y.double(), exact(q, k, v, mask, is_causal, scale), rtol=0, atol=ATOL[q.dtype])
+    torch.testing.assert_close(y.double(), exact(*args), rtol=0, atol=ATOL[q.dtype])
 
 
 @each_input
@@ -60,18 +62,21 @@ def test_opcheck(make):
     # One row takes another way than many.
     mask = torch.rand(q.shape[0], 1, 1, k.shape[2]) < 0.7 if q.shape[2] == 1 else None
     torch.library.opcheck(attention.overload, (q, k, v, mask, False, 0.3))
+    torch.library.opcheck(attention.overload, (q, k, v, mask, False, 0.3, 2.0))
 
 
 @each_input
 def test_without_mask(make):
     q, k, v = make()
     check(q, k, v, None, False, 0.3)
+    check(q, k, v, None, False, 2.0, 1.5)
 
 
 @each_input
 def test_causal(make):
     q, k, v = make()
     check(q, k, v, None, True, 0.25)
+    check(q, k, v, None, True, 2.0, 1.5)
 
 
 MASKS = {
@@ -91,6 +96,7 @@ def test_masks(make, mask, additive):
     allowed = mask(*q.shape[:3], k.shape[2])
     bias = torch.randn(allowed.shape).to(q.dtype).masked_fill(~allowed, -math.inf)
     check(q, k, v, bias if additive else allowed, False, 0.25)
+    check(q, k, v, bias if additive else allowed, False, 2.0, 1.5)
 
 
 @each_input
@@ -109,7 +115,8 @@ def test_it_is_what_torch_gives_on_repeated_heads(make, padding):
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-def test_symbolic_sizes(symbolic, rows):
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_symbolic_sizes(symbolic, rows, softcap):
     small, large = heads(rows=rows, batch=2), heads(rows=rows, batch=5)
     masks = [torch.rand(len(t), 1, rows, 7) < 0.7 for t in (small[0], large[0])]
-    symbolic(lambda q, k, v, m: attention(q, k, v, m, False, 0.25), (*small, masks[0]), (*large, masks[1]))
+    symbolic(lambda q, k, v, m: attention(q, k, v, m, False, 0.25, softcap), (*small, masks[0]), (*large, masks[1]))

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from qcompile.normal import normalizing_passes
+from qcompile.ops.attention import attention
 from qcompile.passes.fuse_attention import FuseAttention
 from qcompile.passes.recognize_attention import RecognizeAttention
 
@@ -91,9 +92,34 @@ def test_spellings(recognized, function, dtype):
     assert only_call(g).args[0].meta["val"].dtype == dtype
 
 
-def capped(q, k, v):
-    logits = torch.tanh(q @ k.transpose(2, 3) * 0.25 / 50.0) * 50.0
-    return torch.softmax(logits, -1) @ v
+def gemma2(q, k, v, mask, scale=0.25, softcap=3.0):
+    """transformers' eager_attention_forward of Gemma 2."""
+    weights = torch.tanh(torch.matmul(q, k.transpose(2, 3)) * scale / softcap) * softcap + mask
+    return torch.matmul(F.softmax(weights, dim=-1, dtype=torch.float32).to(q.dtype), v)
+
+
+CAPPED = {
+    "transformers": (gemma2, 0.25, 3.0),
+    "cap first": (lambda q, k, v, m: torch.softmax(m + 3.0 * torch.tanh(q @ k.mT * 0.5), -1) @ v, 1.5, 3.0),
+    "in float32": (
+        lambda q, k, v, m: (torch.softmax(2.0 * torch.tanh(q.float() @ k.float().mT) + m, -1) @ v.float()).to(q.dtype),
+        2.0,
+        2.0,
+    ),
+    "cap of 1": (lambda q, k, v, m: torch.softmax(torch.tanh(q @ k.mT) + m, -1) @ v, 1.0, 1.0),
+}
+
+
+@pytest.mark.parametrize(("function", "scale", "softcap"), CAPPED.values(), ids=CAPPED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_soft_capping(recognized, function, scale, softcap, dtype):
+    tolerance = {} if dtype == torch.float32 else dict(rtol=2**-4, atol=2**-4)
+    g, result = recognized(function, *inputs(dtype, mask=True), **tolerance)
+    assert len(result.rewrites) == 1 and not result.misses
+    assert not {"softmax", "matmul", "mul", "div", "add", "tanh"} & set(g.ops())
+    (node,) = (node for node in g.gm.graph.nodes if node.target is attention.overload)
+    assert node.args[4:] == (False, pytest.approx(scale), softcap)
+    assert g.apply(FuseAttention()).rewrites == ()
 
 
 def bloom(q, k, v):
@@ -104,7 +130,6 @@ def bloom(q, k, v):
 UNKNOWN = "the logits are not q @ k.transpose(2, 3) * scale + mask"
 MISSES = {
     "attention in 3 dimensions": lambda q, k, v: torch.softmax(q[0] @ k[0].transpose(1, 2), -1) @ v[0],
-    "logit soft-capping": capped,
     "the attention weights are read elsewhere": lambda q, k, v: ((w := torch.softmax(q @ k.mT, -1)) @ v, w),
     "matmul has another user": lambda q, k, v: (torch.softmax((w := q @ k.mT) * 0.5, -1) @ v, w),
     "add has another user": lambda q, k, v: (torch.softmax(w := q @ k.mT + v[..., 0, :1, None], -1) @ v, w),
@@ -126,6 +151,9 @@ MISSES = {
         lambda q, k, v: torch.softmax(q @ k.mT + v[..., :1].mT + v[..., 1:2].mT, -1) @ v,
         lambda q, k, v: torch.softmax(torch.add(q @ k.mT, v[..., :1].mT, alpha=2), -1) @ v,
         lambda q, k, v: torch.softmax(q @ k.mT + 1.0, -1) @ v,
+        lambda q, k, v: torch.softmax(-2.0 * torch.tanh(q @ k.mT), -1) @ v,
+        lambda q, k, v: torch.softmax(torch.tanh(torch.tanh(q @ k.mT)), -1) @ v,
+        lambda q, k, v: torch.softmax(torch.tanh(q), -1) @ q.mT,
         lambda q, k, v: torch.softmax(q @ k.mT.exp(), -1) @ v,
         lambda q, k, v: torch.softmax(q.exp(), -1) @ q.mT,
     ],
@@ -139,6 +167,23 @@ MISSES = {
 def test_misses(recognized, reason, function):
     _, result = recognized(function)
     assert not result.rewrites and [miss for miss, _ in result.misses] == [reason]
+
+
+def test_a_mask_of_the_lowest_number_is_a_choice_of_keys(recognized):
+    *tensors, bias = inputs(mask=True)
+    lowest = torch.finfo(torch.float32).min
+    for number, low, dtype in (
+        (0, lowest, torch.bool),
+        (0, -math.inf, torch.bool),
+        (0, -1e4, torch.float32),
+        (1, lowest, torch.float32),
+    ):
+
+        def masked(q, k, v, m, number=number, low=low):
+            return eager(q, k, v, torch.where(m == 0, torch.full((), number, dtype=m.dtype), low))
+
+        g, _ = recognized(masked, *tensors, bias)
+        assert only_call(g).args[3].meta["val"].dtype == dtype
 
 
 def test_misses_a_mask_of_bools_that_is_added(recognized):
@@ -175,5 +220,7 @@ def test_repeated_heads_are_left_to_fuse_attention(recognized):
     def repeat(x):
         return x[:, :2, None].expand(-1, 2, 2, -1, -1).reshape(len(x), 4, -1, 8)
 
-    g, _ = recognized(lambda q, k, v, m: eager(q, repeat(k), repeat(v), m), *inputs(mask=True))
-    assert len(g.apply(FuseAttention()).rewrites) == 1 and "expand" not in g.ops()
+    for function in (eager, gemma2):
+        g, _ = recognized(lambda q, k, v, m, f=function: f(q, repeat(k), repeat(v), m), *inputs(mask=True))
+        assert len(g.apply(FuseAttention()).rewrites) == 1 and "expand" not in g.ops()
+        assert not g.apply(FuseAttention()).rewrites
