@@ -21,7 +21,7 @@ from qcompile.quant.packing import row_bytes
 from qcompile.quant.spec import QSpec, Zero
 
 # Put together into one text, in this order.
-SOURCES = ("vectors.h", "codes.h", "dequantize.h", "few_rows_dot.h", "few_rows.h", "many_rows.h")
+SOURCES = ("vectors.h", "team.h", "codes.h", "dequantize.h", "few_rows_dot.h", "few_rows.h", "many_rows.h")
 
 # enum Kind in codes.h
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
@@ -91,6 +91,7 @@ def library(defines: str) -> ctypes.CDLL:
 class Reader:
     """How to read weights of one spec with `columns` inputs, worked out once.
 
+    share_few_rows  few_rows as C++ calls it, in each thread of a team
     many_rows   None where this processor has no such kernel
     has_dot     does few_rows multiply numbers of 16 bits as integers?
     group       inputs that share a scale
@@ -102,6 +103,7 @@ class Reader:
 
     dequantize: Callable[..., None]
     few_rows: Callable[..., None]
+    share_few_rows: Callable[..., None]
     many_rows: Callable[..., None] | None
     has_dot: bool
     columns: int
@@ -122,6 +124,7 @@ class Reader:
         return Reader(
             dequantize=found.dequantize,
             few_rows=found.few_rows,
+            share_few_rows=found.share_few_rows,
             many_rows=found.many_rows if found.has_many_rows() else None,
             has_dot=bool(found.has_dot(columns, columns // groups)),
             columns=columns,

@@ -111,7 +111,7 @@ def make_known(spec: str, columns: int) -> None:
         return
     reader = packed.Reader.of(spec, columns)
     most = [most_few_rows(dtype, reader) for dtype in packed.FLOATS]
-    few_rows = ctypes.cast(reader.few_rows, ctypes.c_void_p)  # type: ignore[arg-type]
+    few_rows = ctypes.cast(reader.share_few_rows, ctypes.c_void_p)  # type: ignore[arg-type]
     shape = (reader.group, reader.groups, reader.height, reader.bytes, reader.by_row)
     op.know(spec.encode(), columns, few_rows, *most, *shape, packed.ADDED * reader.added, reader.offset)
 
@@ -121,7 +121,7 @@ def without_python() -> ctypes.CDLL | None:
     """linear_packed and fused_packed in C++, from now on; None, with a warning, if torch's headers do not compile."""
     work = f"constexpr long WORK_OF_A_THREAD = {packed.WORK_OF_A_THREAD};\n"
     try:
-        op = load_cpp(work + text_of("op.h", "vectors.h", "fused.h", "linear_op.cpp"))
+        op = load_cpp(work + text_of("op.h", "vectors.h", "team.h", "fused.h", "linear.h", "linear_op.cpp"))
     except RuntimeError as error:
         warnings.warn(f"qcompile: linears of a few rows are called through Python: {error}", stacklevel=2)
         return None

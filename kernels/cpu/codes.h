@@ -176,18 +176,21 @@ struct Weight {
     }
 };
 
-// y, with an optional bias.
+// y, with an optional bias, and a residual that is added after rounding.
 struct Output {
     void* y;
     const void* bias;
     int64_t columns;
     int kind, bias_kind;
+    const void* residual = nullptr;
 
     // `count` neighbours of row m, at most sixteen.
     INLINE void write(int64_t m, int64_t n, int64_t count, f32x16 v) const {
+        const int64_t at = m * columns + n;
         if (bias) v = v + load_some(bias, n, count, bias_kind);
-        if (count == LANES) store16(y, m * columns + n, kind, v);
-        else store_some(y, m * columns + n, count, kind, v);
+        if (residual) v = rounded(v, kind) + load_some(residual, at, count, kind);
+        if (count == LANES) store16(y, at, kind, v);
+        else store_some(y, at, count, kind, v);
     }
 };
 

@@ -49,27 +49,22 @@ INLINE int64_t few_rows_f32(const Weight& w, int64_t n, const float* x, int64_t 
     return left >= 4 ? run(Count<4>()) : left == 3 ? run(Count<3>()) : left == 2 ? run(Count<2>()) : run(Count<1>());
 }
 
-void few_rows_f32(const Weight& w, const float* x, int64_t rows, const Output& out, int threads) {
+void few_rows_f32(const Weight& w, const float* x, int64_t rows, const Output& out, Shares& shares) {
     const int64_t stride = whole(w.columns, 64);
-#pragma omp parallel num_threads(threads)
-    {
-        static thread_local Scratch scratch;
-        float* scale = scratch.get<float>(2 * whole(w.groups()));
-        float* shift = scale + whole(w.groups());
-        auto prepare = [&](int64_t n) {  // value = code * scale + shift
-            w.sides(scale, shift, n);
-            for (int64_t g = 0; g < w.groups(); g += LANES)
-                store(shift + g, f32x16{} - load<f32x16>(shift + g) * load<f32x16>(scale + g));
-        };
-        const int64_t step = std::max<int64_t>(1, std::min<int64_t>(64, w.rows / (4 * threads)));
-        prepare(0);
-#pragma omp for schedule(dynamic)
-        for (int64_t first = 0; first < w.rows; first += step)
-            for (int64_t n = first; n < std::min(first + step, w.rows); n++) {
-                if (w.scale_stride || w.zero_stride) prepare(n);
-                for (int64_t m = 0; m < rows;) m += few_rows_f32(w, n, x, stride, m, rows - m, scale, shift, out);
-            }
-    }
+    static thread_local Scratch scratch;
+    float* scale = scratch.get<float>(2 * whole(w.groups()));
+    float* shift = scale + whole(w.groups());
+    auto prepare = [&](int64_t n) {  // value = code * scale + shift
+        w.sides(scale, shift, n);
+        for (int64_t g = 0; g < w.groups(); g += LANES)
+            store(shift + g, f32x16{} - load<f32x16>(shift + g) * load<f32x16>(scale + g));
+    };
+    prepare(0);
+    for (int64_t first, last; shares.take(omp_get_thread_num(), first, last);)
+        for (int64_t n = first; n < last; n++) {
+            if (w.scale_stride || w.zero_stride) prepare(n);
+            for (int64_t m = 0; m < rows;) m += few_rows_f32(w, n, x, stride, m, rows - m, scale, shift, out);
+        }
 }
 
 // x to float32, rows padded with zeros to a multiple of 64.
@@ -94,12 +89,24 @@ extern "C" int has_dot(int64_t columns, int64_t group) {
 #endif
 }
 
+// What one thread of a team does of it. What they share is ready, and nobody waits for the others here.
+extern "C" void share_few_rows(WEIGHT_ARGUMENTS, const void* x, int64_t x_rows, int64_t x_stride, int kind, void* y,
+                               const void* bias, int bias_kind, const void* residual, Shares* shares) {
+    const Weight w = WEIGHT;
+    const Output out = {y, bias, rows, kind, bias_kind, residual};
+#ifdef HAS_VNNI
+    if (kind != F32 && has_dot(columns, group)) return few_rows_dot(w, x, x_rows, x_stride, out, *shares);
+#endif
+    few_rows_f32(w, floats(x, x_rows, columns, x_stride, kind), x_rows, out, *shares);
+}
+
 extern "C" void few_rows(WEIGHT_ARGUMENTS, const void* x, int64_t x_rows, int64_t x_stride, int kind, void* y,
                          const void* bias, int bias_kind, int threads) {
-    const Weight w = WEIGHT;
-    const Output out = {y, bias, rows, kind, bias_kind};
-#ifdef HAS_VNNI
-    if (kind != F32 && has_dot(columns, group)) return few_rows_dot(w, x, x_rows, x_stride, out, threads);
-#endif
-    few_rows_f32(w, floats(x, x_rows, columns, x_stride, kind), x_rows, out, threads);
+    static thread_local Scratch scratch;
+    Shares shares;
+    shares.begin(scratch.get<char>(Shares::bytes(threads)), threads, rows, rows_of_piece(rows, columns, threads));
+    as_team(threads, [&](int) {
+        share_few_rows(data, scale, zero, rows, columns, group, height, data_stride, scale_stride, zero_stride,
+                       scale_kind, zero_kind, offset, x, x_rows, x_stride, kind, y, bias, bias_kind, nullptr, &shares);
+    });
 }

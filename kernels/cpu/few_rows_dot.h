@@ -186,55 +186,48 @@ INLINE void four_rows_dot(const Weight& w, int64_t n, const Fixed& x, int64_t ro
 }
 
 template <int SPLIT>
-void few_rows_dot(const Weight& w, const Fixed& x, int64_t rows, const Output& out, int threads) {
+void few_rows_dot(const Weight& w, const Fixed& x, int64_t rows, const Output& out, Shares& shares) {
     constexpr int64_t R = 4, SIDES = 2048;  // so many scales are prepared at once, and still in the cache when read
     const int64_t groups = w.groups(), block = std::max<int64_t>(1, std::min<int64_t>(16, SIDES / groups / R)) * R;
-    const int64_t step = std::max<int64_t>(1, std::min<int64_t>(16, w.rows / (4 * R * threads))) * R;
     const bool varies = w.scale_stride || w.zero_stride;
-#pragma omp parallel num_threads(threads)
-    {
-        static thread_local Scratch scratch;
-        const int64_t size = (varies ? block : 1) * groups + LANES;  // a vector behind the last is written, and read
-        float* scale = scratch.get<float>(2 * size + x.steps);
-        float* shift = scale + size;
-        int32_t* first = (int32_t*)(shift + size);
-        Scales scales = {scale, shift, varies ? groups : 0, first, {}};
-        std::fill(scale, shift + size, 0.0f);
-        for (int64_t s = 0; s < x.steps; s++) first[s] = w.group >= w.columns ? 0 : s * STEP / w.group;
-        for (int part = 0; part < SPLIT; part++) {
-            int32_t place[16];
-            for (int i = 0; i < 16; i++)
-                place[i] = w.group > STEP || groups == 1 ? 0 : (i / 4 * STEP / 4 + part * STEP / 4 / SPLIT) / w.group;
-            scales.place[part] = _mm512_loadu_si512(place);
-        }
-        auto prepare = [&](int64_t n, int64_t count) {
-            w.each_sides(n, count, [&](int64_t i, f32x16 s, f32x16 z) __attribute__((always_inline)) {
-                store(scale + i, s);
-                store(shift + i, z * s);
-            });
-        };
-        if (!varies) prepare(0, 1);
-#pragma omp for schedule(dynamic)
-        for (int64_t first = 0; first < w.rows; first += step) {
-            const int64_t last = std::min(first + step, w.rows);
-            for (int64_t begin = first; begin < last; begin += block) {
-                const int64_t end = std::min(begin + block, last);
-                if (varies) {
-                    prepare(begin, end - begin);
-                    w.prefetch_sides(end, block);
+    static thread_local Scratch scratch;
+    const int64_t size = (varies ? block : 1) * groups + LANES;  // a vector behind the last is written, and read
+    float* scale = scratch.get<float>(2 * size + x.steps);
+    float* shift = scale + size;
+    int32_t* first_scale = (int32_t*)(shift + size);
+    Scales scales = {scale, shift, varies ? groups : 0, first_scale, {}};
+    std::fill(scale, shift + size, 0.0f);
+    for (int64_t s = 0; s < x.steps; s++) first_scale[s] = w.group >= w.columns ? 0 : s * STEP / w.group;
+    for (int part = 0; part < SPLIT; part++) {
+        int32_t place[16];
+        for (int i = 0; i < 16; i++)
+            place[i] = w.group > STEP || groups == 1 ? 0 : (i / 4 * STEP / 4 + part * STEP / 4 / SPLIT) / w.group;
+        scales.place[part] = _mm512_loadu_si512(place);
+    }
+    auto prepare = [&](int64_t n, int64_t count) {
+        w.each_sides(n, count, [&](int64_t i, f32x16 s, f32x16 z) __attribute__((always_inline)) {
+            store(scale + i, s);
+            store(shift + i, z * s);
+        });
+    };
+    if (!varies) prepare(0, 1);
+    for (int64_t first, last; shares.take(omp_get_thread_num(), first, last);)
+        for (int64_t begin = first; begin < last; begin += block) {
+            const int64_t end = std::min(begin + block, last);
+            if (varies) {
+                prepare(begin, end - begin);
+                w.prefetch_sides(end, block);
+            }
+            for (int64_t n = begin; n < end; n += R) {
+                if (n + R <= end) {
+                    four_rows_dot<SPLIT>(w, n, x, rows, scales, n - begin, out);
+                    continue;
                 }
-                for (int64_t n = begin; n < end; n += R) {
-                    if (n + R <= end) {
-                        four_rows_dot<SPLIT>(w, n, x, rows, scales, n - begin, out);
-                        continue;
-                    }
-                    for (int64_t r = 0; n + r < end; r++)
-                        for (int64_t m = 0; m < rows; m++)
-                            few_rows_dot<1, 1, SPLIT>(w, n + r, x, m, scales, n + r - begin, out);
-                }
+                for (int64_t r = 0; n + r < end; r++)
+                    for (int64_t m = 0; m < rows; m++)
+                        few_rows_dot<1, 1, SPLIT>(w, n + r, x, m, scales, n + r - begin, out);
             }
         }
-    }
 }
 
 // Into how many groups the codes of a lane fall; 0 where groups and lanes do not fit.
@@ -280,7 +273,7 @@ void fix_row(const Weight& w, const void* x, int kind, int8_t* to, float* scales
     finish_group();
 }
 
-void few_rows_dot(const Weight& w, const void* x, int64_t rows, int64_t x_stride, const Output& out, int threads) {
+void few_rows_dot(const Weight& w, const void* x, int64_t rows, int64_t x_stride, const Output& out, Shares& shares) {
     static thread_local Scratch scratch;
     const int64_t steps = whole(w.columns, STEP) / STEP, groups = whole(w.groups());
     float* sums = scratch.get<float>(rows * (groups + steps * (LANES + 32 * FIELDS)));
@@ -292,9 +285,9 @@ void few_rows_dot(const Weight& w, const void* x, int64_t rows, int64_t x_stride
                 scales + m * steps * LANES, sums + m * groups);
     const Fixed fixed = {to, scales, sums, steps, groups};
     switch (groups_of_lane(w.columns, w.group)) {
-        case 1: return few_rows_dot<1>(w, fixed, rows, out, threads);
-        case 2: return few_rows_dot<FIELDS >= 2 ? 2 : 1>(w, fixed, rows, out, threads);
-        default: return few_rows_dot<FIELDS >= 4 ? 4 : 1>(w, fixed, rows, out, threads);
+        case 1: return few_rows_dot<1>(w, fixed, rows, out, shares);
+        case 2: return few_rows_dot<FIELDS >= 2 ? 2 : 1>(w, fixed, rows, out, shares);
+        default: return few_rows_dot<FIELDS >= 4 ? 4 : 1>(w, fixed, rows, out, shares);
     }
 }
 

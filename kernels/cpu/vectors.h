@@ -235,6 +235,11 @@ INLINE void store16(void* base, int64_t index, int kind, f32x16 v) {
     else store(at, kind == BF16 ? to_bf16(v) : to_half(v));
 }
 
+INLINE f32x16 rounded(f32x16 v, int kind) {
+    if (kind == F32) return v;
+    return kind == BF16 ? bits_of<f32x16>(widen(to_bf16(v)) << 16) : from_half(widen(to_half(v)));
+}
+
 // The first `count` of sixteen, zeros behind them. Never reads behind the last one.
 INLINE f32x16 load_some(const void* base, int64_t index, int64_t count, int kind) {
     const char* at = (const char*)base + index * size_of(kind);

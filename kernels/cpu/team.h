@@ -1,0 +1,59 @@
+// Threads that share work, and wait for one another between its steps.
+
+#include <atomic>
+
+namespace {
+
+// Each thread takes pieces from the front of a stretch of its own, so that it reads on and on, and then from the backs
+// of the others'.
+struct Shares {
+    struct alignas(64) Stretch {
+        std::atomic<uint64_t> ends;  // its first piece, and from bit 32 on the one behind its last
+    };
+    Stretch* stretches = nullptr;
+    int64_t count = 0, piece = 1, threads = 1;
+
+    static int64_t bytes(int64_t threads) { return threads * sizeof(Stretch); }
+    int64_t first_of(int64_t thread) const { return (count + piece - 1) / piece * thread / threads; }
+
+    // Before any thread takes: `count` units of work, in pieces of `piece`; `memory` is `bytes` long.
+    void begin(void* memory, int64_t threads, int64_t count, int64_t piece) {
+        *this = {(Stretch*)memory, count, piece, threads};
+        for (int64_t i = 0; i < threads; i++)
+            stretches[i].ends.store(first_of(i) | first_of(i + 1) << 32, std::memory_order_relaxed);
+    }
+    // The next piece is first … last - 1. False: nothing is left.
+    bool take(int64_t thread, int64_t& first, int64_t& last) {
+        for (int64_t i = 0; i < threads; i++) {
+            std::atomic<uint64_t>& ends = stretches[(thread + i) % threads].ends;
+            uint64_t now = ends.load(std::memory_order_relaxed);
+            while ((now & 0xffffffff) < now >> 32) {
+                const uint64_t then = i ? now - (1ull << 32) : now + 1;
+                if (!ends.compare_exchange_weak(now, then, std::memory_order_relaxed)) continue;
+                first = (i ? then >> 32 : now & 0xffffffff) * piece;
+                last = std::min(first + piece, count);
+                return true;
+            }
+        }
+        return false;
+    }
+};
+
+// How many rows of a weight are a piece: so few that all end together, and so many that taking them is nothing.
+INLINE int64_t rows_of_piece(int64_t rows, int64_t columns, int64_t threads) {
+    constexpr int64_t CODES = 1 << 15, WHOLE = 4;
+    return std::max<int64_t>(1, std::min(CODES / columns, rows / (4 * threads)) / WHOLE) * WHOLE;
+}
+
+// What a team has done so far is seen by all of it.
+INLINE void wait_for_all() {
+#pragma omp barrier
+}
+
+// Work(thread) in each of so many threads.
+template <typename Work> void as_team(int64_t threads, Work work) {
+#pragma omp parallel num_threads(threads)
+    work(omp_get_thread_num());
+}
+
+}  // namespace
