@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import functools
 import platform
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -22,6 +24,11 @@ def load_cpp(source: str) -> ctypes.CDLL:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = next((line for line in lines if "error:" in line), lines[0] if lines else type(error).__name__)
         raise RuntimeError(reason) from error
+
+
+def compile_ahead(work: Sequence[Callable[[], object]]) -> None:
+    """Begin to compile what these functions load, one after the other, in a thread: who needs it waits for the rest."""
+    threading.Thread(target=lambda: [each() for each in work], name="qcompile-cpp", daemon=True).start()
 
 
 def text_of(*names: str) -> str:

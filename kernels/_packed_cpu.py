@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,11 +53,6 @@ def missing(element: Element) -> str | None:
     except RuntimeError as error:
         return f"C++ does not compile here: {error}"
     return None
-
-
-def compile_ahead(elements: Iterable[Element]) -> None:
-    """Begin to compile the libraries for these elements, in a thread."""
-    threading.Thread(target=lambda: [missing(each) for each in elements], name="qcompile-cpp", daemon=True).start()
 
 
 def _defines(element: Element) -> str:

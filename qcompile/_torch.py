@@ -16,13 +16,16 @@ from torch.utils._pytree import tree_leaves
 
 @contextmanager
 def tracing_in_this_thread() -> Iterator[None]:
-    """While torch traces, modules of other threads keep their own methods.
+    """While torch traces, modules of other threads keep their own methods, and nodes get no stack traces.
 
     Tracers replace nn.Module.__call__ and __getattr__ for the whole process, so that any module called in another
     thread meanwhile would be recorded, and break the trace and the call. One thread at a time may be inside.
+    Stack traces are a sixth of the time that a capture takes, and nobody reads them.
     """
+    from torch.fx import proxy
     from torch.fx._symbolic_trace import _Patcher
 
+    tracer: Any = proxy
     owner, patch_method = threading.get_ident(), _Patcher.patch_method
 
     def patch_here(self: Any, cls: type, name: str, new_fn: Callable[..., Any], deduplicate: bool = True) -> None:
@@ -37,11 +40,24 @@ def tracing_in_this_thread() -> Iterator[None]:
     if patch_method.__name__ == patch_here.__name__:  # entered already, further up
         yield
         return
-    _Patcher.patch_method = patch_here
+    _Patcher.patch_method, traceback = patch_here, tracer.CapturedTraceback
+    tracer.CapturedTraceback = _NoTraceback
     try:
         yield
     finally:
-        _Patcher.patch_method = patch_method
+        _Patcher.patch_method, tracer.CapturedTraceback = patch_method, traceback
+
+
+class _NoTraceback:
+    """CapturedTraceback that captures nothing."""
+
+    @staticmethod
+    def extract(*args: Any, **kwargs: Any) -> type[_NoTraceback]:
+        return _NoTraceback
+
+    @staticmethod
+    def summary() -> tuple[()]:
+        return ()
 
 
 def fake_mode_of(values: Sequence[Any]) -> Any:
@@ -77,6 +93,8 @@ def inductor(gm: GraphModule, fakes: Sequence[Any], patches: dict[str, Any] | No
     from torch._guards import TracingContext, tracing
     from torch._inductor.compile_fx import compile_fx
 
+    if not any(isinstance(fake, torch.Tensor) and fake.is_cuda for fake in fakes):
+        know_processor()
     context = TracingContext.try_get() or TracingContext(fake_mode_of(fakes))
     with torch.no_grad(), tracing(context), tracing_in_this_thread(), _mended_inductor():
         return cast(
@@ -284,7 +302,23 @@ def cpp_library(source: str) -> ctypes.CDLL:
     """C++ built by Inductor's builder, from its cache on disk if it was built before."""
     from torch._inductor.codecache import CppCodeCache
 
+    know_processor()
     return CppCodeCache.load(source)
+
+
+_KNOWING = threading.Lock()
+
+
+def know_processor() -> None:
+    """Let Inductor find out what the processor can do, which it remembers, in one thread at a time.
+
+    In two at once it mistakes the flags of one trial for the next one's base: it would compile with other flags than
+    another process, and find nothing of that one's in its cache (torch 2.11 to 2.14).
+    """
+    from torch._inductor.cpu_vec_isa import valid_vec_isa_list
+
+    with _KNOWING:
+        valid_vec_isa_list()
 
 
 @functools.cache

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from qcompile import _torch
 from qcompile.algorithms import quantize
 from qcompile.config import Config
 from qcompile.errors import ConfigError, WeightError
 from qcompile.explain import Report
 from qcompile.generate import Generate
-from qcompile.kernels._packed_cpu import compile_ahead
+from qcompile.kernels import _packed_cpu, attention_cpu, linear_cpu
+from qcompile.kernels._cpp import compile_ahead
 from qcompile.kernels._pages import use_large_pages
 from qcompile.load import load
 from qcompile.plan import Entry, Plan, example_inputs, make_plan
@@ -58,10 +61,13 @@ def optimize(
     config = Config.of(config, **options)
     if runner_of(model) is not None:
         raise ConfigError("the model is optimized already; optimize a freshly loaded one")
+    on_cpu = all(tensor.device.type == "cpu" for tensor in (*model.parameters(), *model.buffers()))
+    if on_cpu:
+        compile_ahead([_torch.know_processor])
     plan = make_plan(model, config, example)
     _check(model, plan, config)
-    if next(model.parameters(), torch.empty(0)).device.type == "cpu":
-        compile_ahead({entry.spec.element for entry in plan.entries if isinstance(entry.spec, QSpec)})
+    if on_cpu:
+        compile_ahead(_needed_cpp(model, plan))
     packed = plan.groups
     bar = tqdm(total=sum(len(group) for group in packed), desc="quantize", disable=not progress, leave=False)
     with bar, torch.no_grad():
@@ -151,6 +157,14 @@ def _check(model: nn.Module, plan: Plan, config: Config) -> None:
         if not (finite := torch.isfinite(weight)).all():
             bad = weight[~finite]
             raise WeightError(f"{entry.path} has {bad.isnan().sum()} NaN and {bad.isinf().sum()} infinite values")
+
+
+def _needed_cpp(model: nn.Module, plan: Plan) -> list[Callable[[], object]]:
+    """What loads the C++ that calls on a CPU need, the first ones first. It is compiled once for a machine."""
+    elements = {entry.spec.element for entry in plan.entries if isinstance(entry.spec, QSpec)}
+    linears = [*(functools.partial(_packed_cpu.missing, each) for each in elements), linear_cpu.without_python]
+    attention = [attention_cpu.missing] if hasattr(type(model), "generate") else []
+    return [*(linears if elements else ()), *attention]
 
 
 def _pack(model: nn.Module, group: tuple[Entry, ...], config: Config, bar: Any) -> None:

@@ -18,12 +18,13 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from qcompile import formats, models
+from qcompile import _torch, formats, models
 from qcompile.conversion import convert
 from qcompile.errors import CheckpointError, FormatError, SpecError
 from qcompile.files.checkpoint import Checkpoint, open_checkpoint
 from qcompile.formats import Dense, Entry, Gguf, Ignored, Stored
 from qcompile.formats.stored import Joined, Rounding
+from qcompile.kernels._cpp import compile_ahead
 from qcompile.quant.activation import ActivationSpec
 from qcompile.save_pretrained import attach
 from qcompile.storage import INPUT_ROUNDING, OUTPUT_ROUNDING, Parameter, put, put_rounding
@@ -52,6 +53,8 @@ def load(
     """
     source = models.find(name)
     folder = models.fetch(source)
+    if torch.device(device).type == "cpu":
+        compile_ahead([_torch.know_processor])
     checkpoint = open_checkpoint(folder / source.gguf if source.gguf else folder)
     method = formats.find(checkpoint)
     config = method.config(checkpoint) if isinstance(method, Gguf) else None

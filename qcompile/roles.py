@@ -6,14 +6,16 @@ forward cannot be captured (no example inputs, say), the module tree decides and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 from torch.fx import Node
 
 from qcompile.errors import CaptureError, UnsupportedError
+from qcompile.few_layers import few_layers
 from qcompile.graph.match import argument, aten, is_call, value
 from qcompile.normal import normalize
 from qcompile.ops.codebook import dequantize_codebook
@@ -21,6 +23,8 @@ from qcompile.ops.linear import dequantize, reorder
 from qcompile.shelf import Shelf
 from qcompile.step import capture_call
 from qcompile.storage import data_path
+
+log = logging.getLogger(__name__)
 
 # A linear smaller than this saves nothing worth a kernel.
 TINY = 1024
@@ -69,6 +73,35 @@ def _kind(x: Any) -> Any:
 
 
 def _captured_roles(model: nn.Module, names: Names, example: Mapping[str, Any]) -> dict[str, Role]:
+    few, twins = few_layers(model)
+    if twins and "forward" not in vars(model):  # else it is bound to this model
+        try:
+            roles = _roles_of(few, names, example)
+        except CaptureError as error:
+            log.info("qcompile: captured with all layers: %s", error)
+        else:
+            return roles | _roles_of_twins(names, roles, twins)
+    return _roles_of(model, names, example)
+
+
+def _roles_of_twins(names: Names, roles: Mapping[str, Role], twins: Mapping[str, str]) -> dict[str, Role]:
+    """The roles of parameters in layers that were left out."""
+    known = {path: roles[paths[0]] for _, paths in names for path in paths}
+    found = {}
+    for _, (path, *_) in names:
+        if layer := next((layer for layer in _above(path) if layer in twins), None):
+            role = known[twins[layer] + path.removeprefix(layer)]
+            found[path] = replace(role, reads=role.reads and (layer, role.reads))
+    return found
+
+
+def _above(path: str) -> Iterator[str]:
+    """The modules that a parameter is in, the nearest first."""
+    while path := path.rpartition(".")[0]:
+        yield path
+
+
+def _roles_of(model: nn.Module, names: Names, example: Mapping[str, Any]) -> dict[str, Role]:
     captured, _, _ = capture_call(model, model.forward, example)
     normalize(captured.gm)
     nodes = captured.gm.graph.find_nodes(op="placeholder")

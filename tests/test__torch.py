@@ -1,5 +1,7 @@
 """_torch: what is mended in torch itself."""
 
+import threading
+import time
 from typing import Any
 
 import pytest
@@ -36,3 +38,34 @@ def test_what_was_compiled_without_the_mend_is_not_taken_from_the_cache(monkeypa
         _torch.inductor_training(gm, [torch.ones(2)], {})
         assert torch.compiler.config.cache_key_tag == "mine"
     assert tags == ["mine+qcompile"] * 2
+
+
+def test_the_processor_is_looked_at_by_one_thread_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import cpu_vec_isa
+
+    inside, most = [0], []
+
+    def look() -> None:
+        inside[0] += 1
+        most.append(inside[0])
+        time.sleep(0.02)
+        inside[0] -= 1
+
+    monkeypatch.setattr(cpu_vec_isa, "valid_vec_isa_list", look)
+    threads = [threading.Thread(target=_torch.know_processor) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1, 1, 1]
+
+
+def test_nodes_have_no_stack_traces() -> None:
+    from qcompile.graph.capture import export
+
+    class Model(torch.nn.Module):
+        def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
+            return tensors[0].relu() * 2
+
+    graph = export(Model(), [torch.ones(2, 4)]).gm.graph
+    assert not any(node.stack_trace for node in graph.nodes)

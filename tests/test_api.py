@@ -23,6 +23,16 @@ def test_same_object_same_class(tiny_llama: Make) -> None:
     assert type(model) is cls
 
 
+def test_the_cpp_of_a_model_is_compiled_ahead(tiny_llama: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    work: list[Callable[[], object]] = []
+    monkeypatch.setattr("qcompile.api.compile_ahead", work.extend)
+    qcompile.optimize(tiny_llama(), "u4/g32/asym", specs={"down_proj": "nf4/g32/sym"}, progress=False)
+    assert len(work) == 5 and not any(each() for each in work[:3]), "processor, two elements; then linears, attention"
+    work.clear()
+    qcompile.optimize(nn.Linear(64, 64), "u4/g32/asym", progress=False)
+    assert len(work) == 3, "it does not generate"
+
+
 def test_dequantize_has_the_models_own_names(tiny_llama: Make) -> None:
     model = tiny_llama()
     names = set(model.state_dict())

@@ -22,7 +22,7 @@ LAYERS = [
     {"config", "normal"},
     {"stores", "calls", "regions", "replay", "decode_state"},
     {"storage"},
-    {"step", "caches"},
+    {"step", "caches", "few_layers"},
     {"roles"},
     {"plan"},
     {"pipeline"},

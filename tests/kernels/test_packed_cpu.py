@@ -1,7 +1,5 @@
 """_packed_cpu: the libraries that are compiled for the codes of an element."""
 
-import threading
-
 import pytest
 import torch
 
@@ -30,18 +28,3 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(tried) == 1
     finally:
         packed.missing.cache_clear()
-
-
-def test_what_the_compiler_says() -> None:
-    with pytest.raises(RuntimeError, match=r"^[^\n]*error: [^\n]*$"):
-        packed.load_cpp("int f( { return 0; }")
-
-
-def test_what_is_compiled_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-    monkeypatch.setattr(packed, "missing", asked.append)
-    packed.compile_ahead(elements := [QSpec.parse(spec).element for spec in ("u4/g64/asym", "i8/row/sym")])
-    for thread in threading.enumerate():
-        if thread.name == "qcompile-cpp":
-            thread.join()
-    assert asked == elements
