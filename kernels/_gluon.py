@@ -104,25 +104,36 @@ def words_of(ring, index, L: gl.constexpr, W: gl.constexpr):
 
 
 @gluon.jit
-def codes(words, FIELD: gl.constexpr, W: gl.constexpr):
-    """Unit FIELD of a chunk in byte form (see _tiles.py)."""
+def codes(words, FIELD: gl.constexpr, W: gl.constexpr, IN_PLACE: gl.constexpr = False):
+    """Unit FIELD of a chunk in byte form (see _tiles.py); in place, those of a single plane, where they lie in their
+    bytes."""
     SECOND: gl.constexpr = W.fields * W.p0 // 8
     THIRD: gl.constexpr = SECOND + W.fields * W.p1 // 8
-    found = _field(words, 0, FIELD, W.p0)
+    found = _field(words, 0, FIELD, W.p0, IN_PLACE)
     if W.p1 > 0:
-        found |= _field(words, SECOND, FIELD, W.p1) << W.p0
+        found |= _field(words, SECOND, FIELD, W.p1, False) << W.p0
     if W.p2 > 0:
-        found |= _field(words, THIRD, FIELD, W.p2) << (W.p0 + W.p1)
+        found |= _field(words, THIRD, FIELD, W.p2, False) << (W.p0 + W.p1)
     return found
 
 
 @gluon.jit
-def _field(words, FIRST: gl.constexpr, FIELD: gl.constexpr, WIDTH: gl.constexpr):
+def _field(words, FIRST: gl.constexpr, FIELD: gl.constexpr, WIDTH: gl.constexpr, IN_PLACE: gl.constexpr):
     PER_CHUNK: gl.constexpr = 8 // WIDTH
+    SHIFT: gl.constexpr = FIELD % PER_CHUNK * WIDTH
+    MASK: gl.constexpr = _signed(0x01010101 * ((1 << WIDTH) - 1))
     found = words[FIRST + FIELD // PER_CHUNK]
-    if WIDTH < 8:
-        found = (found >> (FIELD % PER_CHUNK * WIDTH)) & (0x01010101 * ((1 << WIDTH) - 1))
+    if IN_PLACE:
+        found &= _signed(MASK << SHIFT)
+    elif WIDTH < 8:
+        found = (found >> SHIFT) & MASK
     return found
+
+
+@constexpr_function
+def _signed(word: int) -> int:
+    """As a constant of 32 bits that Triton does not widen."""
+    return word - (1 << 32) if word >= 1 << 31 else word
 
 
 @gluon.jit

@@ -131,11 +131,13 @@ def way(rows: int, integers: bool, step: int, device: Device) -> str:
 
 def dot_tile(rows: int, outputs: int, inputs: int, step: int, bits: int, device: Device) -> DotTile:
     chunks = cdiv(inputs, step)
-    warps = 4 if chunks <= 128 else 8
+    warps = 4 if chunks <= 128 else 8 if chunks <= 512 else 16
     split = min(warps, power_of_two(cdiv(chunks, 32)))
     row_bytes = cdiv(chunks, 32 * split) * 32 * split * step * bits // 8
+    # Larger programs share what x costs, where they still are several waves.
+    room = 64 << 10 if rows == 1 and outputs >= 16384 else 32 << 10
     # A thread holds both rows of x, and the sums of its weight rows.
-    tall = _floor_power(min(16 * warps // split // rows, max(4, (32 << 10) // row_bytes)))
+    tall = _floor_power(min((1024 // step if rows == 1 else 8) * warps // split, max(4, room // row_bytes)))
     tall = _floor_power(min(tall, (device.shared_bytes - (16 << 10)) // row_bytes))
     # Few rows at a time share what x costs with those of other steps; no processor is left without a program.
     steps = cdiv(outputs, tall * 2 * device.processors) if tall < 8 and tall * row_bytes <= 32 << 10 else 1
@@ -231,8 +233,10 @@ def attention_tile(pairs: int, rows: int, keys: int, columns: int, itemsize: int
         while stages > 1 and stages * block * 2 * columns * itemsize > device.shared_bytes - (16 << 10):
             stages -= 1
     programs = pairs * cdiv(rows, tile_rows)
-    splits = max(1, min(cdiv(keys, block), device.processors // programs, 64))
-    return AttentionTile(1 << splits.bit_length() - 1, tile_rows, block, warps, stages)
+    splits = _floor_power(min(cdiv(keys, block), device.processors // programs, 64))
+    if keys <= block * splits:  # one step a program: nothing to fetch ahead
+        stages = 1
+    return AttentionTile(splits, tile_rows, block, warps, stages)
 
 
 def slab_rows(inputs: int, height: int) -> int:

@@ -87,9 +87,7 @@ def attend(
         mask_rows = tile.rows if any(mask_strides[1:3]) else 1
     sums = parts = None
     if tile.splits > 1:
-        sums = query.new_empty(batch * heads * length, 2, tile.splits, dtype=torch.float32)
-        parts = query.new_empty(batch * heads * length, tile.splits, value_width, dtype=torch.float32)
-    pdl = dependent_launch(query)
+        sums, parts = partial_results(query, batch * heads * length, tile.splits, value_width)
     launch(
         _split,
         (batch * kv_heads, tile.splits, cdiv(rows, tile.rows)),
@@ -119,24 +117,37 @@ def attend(
         MASK_ROWS=mask_rows,
         SCAN=max(16, SCAN_ELEMENTS // mask_rows),
         EARLY=cdiv(keys, tile.keys * tile.splits) <= 2,
-        PDL=pdl,
+        PDL=dependent_launch(query),
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-    if tile.splits > 1:
-        launch(
-            _combine,
-            (batch * heads * length,),
-            sums,
-            parts,
-            out,
-            DV=value_width,
-            BLOCK_DV=block_dv,
-            SPLITS=tile.splits,
-            PDL=pdl,
-            num_warps=max(1, min(8, tile.splits * block_dv // 512)),
-        )
+    if sums is not None and parts is not None:
+        combine(sums, parts, out)
     return out
+
+
+def partial_results(like: Tensor, rows: int, splits: int, columns: int) -> tuple[Tensor, Tensor]:
+    """Where programs leave what they found in their parts: top and total, and the weighted sums of the values."""
+    sums = like.new_empty(rows, 2, splits, dtype=torch.float32)
+    return sums, like.new_empty(rows, splits, columns, dtype=torch.float32)
+
+
+def combine(sums: Tensor, parts: Tensor, out: Tensor) -> None:
+    """Write to `out`, rows of columns one after the other, what all parts together give."""
+    rows, splits, columns = parts.shape
+    block_dv = max(16, power_of_two(columns))
+    launch(
+        _combine,
+        (rows,),
+        sums,
+        parts,
+        out,
+        DV=columns,
+        BLOCK_DV=block_dv,
+        SPLITS=splits,
+        PDL=dependent_launch(out),
+        num_warps=max(1, min(8, splits * block_dv // 512)),
+    )
 
 
 @triton.jit

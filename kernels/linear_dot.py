@@ -31,8 +31,8 @@ from qcompile.kernels._gluon import (
     wait_for_copies,
     words_of,
 )
-from qcompile.kernels._tiles import activate, cdiv, dependent_launch, launch
-from qcompile.kernels._weight import Weight
+from qcompile.kernels._tiles import activate, cdiv, constexpr_function, dependent_launch, launch
+from qcompile.kernels._weight import Layout, Weight
 
 
 @dataclass(frozen=True)
@@ -243,6 +243,8 @@ def _products(
 ):  # fmt: skip
     """A step's weights times x, summed by thread: (outputs, chunks)."""
     COUNT: gl.constexpr = W.fields // SHARING
+    # Codes that stay where they lie in their bytes save a shift each; a unit's sum is shifted instead.
+    IN_PLACE: gl.constexpr = W.p1 == 0 and W.p0 < 8
     y = 0.0
     for part in gl.static_range(PARTS):
         words = words_of(ring, (slot * PARTS + part) * pieces(W), L, W)
@@ -250,15 +252,22 @@ def _products(
             x, size, total = xs[part * COUNT + i]
             dot = 0
             for unit in gl.static_range(SHARING):
-                code = codes(words, i * SHARING + unit, W)
-                dot = _dp2a(x[2 * unit], code, dot, "lo")
-                dot = _dp2a(x[2 * unit + 1], code, dot, "hi")
-            dot = gl.sum(dot, 2).to(gl.float32) * size
+                code = codes(words, i * SHARING + unit, W, IN_PLACE)
+                if IN_PLACE:
+                    dot <<= W.p0
+                dot = _dp2a(x[2 * unit], x[2 * unit + 1], code, dot)
+            dot = gl.sum(dot, 2).to(gl.float32) * (size * _worth((i + 1) * SHARING - 1, W))
             zero = W.offset * 1.0 if len(zeros) == 0 else zeros[(part * COUNT + i) % len(zeros)].to(gl.float32)
             scale = scales[(part * COUNT + i) % len(scales)].to(gl.float32)
             # A NaN or infinity in x is in the total.
             y += dot * scale + zero * total if W.added else (dot - zero * total) * scale
     return y
+
+
+@constexpr_function
+def _worth(last: int, layout: Layout) -> float:
+    """What one is worth in a sum of units in place, of which this is the last."""
+    return 1.0 / (1 << last * layout.p0 % 8) if layout.p1 == 0 else 1.0
 
 
 @gluon.jit
@@ -330,7 +339,19 @@ def _fixed(x, scale):
 
 
 @gluon.jit
-def _dp2a(x, found, dot, HALF: gl.constexpr):
-    """dot + two 16-bit numbers times the two low or high bytes of `found`."""
-    ASM: gl.constexpr = "dp2a." + HALF + ".s32.u32 $0, $1, $2, $3;"
-    return gl.inline_asm_elementwise(ASM, "=r,r,r,r", [x, found, dot], gl.int32, is_pure=True, pack=1)
+def _dp2a(a, b, found, dot):
+    """dot + the 16-bit numbers of a and b times the bytes of `found`, summed over the four words of a thread: the first
+    is the sum, the others are zeros."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .s32 t;"
+        "dp2a.lo.s32.u32 t, $4, $12, $16; dp2a.hi.s32.u32 t, $8, $12, t;"
+        "dp2a.lo.s32.u32 t, $5, $13, t; dp2a.hi.s32.u32 t, $9, $13, t;"
+        "dp2a.lo.s32.u32 t, $6, $14, t; dp2a.hi.s32.u32 t, $10, $14, t;"
+        "dp2a.lo.s32.u32 t, $7, $15, t; dp2a.hi.s32.u32 t, $11, $15, t;"
+        "mov.b32 $0, t; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0; }",
+        "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r",
+        [a, b, found, dot],
+        gl.int32,
+        is_pure=True,
+        pack=4,
+    )

@@ -20,6 +20,7 @@ from qcompile.graph.rewrite import PassResult, Rewriter, Rule, apply
 from qcompile.normal import normalizing_passes
 from qcompile.ops.registry import MEANING
 from qcompile.passes.fuse_attention import FuseAttention
+from qcompile.passes.fuse_attention_cache import FuseAttentionCache
 from qcompile.passes.fuse_linear import FuseLinear
 from qcompile.passes.fuse_mlp import FuseMlp
 from qcompile.passes.fuse_norm import FuseNorm
@@ -48,6 +49,7 @@ KERNELS = (
     "rope",
     "rope_into_cache",
     "attention_decode",
+    "attention_into_cache",
     "attention_cpu",
     "inductor",
     "linear_w8a8_cpu",
@@ -95,6 +97,7 @@ def default_passes(config: Config) -> list[Rule[Any]]:
     passes += _confined(config, ("any", FuseSiblings()), ("rope", FuseRope()))
     # After siblings: gate and up are halves of one tensor, and a linear with an activation is no sibling.
     passes += _confined(config, ("mlp", FuseMlp()), ("attention", FuseAttention()), ("attention", FuseRopeCache()))
+    passes += _confined(config, ("attention", FuseAttentionCache()))
     # After siblings and MLPs, which are fused while their linears are linears.
     passes += [QuantizeActivation()]
     # Norms last: a rotation is a sum too, and a norm behind it would take it for its residual; and where a linear takes

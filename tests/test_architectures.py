@@ -131,6 +131,7 @@ def test_counts(name: str, dtype: torch.dtype) -> None:
         "fuse_mlp": times(arch.mlps),
         "fuse_attention": arch.attentions * layers,
         "fuse_rope_cache": 0,  # without a cache
+        "fuse_attention_cache": 0,  # without a cache
         "fuse_linear": 0,  # many rows
     }
 

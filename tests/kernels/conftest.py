@@ -21,6 +21,7 @@ TRITON_TESTS = [
     "test_attention_decode.py",
     "test_rope_into_cache.py",
     "test_draw.py",
+    "test_attention_into_cache.py",
 ]
 GPU = torch.cuda.is_available()
 INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"

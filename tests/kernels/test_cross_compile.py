@@ -17,6 +17,7 @@ import torch
 from qcompile.kernels import (
     _tuning,
     attention_decode,
+    attention_into_cache,
     dequantize_gpu,
     draw,
     gated_act,
@@ -226,6 +227,19 @@ def attentions(gpu: int, device: _tuning.Device) -> dict[str, Any]:
         found[f"attention, {rows} rows of {width}"] = compiled(
             attention_decode._split, gpu, absent, tile.warps, tile.stages, **sizes, **steps, **plain
         )
+    tile = _tuning.attention_tile(8, 4, 1024, 128, 2, device)
+    sizes = {"D": 128, "DV": 128, "BLOCK_D": 128, "BLOCK_DV": 128, "BLOCK_M": tile.rows, "BLOCK_N": tile.keys}
+    found["attention_into_cache"] = compiled(
+        attention_into_cache._step,
+        gpu,
+        ("softcap",),
+        tile.warps,
+        tile.stages,
+        **sizes,
+        SCAN=1024,
+        EARLY=True,
+        mask_column=1,
+    )
     sizes = {"DV": 128, "BLOCK_DV": 128, "SPLITS": 32}
     found["attention, combine"] = compiled(attention_decode._combine, gpu, (), 8, **sizes)
     return found
