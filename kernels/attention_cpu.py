@@ -45,7 +45,7 @@ def refuses(
 def missing() -> str | None:
     """Why the library cannot be had, or None. Compiles it where that was never done (seconds)."""
     try:
-        load_cpp(text_of("op.h", "vectors.h", "attention.h", "attention_op.cpp"))
+        load_cpp(text_of("op.h", "vectors.h", "team.h", "attention.h", "attention_op.cpp"))
     except RuntimeError as error:
         return f"C++ does not compile here: {error}"
     return None

@@ -10,7 +10,7 @@
 
 namespace {
 
-constexpr int64_t PART = 512;  // keys of a part, in the mean, of a cache that is full
+constexpr int64_t PART = 512, SMALLEST_PART = 64;  // keys of a part, of a cache that is full
 
 struct Attention {
     const void *query, *key, *value, *mask;
@@ -20,9 +20,21 @@ struct Attention {
     int mask_kind;
     float scale;
     float softcap;  // 0: scores are as they are
+    // How many parts, and what the threads share of them: of each row y of every part, then tops and sums.
+    int64_t parts;
+    float* memory;
+    Shares shares;
 
     int64_t groups() const { return heads / kv_heads; }
-    int64_t parts() const { return std::max<int64_t>(1, keys / PART); }
+    int64_t rows() const { return groups() * length; }  // of a key/value head
+    int64_t work() const { return batch * heads * length * keys * (width + value_width); }
+    int64_t floats() const { return batch * kv_heads * rows() * parts * (value_width + 2); }
+    // As many parts as leave no thread without work.
+    void part(int64_t threads) {
+        const int64_t all = batch * kv_heads, most = std::max<int64_t>(1, keys / SMALLEST_PART);
+        parts = std::max<int64_t>(1, keys / PART);
+        if (all * parts < 4 * threads && all * parts % threads) parts = std::min(parts * threads, most);
+    }
     // The mask of row r of a key/value head: query position r % length of head r / length of its group.
     const char* mask_row(int64_t b, int64_t kv_head, int64_t r) const {
         const int64_t head = kv_head * groups() + r / length;
@@ -57,11 +69,18 @@ std::pair<int64_t, int64_t> attended(const Attention& a, int64_t b, int64_t kv_h
     return {first, last};
 }
 
+// The hardware, which reads ahead, is late for the few keys of a head.
+constexpr int64_t AHEAD = 32;  // rows
+INLINE void fetch_row(const char* at, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i);
+}
+
 // scores[m * room + n] = sum of query row m times key n
 template <int KIND, int M>
 void multiply_keys(const float* query, const char* key, int64_t stride, int64_t width, int64_t count, float* scores,
                    int64_t room) {
     for (int64_t n = 0; n < count; n++, key += stride * size_of(KIND)) {
+        fetch_row(key + AHEAD * stride * size_of(KIND), width * size_of(KIND));
         f32x16 total[M] = {};
         for (int64_t c = 0; c < width; c += LANES) {
             const f32x16 k = load16(key, c, KIND);
@@ -76,11 +95,13 @@ template <int KIND, int M, int C>
 void mix_values(const float* shares, int64_t room, const char* value, int64_t stride, int64_t count, float* y,
                 int64_t width) {
     f32x16 total[M][C] = {};
-    for (int64_t n = 0; n < count; n++, value += stride * size_of(KIND))
+    for (int64_t n = 0; n < count; n++, value += stride * size_of(KIND)) {
+        fetch_row(value + AHEAD * stride * size_of(KIND), C * LANES * size_of(KIND));
         for (int c = 0; c < C; c++) {
             const f32x16 v = load16(value, c * LANES, KIND);
             for (int m = 0; m < M; m++) total[m][c] = multiply_add(v, splat(shares[m * room + n]), total[m][c]);
         }
+    }
     for (int m = 0; m < M; m++)
         for (int c = 0; c < C; c++) store(y + m * width + c * LANES, total[m][c]);
 }
@@ -152,50 +173,51 @@ void attend_rows(const Attention& a, int64_t b, int64_t kv_head, int64_t r, int6
         mix_values<KIND, M, 1>(scores, room, value + c * size, v[2], count, y + c, a.value_width);
 }
 
+// What one thread of a team does of it.
 template <int KIND>
-void attend(const Attention& a, int threads) {
-    const int64_t parts = a.parts(), rows = a.groups() * a.length, heads = a.batch * a.kv_heads;
-    static thread_local Scratch scratch;
-    // Of each row the parts side by side: y, and behind all of them tops and sums.
-    float* ys = scratch.get<float>(heads * rows * parts * (a.value_width + 2));
-    float *tops = ys + heads * rows * parts * a.value_width, *sums = tops + heads * rows * parts;
-#pragma omp parallel for collapse(2) schedule(dynamic) num_threads(threads)
-    for (int64_t head = 0; head < heads; head++)
-        for (int64_t part = 0; part < parts; part++) {
-            const int64_t b = head / a.kv_heads, kv_head = head % a.kv_heads;
-            const auto [low, high] = attended(a, b, kv_head);
-            const int64_t each = (std::max<int64_t>(0, high - low) + parts - 1) / parts;
-            const int64_t first = std::min(low + part * each, high), last = std::min(first + each, high);
-            for (int64_t r = 0; r < rows;) {
-                const int64_t at = (head * parts + part) * rows + r;
-                auto run = [&](auto most) {
-                    constexpr int M = decltype(most)::value;
-                    attend_rows<KIND, M>(a, b, kv_head, r, first, last, tops + at, sums + at, ys + at * a.value_width);
-                    r += M;
-                };
-                const int64_t left = rows - r;
-                if (left >= 4) run(Count<4>());
-                else if (left == 3) run(Count<3>());
-                else if (left == 2) run(Count<2>());
-                else run(Count<1>());
-            }
+void attend(Attention& a, int64_t thread) {
+    const int64_t parts = a.parts, rows = a.rows(), heads = a.batch * a.kv_heads;
+    float *ys = a.memory, *tops = ys + heads * rows * parts * a.value_width, *sums = tops + heads * rows * parts;
+    for (int64_t i, behind; a.shares.take(thread, i, behind);) {
+        const int64_t head = i / parts, part = i % parts, b = head / a.kv_heads, kv_head = head % a.kv_heads;
+        const auto [low, high] = attended(a, b, kv_head);
+        const int64_t each = (std::max<int64_t>(0, high - low) + parts - 1) / parts;
+        const int64_t first = std::min(low + part * each, high), last = std::min(first + each, high);
+        for (int64_t r = 0; r < rows;) {
+            const int64_t at = i * rows + r;
+            auto run = [&](auto most) {
+                constexpr int M = decltype(most)::value;
+                attend_rows<KIND, M>(a, b, kv_head, r, first, last, tops + at, sums + at, ys + at * a.value_width);
+                r += M;
+            };
+            const int64_t left = rows - r;
+            if (left >= 4) run(Count<4>());
+            else if (left == 3) run(Count<3>());
+            else if (left == 2) run(Count<2>());
+            else run(Count<1>());
         }
-    for (int64_t head = 0; head < heads; head++)
-        for (int64_t r = 0; r < rows; r++) {
-            auto at = [&](int64_t part) { return (head * parts + part) * rows + r; };
-            float top = NOTHING, total = 0;
-            for (int64_t part = 0; part < parts; part++) top = std::max(top, tops[at(part)]);
-            auto weight = [&](int64_t part) { return top == NOTHING ? 0 : std::exp(tops[at(part)] - top); };
-            for (int64_t part = 0; part < parts; part++) total += sums[at(part)] * weight(part);
-            // Rows that attend to nothing are zeros.
-            const float scale = total == 0 ? 0 : 1 / total;
-            for (int64_t c = 0; c < a.value_width; c += LANES) {
-                f32x16 y{};
-                for (int64_t part = 0; part < parts; part++)
-                    y = multiply_add(load<f32x16>(ys + at(part) * a.value_width + c), splat(weight(part) * scale), y);
-                store16(a.out, (head * rows + r) * a.value_width + c, KIND, y);
-            }
+    }
+    wait_for_all();
+    for (int64_t row = heads * rows * thread / a.shares.threads; row < heads * rows * (thread + 1) / a.shares.threads;
+         row++) {
+        auto at = [&](int64_t part) { return (row / rows * parts + part) * rows + row % rows; };
+        float top = NOTHING, total = 0;
+        for (int64_t part = 0; part < parts; part++) top = std::max(top, tops[at(part)]);
+        auto weight = [&](int64_t part) { return top == NOTHING ? 0 : std::exp(tops[at(part)] - top); };
+        for (int64_t part = 0; part < parts; part++) total += sums[at(part)] * weight(part);
+        // Rows that attend to nothing are zeros.
+        const float scale = total == 0 ? 0 : 1 / total;
+        for (int64_t c = 0; c < a.value_width; c += LANES) {
+            f32x16 y{};
+            for (int64_t part = 0; part < parts; part++)
+                y = multiply_add(load<f32x16>(ys + at(part) * a.value_width + c), splat(weight(part) * scale), y);
+            store16(a.out, row * a.value_width + c, KIND, y);
         }
+    }
+}
+
+void attend(Attention& a, int kind, int64_t thread) {
+    kind == F32 ? attend<F32>(a, thread) : kind == BF16 ? attend<BF16>(a, thread) : attend<F16>(a, thread);
 }
 
 }  // namespace

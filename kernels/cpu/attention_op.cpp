@@ -30,9 +30,12 @@ Tensor attend_cpu(Tensor query, Tensor key, Tensor value, std::optional<Tensor> 
     Tensor out = empty(query, shape, 4);
     if (out.numel() == 0) return out;
     a.out = out.data_ptr();
-    const int64_t work = a.batch * a.heads * a.length * a.keys * (a.width + a.value_width);
-    const int threads = std::min<int64_t>(torch::stable::get_num_threads(), 1 + work / WORK_OF_A_THREAD);
-    kind == F32 ? attend<F32>(a, threads) : kind == BF16 ? attend<BF16>(a, threads) : attend<F16>(a, threads);
+    static thread_local Scratch for_shares, scratch;
+    const int threads = std::min<int64_t>(torch::stable::get_num_threads(), 1 + a.work() / WORK_OF_A_THREAD);
+    a.part(threads);
+    a.memory = scratch.get<float>(a.floats());
+    a.shares.begin(for_shares.get<char>(Shares::bytes(threads)), threads, a.batch * a.kv_heads * a.parts, 1);
+    as_team(threads, [&](int64_t thread) { attend(a, kind, thread); });
     return out;
 }
 
