@@ -22,6 +22,19 @@ from qcompile.ops.activation import ACTIVATIONS
 from qcompile.ops.linear import linear
 from qcompile.ops.registry import opaque
 
+# What torch calls without Python, put together into one text, in this order.
+SOURCES = (
+    "op.h",
+    "vectors.h",
+    "team.h",
+    "fused.h",
+    "linear.h",
+    "linear_op.cpp",
+    "rope.h",
+    "attention.h",
+    "chain_op.cpp",
+)
+
 # The most rows that few_rows takes; where it multiplies 16 bits as integers. ms of one thread, few_rows | many_rows,
 # 4096 × 2048, weights in the cache, Zen 4; float32 16384 × 2048:
 #               1 row         4 rows        5 rows        8 rows        12 rows       16 rows
@@ -121,7 +134,7 @@ def without_python() -> ctypes.CDLL | None:
     """linear_packed and fused_packed in C++, from now on; None, with a warning, if torch's headers do not compile."""
     work = f"constexpr long WORK_OF_A_THREAD = {packed.WORK_OF_A_THREAD};\n"
     try:
-        op = load_cpp(work + text_of("op.h", "vectors.h", "team.h", "fused.h", "linear.h", "linear_op.cpp"))
+        op = load_cpp(work + text_of(*SOURCES))
     except RuntimeError as error:
         warnings.warn(f"qcompile: linears of a few rows are called through Python: {error}", stacklevel=2)
         return None

@@ -7,14 +7,17 @@ Why: after this the graph holds only what Inductor compiles or calls; the choice
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 from torch.fx.node import map_arg
 
 from qcompile.graph.capture import Inliner
 from qcompile.graph.match import module_path, value
 from qcompile.graph.rewrite import Site
+from qcompile.ops.chain import Step, chain
 from qcompile.ops.registry import OPS, Op
 
 
@@ -38,7 +41,8 @@ def lower(gm: GraphModule) -> tuple[Lowered, ...]:
         if op is None:
             continue
         choice = op.choose(*map_arg(node.args, value))
-        records.append(Lowered(op.name, choice.name, _spec(node), Site(node.name, module_path(node)), choice.refusals))
+        site = Site(node.name, module_path(node))
+        records += [Lowered(name, choice.name, spec, site, choice.refusals) for name, spec in _calls(op, node.args)]
         for new in inliner.inline(node, choice.function):
             new.meta["origin"] = choice.name
     gm.graph.eliminate_dead_code()
@@ -47,5 +51,9 @@ def lower(gm: GraphModule) -> tuple[Lowered, ...]:
     return tuple(records)
 
 
-def _spec(node: Node) -> str:
-    return " by ".join(arg for arg in node.args if isinstance(arg, str) and "/" in arg)
+def _calls(op: Op, args: Sequence[Any]) -> list[tuple[str, str]]:
+    """An op and the spec among its arguments; of a chain its steps as well."""
+    if op is not chain:
+        return [(op.name, " by ".join(arg for arg in args if isinstance(arg, str) and "/" in arg))]
+    steps = map(Step.parse, args[3].split("\n"))
+    return [(op.name, ""), *(call for step in steps for call in _calls(OPS[step.op], step.arguments))]

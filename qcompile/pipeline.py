@@ -21,6 +21,7 @@ from qcompile.normal import normalizing_passes
 from qcompile.ops.registry import MEANING
 from qcompile.passes.fuse_attention import FuseAttention
 from qcompile.passes.fuse_attention_cache import FuseAttentionCache
+from qcompile.passes.fuse_chain import FuseChain
 from qcompile.passes.fuse_linear import FuseLinear
 from qcompile.passes.fuse_mlp import FuseMlp
 from qcompile.passes.fuse_norm import FuseNorm
@@ -51,6 +52,7 @@ KERNELS = (
     "attention_decode",
     "attention_into_cache",
     "attention_cpu",
+    "chain_cpu",
     "inductor",
     "linear_w8a8_cpu",
     "linear_w8a8_cuda",
@@ -102,7 +104,9 @@ def default_passes(config: Config) -> list[Rule[Any]]:
     passes += [QuantizeActivation()]
     # Norms last: a rotation is a sum too, and a norm behind it would take it for its residual; and where a linear takes
     # its norm and the sum behind it, they do not join one another.
-    return [*passes, *_confined(config, ("any", FuseLinear()), ("layernorm", FuseNorm()))]
+    passes += _confined(config, ("any", FuseLinear()), ("layernorm", FuseNorm()))
+    # Of what is fused as far as it can be.
+    return [*passes, *_confined(config, ("any", FuseChain()))]
 
 
 def _confined(config: Config, *rules: tuple[str, Rule[Any]]) -> list[Rule[Any]]:

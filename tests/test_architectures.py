@@ -133,6 +133,7 @@ def test_counts(name: str, dtype: torch.dtype) -> None:
         "fuse_rope_cache": 0,  # without a cache
         "fuse_attention_cache": 0,  # without a cache
         "fuse_linear": 0,  # many rows
+        "fuse_chain": 0,
     }
 
 

@@ -20,21 +20,32 @@ struct Attention {
     int mask_kind;
     float scale;
     float softcap;  // 0: scores are as they are
-    // How many parts, and what the threads share of them: of each row y of every part, then tops and sums.
+    int kind;
     int64_t parts;
-    float* memory;
+    float* memory;  // of each row y of every part, then tops and sums
     Shares shares;
 
     int64_t groups() const { return heads / kv_heads; }
     int64_t rows() const { return groups() * length; }  // of a key/value head
     int64_t work() const { return batch * heads * length * keys * (width + value_width); }
-    int64_t floats() const { return batch * kv_heads * rows() * parts * (value_width + 2); }
-    // As many parts as leave no thread without work.
-    void part(int64_t threads) {
-        const int64_t all = batch * kv_heads, most = std::max<int64_t>(1, keys / SMALLEST_PART);
-        parts = std::max<int64_t>(1, keys / PART);
-        if (all * parts < 4 * threads && all * parts % threads) parts = std::min(parts * threads, most);
+    // As many as leave no thread without work.
+    int64_t parts_for(int64_t threads) const {
+        const int64_t all = batch * kv_heads, few = std::max<int64_t>(1, keys / PART);
+        if (all * few >= 4 * threads || all * few % threads == 0) return few;
+        return std::min(few * threads, std::max<int64_t>(1, keys / SMALLEST_PART));
     }
+    // What a team needs.
+    int64_t bytes(int64_t threads) const {
+        return Shares::bytes(threads) + batch * kv_heads * rows() * parts_for(threads) * (value_width + 2) * sizeof(float);
+    }
+    void begin(void* memory, int64_t threads) {
+        parts = parts_for(threads);
+        shares.begin(memory, threads, batch * kv_heads * parts, 1);
+        this->memory = (float*)((char*)memory + Shares::bytes(threads));
+    }
+    void prefetch(int64_t) const {}
+    // What one thread of a team does of it.
+    void run(int64_t thread);
     // The mask of row r of a key/value head: query position r % length of head r / length of its group.
     const char* mask_row(int64_t b, int64_t kv_head, int64_t r) const {
         const int64_t head = kv_head * groups() + r / length;
@@ -173,7 +184,6 @@ void attend_rows(const Attention& a, int64_t b, int64_t kv_head, int64_t r, int6
         mix_values<KIND, M, 1>(scores, room, value + c * size, v[2], count, y + c, a.value_width);
 }
 
-// What one thread of a team does of it.
 template <int KIND>
 void attend(Attention& a, int64_t thread) {
     const int64_t parts = a.parts, rows = a.rows(), heads = a.batch * a.kv_heads;
@@ -216,8 +226,10 @@ void attend(Attention& a, int64_t thread) {
     }
 }
 
-void attend(Attention& a, int kind, int64_t thread) {
-    kind == F32 ? attend<F32>(a, thread) : kind == BF16 ? attend<BF16>(a, thread) : attend<F16>(a, thread);
+void Attention::run(int64_t thread) {
+    if (kind == F32) attend<F32>(*this, thread);
+    else if (kind == BF16) attend<BF16>(*this, thread);
+    else attend<F16>(*this, thread);
 }
 
 }  // namespace

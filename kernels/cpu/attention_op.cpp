@@ -29,13 +29,11 @@ Tensor attend_cpu(Tensor query, Tensor key, Tensor value, std::optional<Tensor> 
     const int64_t shape[] = {a.batch, a.heads, a.length, a.value_width};
     Tensor out = empty(query, shape, 4);
     if (out.numel() == 0) return out;
-    a.out = out.data_ptr();
-    static thread_local Scratch for_shares, scratch;
-    const int threads = std::min<int64_t>(torch::stable::get_num_threads(), 1 + a.work() / WORK_OF_A_THREAD);
-    a.part(threads);
-    a.memory = scratch.get<float>(a.floats());
-    a.shares.begin(for_shares.get<char>(Shares::bytes(threads)), threads, a.batch * a.kv_heads * a.parts, 1);
-    as_team(threads, [&](int64_t thread) { attend(a, kind, thread); });
+    a.out = out.data_ptr(), a.kind = kind;
+    static thread_local Scratch scratch;
+    const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), 1 + a.work() / WORK_OF_A_THREAD);
+    a.begin(scratch.get<char>(a.bytes(threads)), threads);
+    as_team(threads, [&](int64_t thread) { a.run(thread); });
     return out;
 }
 

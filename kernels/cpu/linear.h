@@ -55,7 +55,12 @@ struct Linear {
     int64_t width() const { return gated ? outputs / 2 : outputs; }
     int64_t work() const { return rows * outputs * columns; }
 
-    // The weight and bias, for dense x of `rows` and so many columns. False: they are none of the ordinary ones.
+    // Dense x of so many numbers. False, here and below: it is none of the ordinary ones.
+    bool take_x(const void* x, int kind, int64_t count, int64_t columns) {
+        if (!columns || kind < 0) return false;
+        this->x = x, this->kind = kind, this->columns = columns, rows = count / columns;
+        return true;
+    }
     bool take_weight(const std::string& spec, const Tensor& data, const Tensor& scale,
                      const std::optional<Tensor>& zero, const std::optional<Tensor>& bias) {
         const std::optional<Reader> found = find_reader(spec, columns);
@@ -88,8 +93,13 @@ struct Linear {
         return activation.has_value() == name.has_value() && (!gated || (activation && outputs % 2 == 0));
     }
 
+    // What a team needs.
+    int64_t bytes(int64_t threads) const {
+        return Shares::bytes(threads) + (gated ? rows * outputs * size_of(kind) : 0);
+    }
     void begin(void* memory, int64_t threads) {
         shares.begin(memory, threads, outputs, rows_of_piece(outputs, columns, threads));
+        wide = (char*)memory + Shares::bytes(threads);
     }
     // What a thread will read first.
     void prefetch(int64_t thread) const {

@@ -24,32 +24,27 @@ Tensor empty_with(const Tensor& x, int64_t dims, int64_t outputs) {
     return empty(x, shape, dims);
 }
 
-// Of x, which is dense; else no linear.
-std::optional<Linear> linear_of(const Tensor& x) {
+bool take_x(Linear& linear, const Tensor& x) {
     const int64_t dims = x.dim();
-    Linear linear;
-    linear.columns = dims ? x.size(dims - 1) : 0, linear.kind = kind_of(x), linear.x = x.data_ptr();
-    if (!linear.columns || dims > 16 || !x.is_contiguous()) return std::nullopt;
-    linear.rows = x.numel() / linear.columns;
-    return linear;
+    return dims && dims <= 16 && x.is_contiguous() &&
+           linear.take_x(x.data_ptr(), kind_of(x), x.numel(), x.size(dims - 1));
 }
 
 void run_alone(Linear& linear) {
-    static thread_local Scratch for_shares, for_gate;
+    static thread_local Scratch scratch;
     const int64_t threads = threads_for(linear.work());
-    if (linear.gated) linear.wide = for_gate.get<char>(linear.rows * linear.outputs * size_of(linear.kind));
-    linear.begin(for_shares.get<char>(Shares::bytes(threads)), threads);
+    linear.begin(scratch.get<char>(linear.bytes(threads)), threads);
     as_team(threads, [&](int64_t thread) { linear.run(thread); });
 }
 
 Tensor linear_packed(Tensor x, Tensor data, Tensor scale, std::optional<Tensor> zero, std::optional<Tensor> bias,
                      std::string spec) {
-    std::optional<Linear> linear = linear_of(x);
-    if (!linear || !linear->take_weight(spec, data, scale, zero, bias))
+    Linear linear;
+    if (!take_x(linear, x) || !linear.take_weight(spec, data, scale, zero, bias))
         return in_python("qcompile_kernels::linear_anyhow", x, data, scale, zero, bias, spec);
-    Tensor y = empty_with(x, x.dim(), linear->outputs);
-    linear->y = y.data_ptr();
-    if (linear->outputs) run_alone(*linear);
+    Tensor y = empty_with(x, x.dim(), linear.outputs);
+    linear.y = y.data_ptr();
+    if (linear.outputs) run_alone(linear);
     return y;
 }
 
@@ -57,17 +52,17 @@ Tensor fused_packed(Tensor x, std::optional<Tensor> norm_weight, std::optional<d
                     Tensor data, Tensor scale, std::optional<Tensor> zero, std::optional<Tensor> bias,
                     std::optional<Tensor> residual, std::string spec, std::optional<std::string> activation,
                     bool gated) {
-    std::optional<Linear> linear = linear_of(x);
-    if (!linear || !linear->take_weight(spec, data, scale, zero, bias) || !linear->outputs ||
-        !linear->take_norm(norm_weight, eps, weight_offset) || !linear->take_activation(activation, gated) ||
-        (residual && (!residual->is_contiguous() || residual->numel() != linear->rows * linear->width() ||
-                      kind_of(*residual) != linear->kind)))
+    Linear linear;
+    if (!take_x(linear, x) || !linear.take_weight(spec, data, scale, zero, bias) || !linear.outputs ||
+        !linear.take_norm(norm_weight, eps, weight_offset) || !linear.take_activation(activation, gated) ||
+        (residual && (!residual->is_contiguous() || residual->numel() != linear.rows * linear.width() ||
+                      kind_of(*residual) != linear.kind)))
         return in_python("qcompile_kernels::fused_anyhow", x, norm_weight, eps, weight_offset, data, scale, zero, bias,
                          residual, spec, activation, gated);
-    Tensor y = empty_with(x, x.dim(), linear->width());
-    linear->y = y.data_ptr();
-    if (residual) linear->residual = residual->data_ptr();
-    run_alone(*linear);
+    Tensor y = empty_with(x, x.dim(), linear.width());
+    linear.y = y.data_ptr();
+    if (residual) linear.residual = residual->data_ptr();
+    run_alone(linear);
     return y;
 }
 

@@ -1,0 +1,78 @@
+"""chain of a few rows on the CPU: one call of C++, in which threads fork and join once (cpu/chain_op.cpp)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from qcompile import _torch
+from qcompile.kernels import attention_cpu, fused_linear_cpu, linear_cpu
+from qcompile.kernels._packed_cpu import FLOATS
+from qcompile.ops.chain import chain, run
+from qcompile.ops.registry import OPS, opaque
+from qcompile.ops.rope import rope_into_cache
+
+
+class _Refused(Exception):
+    """Why a step cannot run."""
+
+
+def refuses(tensors: Sequence[Tensor], keys: Tensor | None, values: Tensor | None, steps: str) -> str | None:
+    """Why this kernel cannot run the steps, or None."""
+    if any(tensor.device.type != "cpu" for tensor in tensors):
+        return f"needs cpu, got {', '.join(sorted({tensor.device.type for tensor in tensors}))}"
+
+    def call(op: str, arguments: list[Any]) -> Tensor:
+        if reason := _REFUSES[op](*arguments) if op in _REFUSES else f"has no step {op}":
+            raise _Refused(reason)
+        return _torch.call_on_fakes(OPS[op].fake, *arguments)
+
+    try:
+        run(tensors, keys, values, steps, call)
+    except _Refused as refused:
+        return str(refused)
+    return None if linear_cpu.without_python() else "the C++ that torch calls does not compile here"
+
+
+def _refuses_rope(query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, *cache: Tensor) -> str | None:
+    if any(tensor.dtype != query.dtype or tensor.dtype not in FLOATS for tensor in (query, key, value, *cache[:2])):
+        return f"handles queries, keys and values of one of float32, bfloat16 and float16, not {query.dtype}"
+    if query.shape[2] > attention_cpu.MAX_LENGTH:
+        return f"handles up to {attention_cpu.MAX_LENGTH} query rows, not {query.shape[2]}"
+    return None
+
+
+def _refuses_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *rest: Any) -> str | None:
+    if mask is not None and mask.dim() != 4:
+        return f"handles masks of 4 dimensions, not {mask.dim()}"
+    return attention_cpu.refuses(query, key, value, mask, *rest)
+
+
+_REFUSES: dict[str, Callable[..., str | None]] = {
+    "fused_linear": fused_linear_cpu.refuses,
+    "rope_into_cache": _refuses_rope,
+    "attention": _refuses_attention,
+}
+_CALLS: dict[str, Callable[..., Tensor]] = {
+    "fused_linear": fused_linear_cpu.fused_packed,
+    "rope_into_cache": rope_into_cache.meaning,
+    "attention": attention_cpu.attention_cpu,
+}
+
+
+@opaque(chain.fake, writes=("keys", "values"))
+def chain_anyhow(tensors: Sequence[Tensor], keys: Tensor | None, values: Tensor | None, steps: str) -> Tensor:
+    return run(tensors, keys, values, steps, lambda op, arguments: _CALLS[op](*arguments))
+
+
+@opaque(chain.fake, writes=("keys", "values"))
+def chain_packed(tensors: Sequence[Tensor], keys: Tensor | None, values: Tensor | None, steps: str) -> Tensor:
+    # chain_op.cpp takes this one's place, and gives back what is not for it.
+    return chain_anyhow(tensors, keys, values, steps)
+
+
+@chain.implementation("cpu", refuses, device="cpu")
+def chain_cpu(tensors: Sequence[Tensor], keys: Tensor | None, values: Tensor | None, steps: str) -> Tensor:
+    return chain_packed(tensors, keys, values, steps)

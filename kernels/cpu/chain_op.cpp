@@ -1,0 +1,276 @@
+// chain_packed: steps of few rows in one team of threads, which waits between them and forks and joins once. The text
+// of the steps is taken apart once. What is not for it goes to chain_anyhow, the same in Python (chain_cpu.py).
+
+#include <deque>
+#include <memory>
+#include <sstream>
+#include <stdexcept>
+#include <unordered_map>
+#include <variant>
+#include <vector>
+
+namespace {
+
+constexpr int64_t MOST_DIMS = 8;
+
+// See Step in qcompile/ops/chain.py.
+struct Argument {
+    enum { NONE, GIVEN, RESULT, KEYS, VALUES, WORD } type = NONE;
+    int64_t index = 0, offset = 0, dims = 0, sizes[MOST_DIMS] = {}, strides[MOST_DIMS] = {};
+    std::string word;
+    double number = 0;
+};
+struct Call {
+    std::string op;
+    std::vector<Argument> arguments;
+};
+using Text = std::vector<Call>;
+
+int64_t numbers_of(const std::string& words, int64_t* to) {
+    std::istringstream in(words);
+    int64_t count = 0;
+    for (std::string each; count < MOST_DIMS && std::getline(in, each, ',');) to[count++] = std::stoll(each);
+    return count;
+}
+
+Argument argument_of(const std::string& word) {
+    Argument a;
+    a.word = word;
+    if (word == "none") return a;
+    a.type = word == "keys" ? Argument::KEYS : word == "values" ? Argument::VALUES : Argument::WORD;
+    if (word[0] == '%') a.type = Argument::GIVEN, a.index = std::stoll(word.substr(1));
+    if (word[0] == '#') {
+        const size_t at = word.find('@'), sizes = word.find(':'), strides = word.find(':', sizes + 1);
+        a.type = Argument::RESULT, a.index = std::stoll(word.substr(1)), a.offset = std::stoll(word.substr(at + 1));
+        a.dims = numbers_of(word.substr(sizes + 1, strides - sizes - 1), a.sizes);
+        numbers_of(word.substr(strides + 1), a.strides);
+    }
+    a.number = std::atof(word.c_str());
+    return a;
+}
+
+std::shared_ptr<const Text> text_of(const std::string& steps) {
+    static std::unordered_map<std::string, std::shared_ptr<const Text>> known;
+    static std::shared_mutex lock;
+    {
+        std::shared_lock<std::shared_mutex> reading(lock);
+        if (const auto found = known.find(steps); found != known.end()) return found->second;
+    }
+    auto text = std::make_shared<Text>();
+    std::istringstream lines(steps);
+    for (std::string line; std::getline(lines, line);) {
+        std::istringstream words(line);
+        Call call;
+        words >> call.op;
+        for (std::string word; words >> word;) call.arguments.push_back(argument_of(word));
+        text->push_back(call);
+    }
+    std::unique_lock<std::shared_mutex> writing(lock);
+    return known[steps] = text;
+}
+
+// A tensor, or part of what a step makes.
+struct View {
+    char* at = nullptr;
+    int kind = -1;
+    int64_t dims = 0, sizes[MOST_DIMS], strides[MOST_DIMS];
+
+    int64_t numel() const {
+        int64_t count = 1;
+        for (int64_t i = 0; i < dims; i++) count *= sizes[i];
+        return count;
+    }
+    bool is_dense() const {
+        int64_t next = 1;
+        for (int64_t i = dims; i--; next *= sizes[i])
+            if (sizes[i] != 1 && strides[i] != next) return false;
+        return true;
+    }
+    // Of the first `count` dimensions; 0 where it is repeated.
+    void copy_strides(int64_t* to, int64_t count) const {
+        for (int64_t i = 0; i < count; i++) to[i] = sizes[i] == 1 ? 0 : strides[i];
+    }
+};
+
+View view_of(const Tensor& t) {
+    View v;
+    v.at = (char*)t.data_ptr(), v.kind = t.scalar_type() == ScalarType::Bool ? U8 : kind_of(t), v.dims = t.dim();
+    if (v.dims > MOST_DIMS) throw std::runtime_error("chain: a tensor of more than eight dimensions");
+    for (int64_t i = 0; i < v.dims; i++) v.sizes[i] = t.size(i), v.strides[i] = t.stride(i);
+    return v;
+}
+
+using Step = std::variant<Linear, Rope, Attention>;
+
+// The steps of one call, ready to run. `fits` is false where one of them is not for it.
+class Chain {
+  public:
+    bool fits = true;
+
+    Chain(const Text& text, const std::vector<Tensor>& tensors, const std::optional<Tensor>& keys,
+          const std::optional<Tensor>& values)
+        : tensors(tensors), keys(keys), values(values), memory(scratch()), last(text.size() - 1) {
+        memory.resize(std::max(memory.size(), 2 * text.size()));
+        for (const Call& call : text) {
+            fits = call.op == "fused_linear"      ? add_linear(call.arguments)
+                   : call.op == "rope_into_cache" ? add_rope(call.arguments)
+                   : call.op == "attention"       ? add_attention(call.arguments)
+                                                  : false;
+            if (!fits) return;
+        }
+    }
+
+    Tensor run() {
+        int64_t work = 0;
+        for (const Step& step : steps) std::visit([&](const auto& s) { work = std::max(work, s.work()); }, step);
+        const int64_t threads = threads_for(work);
+        for (size_t i = 0; i < steps.size(); i++)
+            std::visit([&](auto& s) { s.begin(memory[2 * i + 1].get<char>(s.bytes(threads)), threads); }, steps[i]);
+        as_team(threads, [&](int64_t thread) {
+            for (size_t i = 0; i < steps.size(); i++) {
+                std::visit([&](auto& s) { s.prefetch(thread); }, steps[i]);
+                if (i) wait_for_all();
+                std::visit([&](auto& s) { s.run(thread); }, steps[i]);
+            }
+        });
+        return *out;
+    }
+
+  private:
+    const std::vector<Tensor>& tensors;
+    const std::optional<Tensor>&keys, &values;
+    std::deque<Scratch>& memory;  // of each step its result, and what it needs
+    size_t last;
+    std::vector<Step> steps;
+    std::vector<View> results;
+    std::optional<Tensor> out;
+
+    static std::deque<Scratch>& scratch() {
+        static thread_local std::deque<Scratch> memory;
+        return memory;
+    }
+
+    std::optional<Tensor> tensor(const Argument& a) const {
+        return a.type == Argument::GIVEN    ? std::optional<Tensor>(tensors.at(a.index))
+               : a.type == Argument::KEYS   ? keys
+               : a.type == Argument::VALUES ? values
+                                            : std::nullopt;
+    }
+    // None has no dimensions.
+    View view(const Argument& a) const {
+        if (a.type != Argument::RESULT) {
+            const std::optional<Tensor> t = tensor(a);
+            return t ? view_of(*t) : View{};
+        }
+        View v = results.at(a.index);
+        v.at += a.offset * size_of(v.kind), v.dims = a.dims;
+        std::copy_n(a.sizes, MOST_DIMS, v.sizes), std::copy_n(a.strides, MOST_DIMS, v.strides);
+        return v;
+    }
+    static std::optional<std::string> word(const Argument& a) {
+        return a.type == Argument::WORD ? std::optional<std::string>(a.word) : std::nullopt;
+    }
+
+    // Where the result of a step goes: that of the last one is the op's.
+    char* place(int64_t dims, const int64_t* sizes, int kind) {
+        View v;
+        v.kind = kind, v.dims = dims;
+        std::copy_n(sizes, dims, v.sizes);
+        if (results.size() == last) out = empty(tensors[0], sizes, dims), v.at = (char*)out->data_ptr();
+        else v.at = memory[2 * results.size()].get<char>(v.numel() * size_of(kind));
+        results.push_back(v);
+        return v.at;
+    }
+
+    // x, norm's weight, eps, weight_offset, data, scale, zero, bias, residual, spec, activation, gated
+    bool add_linear(const std::vector<Argument>& a) {
+        const View x = view(a[0]), residual = view(a[8]);
+        const std::optional<Tensor> data = tensor(a[4]), scale = tensor(a[5]);
+        const std::optional<double> eps = word(a[2]) ? std::optional<double>(a[2].number) : std::nullopt;
+        Linear linear;
+        if (!x.dims || !x.is_dense() || !data || !scale || !linear.take_x(x.at, x.kind, x.numel(), x.sizes[x.dims - 1]))
+            return false;
+        if (!linear.take_weight(a[9].word, *data, *scale, tensor(a[6]), tensor(a[7])) || !linear.outputs ||
+            !linear.take_norm(tensor(a[1]), eps, a[3].number) ||
+            !linear.take_activation(word(a[10]), a[11].word == "True"))
+            return false;
+        if (residual.dims) {
+            linear.residual = residual.at;
+            if (!residual.is_dense() || residual.numel() != linear.rows * linear.width() || residual.kind != x.kind)
+                return false;
+        }
+        int64_t sizes[MOST_DIMS];
+        std::copy_n(x.sizes, x.dims, sizes);
+        sizes[x.dims - 1] = linear.width();
+        linear.y = place(x.dims, sizes, x.kind);
+        steps.push_back(linear);
+        return true;
+    }
+
+    // query, key, value, cos, sin, keys, values, positions
+    bool add_rope(const std::vector<Argument>& a) {
+        const View query = view(a[0]), key = view(a[1]), value = view(a[2]), keys = view(a[5]), values = view(a[6]);
+        const View angles[] = {view(a[3]), view(a[4])};
+        const std::optional<Tensor> positions = tensor(a[7]);
+        Rope rope;
+        for (const View* each : {&query, &key, &value, &keys, &values})
+            if (each->dims != 4 || each->kind != query.kind || query.kind == U8 || each->strides[3] != 1) return false;
+        rope.kind = query.kind, rope.angle_kind = angles[0].kind;
+        rope.batch = query.sizes[0], rope.heads = query.sizes[1], rope.kv_heads = key.sizes[1];
+        rope.length = query.sizes[2], rope.width = query.sizes[3], rope.value_width = value.sizes[3];
+        for (int i = 0; i < 2; i++) {
+            const View& angle = angles[i];
+            const int64_t dims = angle.dims;
+            if (dims < 2 || dims > 4 || angle.kind != rope.angle_kind || angle.kind < 0 || angle.strides[dims - 1] != 1 ||
+                angle.sizes[dims - 1] != rope.width || (dims > 2 && angle.sizes[dims - 3] != 1))
+                return false;
+            rope.angle_strides[i][0] = dims == 4 && angle.sizes[0] != 1 ? angle.strides[0] : 0;
+            rope.angle_strides[i][1] = angle.sizes[dims - 2] != 1 ? angle.strides[dims - 2] : 0;
+        }
+        if (!positions || positions->scalar_type() != ScalarType::Long || !positions->is_contiguous() ||
+            positions->numel() != rope.length)
+            return false;
+        rope.positions = (const int64_t*)positions->data_ptr();
+        for (int64_t i = 0; i < rope.length; i++)
+            if (rope.positions[i] < 0 || rope.positions[i] >= std::min(keys.sizes[2], values.sizes[2]))
+                throw std::runtime_error("index out of bounds: a position is not in the cache");
+        query.copy_strides(rope.query_strides, 3), key.copy_strides(rope.key_strides, 3);
+        value.copy_strides(rope.value_strides, 3);
+        keys.copy_strides(rope.keys_strides, 3), values.copy_strides(rope.values_strides, 3);
+        rope.query = query.at, rope.key = key.at, rope.value = value.at, rope.cos = angles[0].at;
+        rope.sin = angles[1].at, rope.keys = keys.at, rope.values = values.at;
+        rope.out = place(4, query.sizes, query.kind);
+        steps.push_back(rope);
+        return true;
+    }
+
+    // query, key, value, mask, is_causal, scale, softcap
+    bool add_attention(const std::vector<Argument>& a) {
+        const View query = view(a[0]), key = view(a[1]), value = view(a[2]), mask = view(a[3]);
+        for (const View* each : {&query, &key, &value})
+            if (each->dims != 4 || each->kind != query.kind || query.kind == U8 || each->strides[3] != 1) return false;
+        Attention attention = {query.at,       key.at,         value.at,       mask.at,      nullptr,       query.sizes[0],
+                               query.sizes[1], key.sizes[1],   query.sizes[2], key.sizes[2], query.sizes[3], value.sizes[3]};
+        attention.scale = a[5].number, attention.softcap = word(a[6]) ? a[6].number : 0, attention.kind = query.kind;
+        query.copy_strides(attention.query_strides, 3), key.copy_strides(attention.key_strides, 3);
+        value.copy_strides(attention.value_strides, 3);
+        if (mask.dims) {
+            if (mask.dims != 4 || mask.kind < 0) return false;
+            mask.copy_strides(attention.mask_strides, 4), attention.mask_kind = mask.kind;
+        }
+        const int64_t sizes[] = {query.sizes[0], query.sizes[1], query.sizes[2], value.sizes[3]};
+        attention.out = place(4, sizes, query.kind);
+        steps.push_back(attention);
+        return true;
+    }
+};
+
+Tensor chain_packed(std::vector<Tensor> tensors, std::optional<Tensor> keys, std::optional<Tensor> values,
+                    std::string steps) {
+    Chain chain(*text_of(steps), tensors, keys, values);
+    return chain.fits ? chain.run() : in_python("qcompile_kernels::chain_anyhow", tensors, keys, values, steps);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(qcompile_kernels, CPU, m) { m.impl("chain_packed", TORCH_BOX(&chain_packed)); }

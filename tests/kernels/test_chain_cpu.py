@@ -1,0 +1,159 @@
+"""chain_cpu against its ops one by one."""
+
+import shutil
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from qcompile.algorithms import quantize
+from qcompile.kernels.chain_cpu import chain_anyhow, chain_packed
+from qcompile.ops.chain import KEYS, VALUES, Given, Result, Step, chain
+from qcompile.ops.registry import MEANING
+from qcompile.quant.spec import QSpec
+
+# Where there is a compiler, sources that do not compile are no reason to skip.
+if not any(map(shutil.which, ("g++", "clang++"))):
+    pytest.skip("there is no C++ compiler", allow_module_level=True)
+
+HIDDEN, CAPACITY = 96, 40
+ROUNDING = {torch.float32: 2.0**-19, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+FLOATS = tuple(ROUNDING)
+
+
+class Layer:
+    """A layer of decoding, of so many query rows, sequences, heads of `width` columns and heads of keys."""
+
+    def __init__(
+        self, dtype: torch.dtype, batch: int = 1, length: int = 1, heads: int = 4, kv: int = 2, width: int = 32,
+        spec: str = "u4/g32/asym", mask: tuple[int, ...] | None = (1, 1), angles: int = 3,
+    ):  # fmt: skip
+        self.dtype, self.tensors, self.steps = dtype, list[Tensor](), list[Step]()
+        wide = (heads + 2 * kv) * width
+        x = self.give(torch.randn(batch, length, HIDDEN))
+        y = self.linear(x, wide, HIDDEN, spec, norm=True)
+
+        def part(first: int, count: int) -> Result:
+            strides = (length * wide, width, wide, 1)
+            return Result(y.step, first * width, (batch, count, length, width), strides)
+
+        cos, sin = (self.give(torch.randn(*(batch, 1)[4 - angles :], length, width)) for _ in range(2))
+        self.positions = self.give(torch.arange(17, 17 + length))
+        self.steps.append(
+            Step(
+                "rope_into_cache",
+                (part(0, heads), part(heads, kv), part(heads + kv, kv), cos, sin, KEYS, VALUES, self.positions),
+            )
+        )
+        shape = batch, heads, length, width
+        q = Result(1, 0, shape, tuple(torch.empty(shape).stride()))
+        hides = None if mask is None else self.give(torch.arange(CAPACITY).expand(*mask, length, CAPACITY) < 20)
+        self.steps.append(Step("attention", (q, KEYS, VALUES, hides, False, 0.2, None)))
+        if length == 1:
+            columns = heads * width
+            a = Result(2, 0, (batch, 1, columns), (columns, columns, 1))
+            o = self.linear(a, HIDDEN, columns, spec, residual=x)
+            h = self.linear(o, 2 * 64, HIDDEN, spec, norm=True, gated=True)
+            self.linear(h, HIDDEN, 64, spec, residual=o)
+        self.caches = [torch.randn(batch, kv, CAPACITY, width).to(dtype) for _ in range(2)]
+
+    def give(self, tensor: Tensor) -> Given:
+        self.tensors.append(tensor.to(self.dtype) if tensor.is_floating_point() else tensor)
+        return Given(len(self.tensors) - 1)
+
+    def linear(
+        self, x: Any, outputs: int, columns: int, spec: str, norm: bool = False, residual: Any = None,
+        gated: bool = False,
+    ) -> Result:  # fmt: skip
+        q = quantize(torch.randn(outputs, columns) * columns**-0.5, QSpec.parse(spec), "rtn")
+        sides = [None if side is None else self.give(side) for side in (q.data, q.scale, q.zero)]
+        normed = (self.give(torch.randn(columns)), 1e-5) if norm else (None, None)
+        activation = "silu" if gated else None
+        self.steps.append(
+            Step("fused_linear", (x, *normed, 0.0, *sides, None, residual, str(q.spec), activation, gated))
+        )
+        sizes = self.tensors[0].shape[0], self.tensors[0].shape[1], outputs // (2 if gated else 1)
+        return Result(len(self.steps) - 1, 0, sizes, tuple(torch.empty(sizes).stride()))
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        return self.tensors, *(cache.clone() for cache in self.caches), "\n".join(map(str, self.steps))
+
+
+def check(layer: Layer) -> None:
+    choice = chain.choose(*layer.arguments)
+    assert (choice.name, choice.refusals) == ("cpu", ())
+    tensors, keys, values, text = layer.arguments
+    wide = [t.double() if t.is_floating_point() else t for t in tensors]
+    exact = keys.double(), values.double()
+    want = chain.meaning(wide, *exact, text)
+    plain = chain.meaning(tensors, keys.clone(), values.clone(), text)
+    chain_packed(*layer.arguments)  # from the second call on without Python
+    for run in (choice.function, chain_anyhow):
+        _, *wrote, _ = given = layer.arguments
+        got = run(*given)
+        assert (got.shape, got.dtype) == (want.shape, layer.dtype)
+        assert (got - want).norm() <= 2 * (plain - want).norm() + ROUNDING[layer.dtype] * want.norm()
+        for cache, exactly, before in zip(wrote, exact, layer.caches):
+            assert (cache - exactly).norm() <= 2 * ROUNDING[layer.dtype] * exactly.norm()
+            assert torch.equal(cache[:, :, :17], before[:, :, :17]) and not torch.equal(cache, before)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("spec", ["u4/g32/asym", "i8/row/sym"])
+def test_a_layer(dtype: torch.dtype, spec: str) -> None:
+    check(Layer(dtype, spec=spec))
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_other_sizes(dtype: torch.dtype) -> None:
+    check(Layer(dtype, batch=3, angles=4))
+    check(Layer(dtype, length=4))
+    check(Layer(dtype, batch=2, length=2, heads=3, kv=1, width=48, mask=(2, 3), angles=4))
+    check(Layer(dtype, heads=9, kv=3, width=64, mask=None, angles=2))
+
+
+def test_what_goes_through_python_is_the_same() -> None:
+    layer = Layer(torch.bfloat16)
+    chain_packed(*layer.arguments)
+    want = chain_packed(*layer.arguments)
+    layer.tensors[0] = layer.tensors[0].new_zeros(1, 1, 2 * HIDDEN)[..., ::2].copy_(layer.tensors[0])
+    assert torch.equal(chain_packed(*layer.arguments), want)
+
+
+@pytest.mark.parametrize("position", [-1, CAPACITY])
+def test_positions_outside_of_the_cache(position: int) -> None:
+    layer = Layer(torch.bfloat16)
+    layer.tensors[layer.positions.index].fill_(position)
+    for _ in range(2):
+        with pytest.raises((RuntimeError, IndexError), match="out of"):
+            chain_packed(*layer.arguments)
+
+
+def test_numbers_that_are_none() -> None:
+    layer = Layer(torch.bfloat16, batch=2)
+    layer.tensors[0][0, 0, 5] = torch.nan
+    for _ in range(2):
+        y = chain_packed(*layer.arguments)
+        assert y[0].isnan().all() and y[1].isfinite().all()
+
+
+def test_opcheck() -> None:
+    torch.library.opcheck(chain_packed, Layer(torch.bfloat16).arguments)
+    torch.library.opcheck(chain_anyhow, Layer(torch.bfloat16).arguments)
+
+
+def test_refusals() -> None:
+    def why(*given: Any) -> str:
+        choice = chain.choose(*given)
+        assert choice.name == MEANING
+        return dict(choice.refusals)["cpu"]
+
+    tensors, keys, values, text = Layer(torch.bfloat16).arguments
+    on_meta = [tensor.to("meta") for tensor in tensors]
+    assert "needs cpu, got meta" in why(on_meta, keys, values, text)
+    assert "handles queries, keys and values of one of" in why(tensors, keys.float(), values, text)
+    assert "up to 8 query rows" in why(*Layer(torch.bfloat16, length=9).arguments)
+    assert "multiples of 16 columns" in why(*Layer(torch.bfloat16, width=8).arguments)
+    assert "no step linear" in why(tensors, None, None, "linear %0")
