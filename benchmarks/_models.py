@@ -56,20 +56,20 @@ class Contender:
 
 
 def contenders(
-    report: Report, layers: int, specs: Sequence[str], with_others: bool = True, tiny: bool = False
+    report: Report, layers: int, specs: Sequence[str], only: Sequence[str] = (), tiny: bool = False
 ) -> Iterator[Contender]:
     """One after the other, each freed before the next: bf16 eager, others' compiled, and qcompile's specs. One that
     cannot be made is a failure of the report.
 
     A spec may end in `+lm_head`, which quantizes the output layer too, in `+unfused`, or in `+i8` or `+fp8_e4m3`,
-    which rounds activations by token.
+    which rounds activations by token. Of all these those whose names hold one of `only`, if that is given.
     """
-    makers: dict[str, Callable[[nn.Module], Callable[..., Tensor]]] = {EAGER: _eager}
-    if with_others:
-        makers["bf16, torch.compile"] = _compiled
-        makers |= {name: make for name, make in OTHERS.items() if find_spec(name.partition(" ")[0])}
+    makers: dict[str, Callable[[nn.Module], Callable[..., Tensor]]] = {EAGER: _eager, "bf16, torch.compile": _compiled}
+    makers |= {name: make for name, make in OTHERS.items() if find_spec(name.partition(" ")[0])}
     makers |= {f"qcompile {spec}": functools.partial(_ours, spec) for spec in specs}
     for name, make in makers.items():
+        if only and not any(part in name for part in only):
+            continue
         torch._dynamo.reset()
         torch.manual_seed(0)
         with DEVICE:

@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--specs", nargs="*", default=["u4/g64/asym+lm_head"])
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 16])
-    parser.add_argument("--without-others", action="store_true")
+    parser.add_argument("--only", nargs="*", default=(), help="parts of names, as eager, compile, torchao, qcompile")
     parser.add_argument("--tiny", action="store_true", help="try the script out, on a CPU too")
     parser.add_argument("--record", action="store_true", help="write benchmarks/results/")
     options = parser.parse_args()
@@ -43,7 +43,7 @@ def main() -> None:
     report.notes.append(shape)
     stream = 1e10 if options.tiny else stream_rate()
     report.notes.append(f"Read-only stream: {stream / 1e9:.0f} GB/s.")
-    for one in contenders(report, options.layers, options.specs, not options.without_others, options.tiny):
+    for one in contenders(report, options.layers, options.specs, options.only, options.tiny):
         for batch in options.batch:
             try:
                 row, replay = measure(one, batch, stream)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks._gpu import Report, log
-from benchmarks._models import DEVICE, Contender, contenders, seconds
+from benchmarks._models import DEVICE, EAGER, Contender, contenders, seconds
 from benchmarks.prefill import measure
 
 LENGTHS = (32, 64, 128, 256, 512, 1024, 2048)
@@ -35,7 +35,7 @@ def main() -> None:
     report = Report(options.out, "fusing", "Before and after qcompile, unfused and fused")
     report.notes.append(f"{options.layers} of Llama-3-8B's 32 layers, random weights, batch 1.")
     specs = [f"{options.spec}+unfused", options.spec]
-    for one in contenders(report, options.layers, specs, with_others=False, tiny=options.tiny):
+    for one in contenders(report, options.layers, specs, only=(EAGER, "qcompile"), tiny=options.tiny):
         for length in options.lengths:
             row = table_row(one, length)
             log(one.name, row)

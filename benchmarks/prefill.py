@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--lengths", nargs="+", type=int, default=[128, 512, 2048])
     parser.add_argument("--specs", nargs="*", default=["u4/g64/asym", "i8/row/sym+i8", "fp8_e4m3/row/sym+fp8_e4m3"])
-    parser.add_argument("--without-others", action="store_true")
+    parser.add_argument("--only", nargs="*", default=(), help="parts of names, as eager, compile, torchao, qcompile")
     parser.add_argument("--tiny", action="store_true", help="try the script out, on a CPU too")
     parser.add_argument("--record", action="store_true", help="write benchmarks/results/")
     options = parser.parse_args()
@@ -34,7 +34,7 @@ def main() -> None:
         f"{options.layers} of Llama-3-8B's 32 layers, random weights, batch 1. Tokens a second by length."
     )
     base: dict[int, float] = {}
-    for one in contenders(report, options.layers, options.specs, not options.without_others, options.tiny):
+    for one in contenders(report, options.layers, options.specs, options.only, options.tiny):
         row: dict[str, Any] = {"model": one.name, "first calls, s": 0.0}
         for length in options.lengths:
             try:
