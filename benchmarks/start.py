@@ -62,9 +62,11 @@ def start(shape: str, layers: int | None, device: str, dtype: str) -> dict[str, 
     import qcompile
     from qcompile import _torch, program, roles
     from qcompile.caches import static_cache
+    from qcompile.launches import Launch
     from qcompile.pipeline import Pipeline
     from qcompile.regions import Parts
     from qcompile.runtime import runner_of
+    from qcompile.shelf import Shelf
 
     spent: dict[str, float] = {"imports": time.perf_counter() - begin}
 
@@ -86,7 +88,10 @@ def start(shape: str, layers: int | None, device: str, dtype: str) -> dict[str, 
         watch(owner, "capture_call", "capture")
     watch(Pipeline, "transform", "passes")
     watch(Parts, "compile", "Inductor")
+    watch(Launch, "run", "kernels meanwhile, of all threads")
+    watch(Shelf, "__init__", "fingerprint")
     watch(_torch, "loads", "read from disk")
+    watch(program.Program, "__call__", "run")
 
     def phase(name: str, function: Callable[[], Any]) -> Any:
         now[0], began = name, time.perf_counter()
@@ -115,6 +120,7 @@ def start(shape: str, layers: int | None, device: str, dtype: str) -> dict[str, 
         phase("first prompt", lambda: model(input_ids=prompt, past_key_values=cache))
         phase("first step", lambda: model(input_ids=token, past_key_values=cache))
         phase("second step", lambda: model(input_ids=token, past_key_values=cache))
+    spent["imports, plan and first prompt"] = spent["imports"] + spent["plan"] + spent["first prompt"]
     spent["plan to first step"] = spent["plan"] + spent["first prompt"] + spent["first step"]
     counters = torch._dynamo.utils.counters["inductor"]  # type: ignore[attr-defined]
     spent["graphs that Inductor compiled"] = counters["fxgraph_cache_miss"] + counters["fxgraph_cache_bypass"]

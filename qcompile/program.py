@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from qcompile import _torch, calls
 from qcompile.graph.alias import is_written
 from qcompile.graph.dump import type_text
+from qcompile.launches import Launch, compiled_meanwhile, launches
 from qcompile.pipeline import Outcome, Pipeline
 from qcompile.regions import Parts, cut
 from qcompile.replay import Form, Replay
@@ -75,11 +76,13 @@ class Draft:
     outcome: Outcome
     types: list[tuple[torch.dtype, torch.device]]
     written: frozenset[int]
+    launches: list[Launch]
 
     def compile(self, model: nn.Module) -> Program:
         """The program that reads the weights of `model`."""
         weights = [_place(model, each) if isinstance(each, str) else ({"": each}, "") for each in self.weights]
-        run, ties = self.parts.compile(), _ties(model)
+        with compiled_meanwhile(self.launches):
+            run, ties = self.parts.compile(), _ties(model)
         return Program(run, weights, ties, self.build, self.accepts, self.outcome, self.types, self.written)
 
 
@@ -96,7 +99,8 @@ def draft_call(model: nn.Module, forward: Forward, kwargs: Mapping[str, Any], pi
     outcome = pipeline.transform(captured.gm, describe(kwargs, fakes))
     places = zip(captured.gm.graph.find_nodes(op="placeholder"), captured.inputs, strict=True)
     written = frozenset(given.user for node, given in places if given.user is not None and is_written(node))
-    return Draft(cut(captured.gm, captured.fakes), weights, build, accepts, outcome, types, written)
+    parts, kernels = cut(captured.gm, captured.fakes), launches(captured.gm.graph)
+    return Draft(parts, weights, build, accepts, outcome, types, written, kernels)
 
 
 def _place(model: nn.Module, path: str) -> Place:

@@ -20,7 +20,7 @@ LAYERS = [
     {"fusing", "transformers_config", "fingerprint"},
     {"shelf"},
     {"config", "normal"},
-    {"stores", "calls", "regions", "replay", "decode_state"},
+    {"stores", "calls", "launches", "regions", "replay", "decode_state"},
     {"storage"},
     {"step", "caches", "few_layers"},
     {"roles"},
