@@ -1,7 +1,9 @@
 // chain_packed: steps of few rows in one team of threads, which waits between them and forks and joins once. The text
 // of the steps is taken apart once. What is not for it goes to chain_anyhow, the same in Python (chain_cpu.py).
 
+#include <atomic>
 #include <deque>
+#include <exception>
 #include <memory>
 #include <sstream>
 #include <stdexcept>
@@ -24,7 +26,10 @@ struct Call {
     std::string op;
     std::vector<Argument> arguments;
 };
-using Text = std::vector<Call>;
+struct Text {
+    std::vector<Call> calls;
+    mutable std::atomic<int64_t> work{0};  // the most that a step was, when it last ran
+};
 
 int64_t numbers_of(const std::string& words, int64_t* to) {
     std::istringstream in(words);
@@ -63,7 +68,7 @@ std::shared_ptr<const Text> text_of(const std::string& steps) {
         Call call;
         words >> call.op;
         for (std::string word; words >> word;) call.arguments.push_back(argument_of(word));
-        text->push_back(call);
+        text->calls.push_back(call);
     }
     std::unique_lock<std::shared_mutex> writing(lock);
     return known[steps] = text;
@@ -102,45 +107,52 @@ View view_of(const Tensor& t) {
 
 using Step = std::variant<Linear, Rope, Attention>;
 
-// The steps of one call, ready to run. `fits` is false where one of them is not for it.
+// The steps of one call. A step is made ready while the one before it runs: the tensors that it asks for are far away,
+// and meanwhile the other threads do the first one's share.
 class Chain {
   public:
-    bool fits = true;
-
     Chain(const Text& text, const std::vector<Tensor>& tensors, const std::optional<Tensor>& keys,
           const std::optional<Tensor>& values)
-        : tensors(tensors), keys(keys), values(values), memory(scratch()), last(text.size() - 1) {
-        memory.resize(std::max(memory.size(), 2 * text.size()));
-        for (const Call& call : text) {
-            fits = call.op == "fused_linear"      ? add_linear(call.arguments)
-                   : call.op == "rope_into_cache" ? add_rope(call.arguments)
-                   : call.op == "attention"       ? add_attention(call.arguments)
-                                                  : false;
-            if (!fits) return;
-        }
+        : text(text), tensors(tensors), keys(keys), values(values), memory(scratch()) {
+        memory.resize(std::max(memory.size(), 2 * text.calls.size()));
+        steps.reserve(text.calls.size());
+        results.reserve(text.calls.size());
     }
 
-    Tensor run() {
-        int64_t work = 0;
-        for (const Step& step : steps) std::visit([&](const auto& s) { work = std::max(work, s.work()); }, step);
-        const int64_t threads = threads_for(work);
-        for (size_t i = 0; i < steps.size(); i++)
-            std::visit([&](auto& s) { s.begin(memory[2 * i + 1].get<char>(s.bytes(threads)), threads); }, steps[i]);
+    // None where a step is not for it; then nothing but what it would have written is written.
+    std::optional<Tensor> run() {
+        threads = threads_for(text.work.load(std::memory_order_relaxed));
+        if (!add()) return std::nullopt;
+        const size_t count = text.calls.size();
+        std::atomic<size_t> made{1};
+        std::exception_ptr error;
         as_team(threads, [&](int64_t thread) {
-            for (size_t i = 0; i < steps.size(); i++) {
-                std::visit([&](auto& s) { s.prefetch(thread); }, steps[i]);
-                if (i) wait_for_all();
+            for (size_t i = 0; i < made; i++) {
+                if (thread == 0 && i + 1 < count) {
+                    try {
+                        made += add();
+                    } catch (...) {
+                        error = std::current_exception();
+                    }
+                }
                 std::visit([&](auto& s) { s.run(thread); }, steps[i]);
+                if (i + 1 < made) std::visit([&](auto& s) { s.prefetch(thread); }, steps[i + 1]);
+                wait_for_all();
             }
         });
-        return *out;
+        if (error) std::rethrow_exception(error);
+        int64_t work = 0;
+        for (const Step& step : steps) std::visit([&](const auto& s) { work = std::max(work, s.work()); }, step);
+        text.work.store(work, std::memory_order_relaxed);
+        return made == count ? out : std::nullopt;
     }
 
   private:
+    const Text& text;
     const std::vector<Tensor>& tensors;
     const std::optional<Tensor>&keys, &values;
     std::deque<Scratch>& memory;  // of each step its result, and what it needs
-    size_t last;
+    int64_t threads = 1;
     std::vector<Step> steps;
     std::vector<View> results;
     std::optional<Tensor> out;
@@ -156,6 +168,18 @@ class Chain {
                : a.type == Argument::VALUES ? values
                                             : std::nullopt;
     }
+    bool add() {
+        const Call& call = text.calls[steps.size()];
+        const bool fits = call.op == "fused_linear"      ? add_linear(call.arguments)
+                          : call.op == "rope_into_cache" ? add_rope(call.arguments)
+                          : call.op == "attention"       ? add_attention(call.arguments)
+                                                         : false;
+        if (!fits) return false;
+        auto begin = [&](auto& s) { s.begin(memory[2 * steps.size() - 1].template get<char>(s.bytes(threads)), threads); };
+        std::visit(begin, steps.back());
+        return true;
+    }
+
     // None has no dimensions.
     View view(const Argument& a) const {
         if (a.type != Argument::RESULT) {
@@ -176,7 +200,7 @@ class Chain {
         View v;
         v.kind = kind, v.dims = dims;
         std::copy_n(sizes, dims, v.sizes);
-        if (results.size() == last) out = empty(tensors[0], sizes, dims), v.at = (char*)out->data_ptr();
+        if (results.size() + 1 == text.calls.size()) out = empty(tensors[0], sizes, dims), v.at = (char*)out->data_ptr();
         else v.at = memory[2 * results.size()].get<char>(v.numel() * size_of(kind));
         results.push_back(v);
         return v.at;
@@ -267,8 +291,8 @@ class Chain {
 
 Tensor chain_packed(std::vector<Tensor> tensors, std::optional<Tensor> keys, std::optional<Tensor> values,
                     std::string steps) {
-    Chain chain(*text_of(steps), tensors, keys, values);
-    return chain.fits ? chain.run() : in_python("qcompile_kernels::chain_anyhow", tensors, keys, values, steps);
+    const std::optional<Tensor> out = Chain(*text_of(steps), tensors, keys, values).run();
+    return out ? *out : in_python("qcompile_kernels::chain_anyhow", tensors, keys, values, steps);
 }
 
 }  // namespace

@@ -120,6 +120,9 @@ def test_what_goes_through_python_is_the_same() -> None:
     want = chain_packed(*layer.arguments)
     layer.tensors[0] = layer.tensors[0].new_zeros(1, 1, 2 * HIDDEN)[..., ::2].copy_(layer.tensors[0])
     assert torch.equal(chain_packed(*layer.arguments), want)
+    layer.tensors[0] = layer.tensors[0].contiguous()
+    layer.tensors[-2] = layer.tensors[-2].t().contiguous().t()  # found out while steps before it run
+    assert torch.equal(chain_packed(*layer.arguments), want)
 
 
 @pytest.mark.parametrize("position", [-1, CAPACITY])
