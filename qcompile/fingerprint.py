@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qcompile.pinned import FUNCTIONS, environment, exchanged, inside, is_pinned, is_pinned_module
+from qcompile.pinned import FUNCTIONS, bindings, environment, exchanged, inside, is_pinned, is_pinned_module
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, type(...), torch.dtype, torch.device, torch.layout)
 _PLAIN += (torch.memory_format, slice, range)
@@ -46,6 +46,7 @@ def fingerprint(*roots: Any) -> str:
     walk.methods()
     walk.value(exchanged(walk.modules))
     walk.methods()
+    walk.value(bindings(walk.modules))
     return walk.digest.hexdigest()
 
 
@@ -217,8 +218,8 @@ def _is_ours(x: Any) -> bool:
 _NOT_READ = {"__module__", "__doc__", "__dict__", "__weakref__", "__annotations__", "__firstlineno__", "__slots__"}
 _NOT_READ |= {"__static_attributes__", "__annotate_func__", "__annotations_cache__", "__orig_bases__", "__reduce__"}
 _NOT_READ |= {"__parameters__", "__abstractmethods__", "__subclasshook__", "__match_args__", "__reduce_ex__"}
-# By these, code reads what it does not name: anything, or what it is given.
-_LOOKUPS = frozenset({"globals", "vars", "eval", "exec", "__import__", "import_module"})
+# By these, code reads what it does not name: anything, the environment, a file; or what it is given.
+_LOOKUPS = frozenset({"globals", "vars", "eval", "exec", "__import__", "import_module", "getenv", "open"})
 _GETTERS = frozenset({"getattr", "__getattribute__", "__dict__", "attrgetter", "methodcaller"})
 
 

@@ -1,13 +1,13 @@
 """What changes with its version alone, and where a process runs: the part of a fingerprint that no model decides.
 
-Python's own library, torch, transformers and what they need are not read but for their versions; qcompile's own files
-are. Somebody may exchange their functions for others, which `exchanged` finds.
+Python's own library, torch, transformers and what they need are not read; their versions are, and of those that trace
+or run a forward the sizes and times of files. Somebody may exchange their functions: `exchanged` finds others' ones,
+`bindings` tells which of their own have which names.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
 import platform
 import re
@@ -18,17 +18,20 @@ from collections.abc import Collection, Iterator, Mapping
 from importlib.machinery import ModuleSpec
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from qcompile.installed import installed
 from qcompile.kernels._cpp import processor_features
 from qcompile.ops.registry import OPS
 
 PINNED = frozenset({"torch", "triton", "numpy", "sympy", "transformers", "accelerate", "peft", "qcompile"})
 # Where somebody may exchange what a forward calls, beside the modules of the classes met.
 OPEN = re.compile(r"transformers\.(?!models\b|tokenization|utils\b|trainer|data\b|generation\b)|torch\.nn\.functional$")
+# What the models of transformers share, always there with one of them.
+SHARED = {f"transformers.{name}" for name in ("activations", "cache_utils", "masking_utils", "modeling_utils")}
+SHARED |= {"transformers.integrations.sdpa_attention", "transformers.modeling_rope_utils", "torch.nn.functional"}
 FUNCTIONS = (types.FunctionType, types.MethodType, staticmethod, classmethod, property, functools.partial)
 
 
@@ -104,6 +107,23 @@ def exchanged(modules: Collection[str]) -> list[tuple[str, Any]]:
     return [(path, x) for path, x in members if _is_foreign(x)]
 
 
+def bindings(modules: Collection[str]) -> list[str]:
+    """Which functions have which names in these pinned modules and in those that models share, in their classes and
+    registries too, and the numbers among their names."""
+    lines = []
+    for name in sorted(SHARED.intersection(sys.modules).union(modules)):
+        scope = getattr(sys.modules.get(name), "__dict__", {})
+        lines += [f"{path} {_origin(x)}" for path, x in _members(name, scope) if " at 0x" not in path]
+        lines += [f"{name}.{key} {x!r}" for key, x in scope.items() if isinstance(x, (bool, int, float))]
+    return lines
+
+
+def _origin(x: Any) -> str:
+    if isinstance(x, types.FunctionType):
+        return f"{x.__module__}.{x.__qualname__}"
+    return " ".join(_origin(each) for each in inside(x) if isinstance(each, FUNCTIONS))
+
+
 def _members(path: str, scope: Mapping[Any, Any], depth: int = 2) -> Iterator[tuple[str, Any]]:
     entries = dict.items(scope) if isinstance(scope, dict) else scope.items()  # some registries import what they give
     for name, x in list(entries):
@@ -134,9 +154,10 @@ def environment() -> list[Any]:
         platform.machine(),
         sorted(processor_features()),
         [(package, _version(package)) for package in sorted(PINNED | _needed())],
-        _source(),
+        installed(("qcompile", "torch", "transformers", "accelerate", "peft", "triton")),
         os.environ.get("TRITON_INTERPRET"),
         torch.get_default_dtype(),
+        torch.get_default_device(),
         torch.get_num_threads(),
         torch.are_deterministic_algorithms_enabled(),
         torch.get_float32_matmul_precision(),
@@ -171,14 +192,3 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return ""
-
-
-@functools.cache
-def _source() -> str:
-    """The digest of qcompile's own files."""
-    digest, root = hashlib.sha256(), Path(__file__).parent
-    for folder in (root, root / "passes", root / "kernels"):
-        for file in sorted(folder.rglob("*")):
-            if file.suffix in (".py", ".h", ".cpp"):
-                digest.update(str(file.relative_to(root)).encode() + file.read_bytes())
-    return digest.hexdigest()

@@ -3,6 +3,7 @@
 import copy
 import functools
 import importlib
+import os
 import shutil
 import subprocess
 import sys
@@ -132,6 +133,25 @@ def _of_transformers(model: Model, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(masking_utils, "sdpa_mask", lambda *args, **kwargs: None)
 
 
+def _one_of_torchs_own_for_another(model: Model, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(F, "silu", F.gelu)
+
+
+def _method_of_torchs_own(model: Model, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(nn.Linear, "reset_parameters", nn.Linear.extra_repr)
+
+
+def _constant_of_torchs_own(model: Model, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(sys.modules["torch.nn.modules.linear"], "WIDE", True, raising=False)
+
+
+def _entry_of_a_registry(model: Model, patch: pytest.MonkeyPatch) -> None:
+    from transformers.integrations.sdpa_attention import repeat_kv
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    patch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", repeat_kv)
+
+
 def _registry(model: Model, patch: pytest.MonkeyPatch) -> None:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -142,6 +162,14 @@ def _threads(model: Model, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(torch, "get_num_threads", lambda: 77)
 
 
+def _default_device(model: Model, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(torch, "get_default_device", lambda: torch.device("meta"))
+
+
+def _processor(model: Model, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("qcompile.pinned.processor_features", lambda: frozenset({"avx2"}))
+
+
 def _default_dtype(model: Model, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(torch, "get_default_dtype", lambda: torch.float64)
 
@@ -149,7 +177,8 @@ def _default_dtype(model: Model, patch: pytest.MonkeyPatch) -> None:
 CHANGES = [
     _attribute, _method, _method_by_any_name, _method_that_a_parent_calls, _class_attribute, _global, _table, _helper,
     _forward, _wrapped, _hook, _dtype, _shape, _tie, _of_torch, _module_of_torch, _of_transformers, _registry, _threads,
-    _default_dtype,
+    _default_dtype, _default_device, _processor, _one_of_torchs_own_for_another, _method_of_torchs_own,
+    _constant_of_torchs_own, _entry_of_a_registry,
 ]  # fmt: skip
 
 
@@ -189,6 +218,10 @@ def _looks_up(x: torch.Tensor) -> Any:
     return globals()["helper"](x)
 
 
+def _asks_the_environment(x: torch.Tensor) -> torch.Tensor:
+    return x * 2 if os.getenv("TWICE") else x
+
+
 def _looks_into_a_module(x: torch.Tensor) -> Any:
     return getattr(pytest, "mark")(x)  # noqa: B009
 
@@ -198,6 +231,7 @@ def _looks_into_a_module(x: torch.Tensor) -> Any:
     [
         (_imports, "an import of tests_of_nothing inside of _imports"),
         (_looks_up, "code that calls globals: _looks_up"),
+        (_asks_the_environment, "code that calls getenv: _asks_the_environment"),
         (_looks_into_a_module, "code that may look up names in the module pytest"),
     ],
 )

@@ -1,7 +1,9 @@
 """shelf: what is kept on disk comes back, and nothing else does."""
 
+import errno
 import logging
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +74,30 @@ def test_the_oldest_go(folder: Path) -> None:
 def test_a_disk_that_refuses(folder: Path) -> None:
     folder.mkdir(mode=0o500)
     Shelf("things", 1).keep("good")
+
+
+def test_a_disk_that_is_full(folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    shelf = Shelf("things", 1)
+    written = Path.write_bytes
+
+    def fill(path: Path, data: bytes) -> int:
+        written(path, data[:10])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", fill)
+    with caplog.at_level(logging.INFO):
+        shelf.keep("good")
+    assert "No space left" in caplog.text and not [path for path in folder.rglob("*") if path.is_file()]
+
+
+def test_many_write_and_read_at_once(caplog: pytest.LogCaptureFixture) -> None:
+    shelf = Shelf("things", 1)
+    work = [lambda number=number: shelf.keep(["an entry"] * (1000 + number)) for number in (0, 1) for _ in range(20)]
+    with ThreadPoolExecutor(4) as writers:
+        done = [writers.submit(each) for each in work]
+        while not all(each.done() for each in done):
+            assert all(entry[0] == "an entry" for entry in shelf.entries())
+    assert "dropped" not in caplog.text and len(list(shelf.entries())) == 2
 
 
 def llama() -> nn.Module:
