@@ -24,8 +24,9 @@ from qcompile.graph.match import value
 
 Stretch = tuple[Node, ...]
 
-# A smaller stretch is part of a layer at most, and what repeats but once is compiled as quickly as it is found.
-LEAST_NODES = 16
+# What a stretch reads, call by call: a smaller one is part of a layer at most. (A layer may be one call of ours.) What
+# repeats but once is compiled as quickly as it is found.
+LEAST_OPERANDS = 20
 LEAST_TIMES = 3
 
 
@@ -39,6 +40,8 @@ def find_repeat(graph: Graph) -> list[Stretch]:
     if found is None:
         return []
     first, length, period = found
+    if sum(len(node.all_input_nodes) for node in nodes[first : first + period]) < LEAST_OPERANDS:
+        return []
     start = _best_cut(nodes, first, period)
     count = (first + length - start) // period
     stretches = [tuple(nodes[start + i * period : start + (i + 1) * period]) for i in range(count)]
@@ -110,7 +113,7 @@ def _period(labels: Tensor) -> tuple[int, int, int] | None:
         run = int(runs[longest])
         if run // period * period > saved:
             best, saved = (int(ends[longest]) + 1, run + period, period), run // period * period
-    return best if best and best[2] >= LEAST_NODES else None
+    return best
 
 
 def _best_cut(nodes: Sequence[Node], start: int, period: int) -> int:

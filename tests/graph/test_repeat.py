@@ -103,6 +103,18 @@ def test_short_stretches_stay_together() -> None:
     assert find_repeat(capture.export(Short(), (torch.randn(3, 8),)).gm.graph) == []
 
 
+def test_a_layer_may_be_one_call_of_many_operands() -> None:
+    class Wide(nn.Module):
+        def forward(self, *tensors):
+            x, *others = tensors
+            for i in range(4):
+                x = torch.stack([x, *others[20 * i : 20 * (i + 1)]]).sum(0)
+            return x
+
+    stretches = find_repeat(capture.export(Wide(), tuple(torch.randn(81, 3, 8))).gm.graph)
+    assert [len(stretch) for stretch in stretches] == [2] * 4
+
+
 def test_a_weight_that_two_layers_share() -> None:
     """Stretches correspond; who is behind an input does not matter."""
     layer = Layer(8, 16)
