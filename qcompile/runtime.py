@@ -166,7 +166,7 @@ class Runner:
                     continue
                 self.recalled += 1
                 return program
-        draft = draft_call(self.model, self.original, kwargs, pipeline)
+        draft = shelf.as_read(draft_call(self.model, self.original, kwargs, pipeline))
         program = draft.compile(self.model)
         shelf.keep(draft)
         return program

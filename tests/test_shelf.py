@@ -32,6 +32,15 @@ def test_what_is_kept_comes_back(folder: Path) -> None:
     assert folder.stat().st_mode & 0o777 == 0o700
 
 
+def test_an_entry_is_used_as_it_will_be_read() -> None:
+    entry = ["x"]
+    read = Shelf("things", 1).as_read(entry)
+    assert read == entry and read is not entry
+    assert Shelf("things", 1, off=True).as_read(entry) is entry
+    unkept = lambda: None  # noqa: E731
+    assert Shelf("things", 1).as_read(unkept) is unkept
+
+
 def test_recall() -> None:
     assert [Shelf("things", 1).recall(lambda made=made: made) for made in ("first", "second")] == ["first", "first"]
 
