@@ -1,10 +1,13 @@
 """Times what a decoding step does between its projections: `python -m benchmarks.attention_gpu --out FOLDER`.
 
-1. attention  32 query heads over 8 of 128 columns in bf16, beside torch's attention with the same mask, with the keys
-              cut to those that count and no mask, and the op's meaning; and each one's error against float64
-2. rope       rope of queries and keys and the writes to the cache, beside what Inductor makes of their meaning
-3. sweep      other tiles, to fill kernels/_tuning.py with; the best three of each case, and the rest in the JSON
-4. pdl        the chosen tiles with and without dependent launch
+1. attention  32 query heads over 8 of 128 columns in bf16, and over codes of 8 bits, beside torch's attention with the
+              same mask, with the keys cut to those that count and no mask, and the op's meaning; and each one's error
+              against float64, over codes that of the codes' numbers
+2. capped     soft-capped attention of Gemma 2 (16 query heads over 8 of 256 columns), of a step and of a prompt, beside
+              what Inductor makes of its meaning
+3. rope       rope of queries and keys and the writes to the cache, beside what Inductor makes of their meaning
+4. sweep      other tiles, to fill kernels/_tuning.py with; the best three of each case, and the rest in the JSON
+5. pdl        the chosen tiles with and without dependent launch
 
 Times are medians of CUDA graph replays, in µs; caches rotate through at least 160 MB, so they come from memory. About
 90 seconds on one H100; what is not begun within `--seconds` is left out. `--smoke` runs all of it on tiny sizes, in
@@ -36,12 +39,13 @@ from torch import Tensor
 
 from benchmarks._gpu import DEVICE, START, Report, log
 from benchmarks.kernels_gpu import median_us
-from qcompile.kernels import _tuning, attention_decode
+from qcompile.kernels import _tuning, attention_codes, attention_decode
 from qcompile.kernels._tuning import AttentionTile
 from qcompile.kernels.attention_decode import attend
 from qcompile.kernels.rope_into_cache import rope_into_cache_cuda
 from qcompile.ops.attention import attention
 from qcompile.ops.rope import rope_into_cache
+from qcompile.ops.row_codes import CODES, SCALE, dequantize_rows, quantize_rows
 
 READ_GBPS = 3124  # what an H100 reads
 ROTATE_BYTES = 160e6
@@ -57,32 +61,36 @@ class Case:
     heads: int = 32
     kv_heads: int = 8
     width: int = 128
+    codes: str = ""  # the element of a quantized cache
 
     @property
     def nbytes(self) -> int:
-        return 2 * 2 * self.batch * self.kv_heads * self.valid * self.width
+        row = self.width + SCALE.itemsize if self.codes else self.width * 2
+        return 2 * self.batch * self.kv_heads * self.valid * row
 
     @property
     def limit_us(self) -> float:
         return self.nbytes / READ_GBPS / 1e3
 
     def named(self) -> dict[str, Any]:
-        return {"batch": self.batch, "capacity": self.capacity, "valid": self.valid}
+        codes = {"codes": self.codes} if self.codes else {}
+        return {"batch": self.batch, "capacity": self.capacity, "valid": self.valid, **codes}
 
     def tile(self) -> AttentionTile:
         pairs, rows = self.batch * self.kv_heads, self.heads // self.kv_heads
         device = _tuning.Device.of(torch.device(DEVICE, 0) if DEVICE == "cuda" else torch.device("cpu"))
-        return _tuning.attention_tile(pairs, rows, self.capacity, self.width, 2, device)
+        choose = _tuning.codes_tile if self.codes else _tuning.attention_tile
+        return choose(pairs, rows, self.capacity, self.width, 2, device)
 
 
 CASES = (
     *(Case(1, 1024, 513), Case(1, 8192, 8192), Case(1, 32768, 32768), Case(1, 8192, 513)),
-    *(Case(16, 1024, 513), Case(16, 8192, 8192)),
+    *(Case(16, 1024, 513), Case(16, 2048, 2048), Case(16, 8192, 8192)),
 )
 TINY = (Case(1, 96, 50, 4, 2, 16), Case(2, 64, 64, 4, 2, 16))
 
 Call = Callable[..., Tensor]
-Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None, float]
+Inputs = tuple[Any, ...]
 
 
 def main() -> None:
@@ -118,14 +126,26 @@ def timed(call: Call, inputs: Sequence[tuple[Any, ...]]) -> float:
 
 
 def inputs_of(case: Case) -> list[Inputs]:
-    """(query, key, value, mask, scale), with as many caches as it takes to come from memory."""
+    """(query, key, value, mask, scale) and the scales of codes, with as many caches as it takes to come from memory."""
     dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float16
     shape = (case.batch, case.kv_heads, case.capacity, case.width)
     q = torch.randn(case.batch, case.heads, 1, case.width, device=DEVICE, dtype=dtype)
     mask = (torch.arange(case.capacity, device=DEVICE) < case.valid).expand(case.batch, 1, 1, -1).contiguous()
     copies = 2 if DEVICE == "cpu" else max(2, math.ceil(ROTATE_BYTES / case.nbytes))
     caches = [[torch.randn(shape, device=DEVICE, dtype=dtype) for _ in "kv"] for _ in range(copies)]
-    return [(q, k, v, mask, case.width**-0.5) for k, v in caches]
+    if not case.codes:
+        return [(q, k, v, mask, case.width**-0.5) for k, v in caches]
+    coded = [[quantize_rows(x, CODES[case.codes]) for x in cache] for cache in caches]
+    return [(q, k, v, mask, case.width**-0.5, k_scale, v_scale) for (k, k_scale), (v, v_scale) in coded]
+
+
+def ours(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None, tile: AttentionTile | None = None,
+) -> Tensor:  # fmt: skip
+    if k_scale is None or v_scale is None:
+        return attend(q, k, v, mask, scale, tile)
+    return attention_codes.attend(q, k, v, mask, scale, None, k_scale, v_scale, tile)
 
 
 def by_torch(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -136,34 +156,71 @@ def by_meaning(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: floa
     return attention.meaning(q, k, v, mask, False, scale)
 
 
+def cut(inputs: Inputs, valid: int) -> Inputs:
+    """Without a mask, and without the keys that it hides."""
+    q, k, v, _, scale, *scales = inputs
+    return (q, k[:, :, :valid], v[:, :, :valid], None, scale, *(x[:, :, :valid] for x in scales))
+
+
 def part_attention(report: Report, cases: tuple[Case, ...], deadline: float) -> None:
     for case in cases:
         if time.time() > deadline:
             report.fail("attention", f"out of time before {case}")
             return
         inputs = inputs_of(case)
-        cut: list[Inputs] = [
-            (q, k[:, :, : case.valid], v[:, :, : case.valid], None, scale) for q, k, v, _, scale in inputs
-        ]
-        q, k, v, _, scale = cut[0]
-        want = by_meaning(q.double(), k.double(), v.double(), None, scale)
-        ways: dict[str, tuple[Call, list[Inputs]]] = {
-            "ours": (attend, inputs),
-            "ours, no mask": (attend, cut),
-            "torch": (by_torch, inputs),
-            "torch, no mask": (by_torch, cut),
-            "meaning": (by_meaning, inputs),
+        whole = [cut(given, case.valid) for given in inputs]
+        ways: dict[str, tuple[Case, Call, list[Inputs]]] = {
+            "ours": (case, ours, inputs),
+            "ours, no mask": (case, ours, whole),
+            "torch": (case, by_torch, inputs),
+            "torch, no mask": (case, by_torch, whole),
+            "meaning": (case, by_meaning, inputs),
         }
-        for name, (call, given) in ways.items():
+        for element in CODES:
+            coded = replace(case, codes=element)
+            given = inputs_of(coded)
+            ways[f"ours, {element}"] = coded, ours, given
+            ways[f"ours, {element}, no mask"] = coded, ours, [cut(some, case.valid) for some in given]
+        for name, (of, call, given) in ways.items():
             try:
                 us = timed(call, given)
+                q, k, v, _, scale, *scales = cut(given[0], case.valid)
+                k, v = (dequantize_rows(x, s, torch.double) for x, s in zip((k, v), scales)) if scales else (k, v)
+                want = by_meaning(q.double(), k.double(), v.double(), None, scale)
                 error = ((call(*given[0]).double() - want).norm() / want.norm()).item()
             except Exception as failure:
                 report.fail("attention", f"{case} {name}: {failure}"[:400])
                 continue
-            share = 100 * case.limit_us / us if us else math.nan
+            share = 100 * of.limit_us / us if us else math.nan
             report.add("attention", **case.named(), way=name, us=us, percent_of_read_limit=share, error=error)
         report.notes.append(f"{case}: limit {case.limit_us:.2f} µs, {case.tile()}")
+
+
+def capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    return attention.meaning(q, k, v, mask, False, scale, 50.0)
+
+
+def part_capped(report: Report, cases: tuple[Case, ...], deadline: float) -> None:
+    sizes: tuple[int, int, int] = (16, 8, 256) if DEVICE == "cuda" else (4, 2, 16)
+    for capacity, length in ((8192, 1), (2048, 2048)) if DEVICE == "cuda" else ((64, 1), (64, 64)):
+        case = Case(1, capacity, capacity, *sizes)
+        inputs = inputs_of(case)
+        q, mask = inputs[0][0].repeat(1, 1, length, 1), inputs[0][3]
+        if length > 1:
+            mask = torch.ones(1, 1, length, capacity, dtype=torch.bool, device=DEVICE).tril()
+        given = [(q, k, v, mask, scale) for _, k, v, _, scale in inputs]
+        compiled = torch.compile(capped, dynamic=False, fullgraph=True)
+        ways = {"ours": partial(attend, softcap=50.0), "inductor": compiled, "torch, not capped": by_torch}
+        q, k, v, _, scale = given[0]
+        want = capped(q.double(), k.double(), v.double(), mask, scale)
+        for name, call in ways.items():
+            try:
+                us = timed(call, given)
+                error = ((call(*given[0]).double() - want).norm() / want.norm()).item()
+            except Exception as failure:
+                report.fail("capped", f"{length} {name}: {failure}"[:400])
+                continue
+            report.add("capped", length=length, capacity=capacity, way=name, us=us, error=error)
 
 
 def part_rope(report: Report, cases: tuple[Case, ...], deadline: float) -> None:
@@ -181,14 +238,14 @@ def part_rope(report: Report, cases: tuple[Case, ...], deadline: float) -> None:
 
 
 def part_sweep(report: Report, cases: tuple[Case, ...], deadline: float) -> None:
-    for case in cases:
+    for case in (replace(case, codes=codes) for case in cases for codes in ("", *CODES)):
         inputs, found = inputs_of(case), []
         for tile in dict.fromkeys([case.tile(), *tiles(case)]):
             if time.time() > deadline:
                 report.fail("sweep", f"out of time in {case}")
                 break
             try:
-                us = timed(partial(attend, tile=tile), inputs)
+                us = timed(partial(ours, tile=tile), inputs)
             except Exception as failure:
                 report.fail("sweep", f"{case} {tile}: {failure}"[:300])
                 continue
@@ -205,6 +262,8 @@ def tiles(case: Case) -> Iterator[AttentionTile]:
     """Tiles that give every multiprocessor something to do, and no more than eight programs to each."""
     pairs, rows = case.batch * case.kv_heads, case.tile().rows
     blocks = ((32, 4, 3), (64, 4, 3), (64, 4, 2), (64, 8, 3), (128, 4, 2), (128, 8, 3))
+    if case.codes:
+        blocks = ((32, 2, 1), (64, 4, 1), (64, 8, 1), (128, 8, 1))
     for splits, (keys, warps, stages) in itertools.product((1, 2, 4, 8, 16, 32, 64), blocks):
         if splits <= max(1, case.capacity // keys) and (64 <= pairs * splits <= 1056 or case.width < 32):
             yield AttentionTile(splits, rows, keys, warps, stages)
@@ -223,6 +282,7 @@ def part_pdl(report: Report, cases: tuple[Case, ...], deadline: float) -> None:
 
 PARTS: dict[str, Callable[[Report, tuple[Case, ...], float], None]] = {
     "attention": part_attention,
+    "capped": part_capped,
     "rope": part_rope,
     "pdl": part_pdl,
     "sweep": part_sweep,

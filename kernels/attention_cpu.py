@@ -20,7 +20,7 @@ MAX_LENGTH = 8
 
 def refuses(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float,
-    softcap: float | None = None,
+    softcap: float | None = None, key_scale: Tensor | None = None, value_scale: Tensor | None = None,
 ) -> str | None:  # fmt: skip
     """Why this kernel cannot run the call, or None."""
     if query.device.type != "cpu":
@@ -62,7 +62,7 @@ def attend_cpu(
 @attention.implementation("cpu_decode", refuses)
 def attention_cpu(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float,
-    softcap: float | None = None,
+    softcap: float | None = None, key_scale: Tensor | None = None, value_scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     if mask is not None:
         mask = mask.expand(*query.shape[:3], key.shape[2])

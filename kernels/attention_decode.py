@@ -3,6 +3,8 @@
 One program of `_split` takes the query rows of all heads that share a key/value head, so that keys and values are read
 once, and every parts-th block of keys, so that a cache filled halfway is work for all. It reads its part of the mask
 first and goes from the first to the last block in which anyone attends. (Dao et al. 2023, flash-decoding.)
+
+Prompts are torch's, but for those with a soft-cap, which torch's attention does not have.
 """
 
 from __future__ import annotations
@@ -32,15 +34,27 @@ SCAN_ELEMENTS = 1024
 
 def refuses(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float,
-    softcap: float | None = None,
+    softcap: float | None = None, key_scale: Tensor | None = None, value_scale: Tensor | None = None,
 ) -> str | None:  # fmt: skip
+    if key_scale is not None or value_scale is not None:
+        return "handles numbers, not codes"
     for tensor in (query, key, value):
         if reason := refuses_device(tensor, tensor.dtype):
             return reason
         if tensor.dtype != query.dtype:
             return "query, key and value differ in dtype"
+    prompts = softcap is not None and _prompt_tile(query, value) is not None
+    return refuses_shape(query, value, is_causal, prompts)
+
+
+def _prompt_tile(query: Tensor, value: Tensor) -> _tuning.AttentionTile | None:
+    columns = max(known(query.shape[3]) or MAX_WIDTH, known(value.shape[3]) or MAX_WIDTH)
+    return _tuning.prompt_tile(power_of_two(columns), query.itemsize, _tuning.Device.of(query.device))
+
+
+def refuses_shape(query: Tensor, value: Tensor, is_causal: bool, prompts: bool = False) -> str | None:
     length, width, value_width = (known(size) for size in (query.shape[2], query.shape[3], value.shape[3]))
-    if length is None or length > MAX_LENGTH:
+    if not prompts and (length is None or length > MAX_LENGTH):
         return f"handles up to {MAX_LENGTH} query rows, not {query.shape[2]}"
     if width is None or value_width is None or max(width, value_width) > MAX_WIDTH:
         return f"handles heads of up to {MAX_WIDTH} columns, not {query.shape[3]} and {value.shape[3]}"
@@ -59,7 +73,7 @@ def attention_decode_cuda(
 @attention.implementation("triton_decode", refuses)
 def attention_decode(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float,
-    softcap: float | None = None,
+    softcap: float | None = None, key_scale: Tensor | None = None, value_scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     return attention_decode_cuda(query, key, value, mask, scale, softcap)
 
@@ -78,6 +92,8 @@ def attend(
         query = query.contiguous()
     rows = heads // kv_heads * length
     block_d, block_dv = (max(16, power_of_two(n)) for n in (width, value_width))
+    if tile is None and length > MAX_LENGTH:
+        tile = _prompt_tile(query, value)
     if tile is None:
         device = _tuning.Device.of(key.device)
         tile = _tuning.attention_tile(batch * kv_heads, rows, keys, max(block_d, block_dv), key.itemsize, device)
@@ -156,6 +172,26 @@ def _attended(mask):
 
 
 @triton.jit
+def _seen_steps(
+    mask_ptr, mask_column, rows, steps, keys,
+    BLOCK_N: tl.constexpr, MASK_ROWS: tl.constexpr, SCAN: tl.constexpr,
+):  # fmt: skip
+    """Of this program's steps the first one in which anyone attends, and the one behind the last."""
+    part, splits = tl.program_id(1), tl.num_programs(1)
+    lowest = tl.zeros((MASK_ROWS, SCAN), tl.int32) + steps
+    highest = tl.zeros((MASK_ROWS, SCAN), tl.int32)
+    for start in range(0, steps * BLOCK_N, SCAN):
+        i = start + tl.arange(0, SCAN)[None, :]
+        step = i // BLOCK_N
+        n = (step * splits + part) * BLOCK_N + i % BLOCK_N
+        inside = rows & (n < keys)
+        attended = _attended(tl.load(mask_ptr + n.to(tl.int64) * mask_column, mask=inside)) & inside
+        lowest = tl.where(attended, tl.minimum(lowest, step), lowest)
+        highest = tl.where(attended, tl.maximum(highest, step + 1), highest)
+    return tl.min(lowest), tl.max(highest)
+
+
+@triton.jit
 def _capped(logits, softcap):
     """softcap * tanh(logits / softcap)"""
     x = logits / softcap
@@ -206,17 +242,7 @@ def _split(
         seen_row = (first_row + tl.arange(0, MASK_ROWS))[:, None]
         seen_head = kv_head * (rows // length) + seen_row // length
         mask_ptr += batch * mask_batch + seen_head * mask_head + (seen_row % length).to(tl.int64) * mask_row
-        lowest = tl.zeros((MASK_ROWS, SCAN), tl.int32) + steps
-        highest = tl.zeros((MASK_ROWS, SCAN), tl.int32)
-        for start in range(0, steps * BLOCK_N, SCAN):
-            i = start + tl.arange(0, SCAN)[None, :]
-            step = i // BLOCK_N
-            n = (step * splits + part) * BLOCK_N + i % BLOCK_N
-            inside = (seen_row < rows) & (n < keys)
-            attended = _attended(tl.load(mask_ptr + n.to(tl.int64) * mask_column, mask=inside)) & inside
-            lowest = tl.where(attended, tl.minimum(lowest, step), lowest)
-            highest = tl.where(attended, tl.maximum(highest, step + 1), highest)
-        first, end = tl.min(lowest), tl.max(highest)
+        first, end = _seen_steps(mask_ptr, mask_column, seen_row < rows, steps, keys, BLOCK_N, MASK_ROWS, SCAN)
     k_ptr += batch * k_batch + kv_head * k_head + d * k_column
     v_ptr += batch * v_batch + kv_head * v_head + dv * v_column
     offset = tl.arange(0, BLOCK_N)

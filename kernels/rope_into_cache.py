@@ -18,6 +18,7 @@ from qcompile.kernels._tiles import (
     tl,
     triton,
 )
+from qcompile.kernels.attention_codes import SMALLEST, refuses_codes
 from qcompile.ops.registry import known, opaque
 from qcompile.ops.rope import rope_into_cache
 
@@ -28,10 +29,14 @@ WRITES = ("keys", "values")
 
 
 def refuses(
-    query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, positions: Tensor
-) -> str | None:
-    for tensor in (query, key, value, cos, sin, keys, values):
+    query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor,
+    positions: Tensor, key_scales: Tensor | None = None, value_scales: Tensor | None = None,
+) -> str | None:  # fmt: skip
+    for tensor in (query, key, value, cos, sin, *((keys, values) if key_scales is None else ())):
         if reason := refuses_device(tensor, tensor.dtype):
+            return reason
+    for codes, scales in ((keys, key_scales), (values, value_scales)):
+        if scales is not None and (reason := refuses_codes(codes, scales)):
             return reason
     if positions.device != query.device:
         return f"the positions are on {positions.device.type}"
@@ -46,10 +51,11 @@ def refuses(
     return None
 
 
-@opaque(lambda query, *others: query.new_empty(query.shape), writes=WRITES)
+@opaque(lambda query, *others: query.new_empty(query.shape), writes=(*WRITES, "key_scales", "value_scales"))
 def rope_into_cache_cuda(
-    query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, positions: Tensor
-) -> Tensor:
+    query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor,
+    positions: Tensor, key_scales: Tensor | None = None, value_scales: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     out = query.new_empty(query.shape)
     if out.numel() == 0:
         return out
@@ -71,6 +77,8 @@ def rope_into_cache_cuda(
         sin,
         keys,
         values,
+        key_scales,
+        value_scales,
         positions.contiguous(),
         out,
         heads,
@@ -78,6 +86,7 @@ def rope_into_cache_cuda(
         length,
         keys.shape[2],
         *(stride for x in (query, key, value, keys, values) for stride in x.stride()[:3]),
+        *(stride for x in (key_scales, value_scales) for stride in (x.stride() if x is not None else (0, 0, 0))),
         cos.stride(0),
         cos.stride(2),
         HALF=n // 2,
@@ -93,39 +102,67 @@ def rope_into_cache_cuda(
 
 @rope_into_cache.implementation("triton", refuses)
 def rope_into_cache_triton(
-    query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, positions: Tensor
-) -> Tensor:
-    return rope_into_cache_cuda(query, key, value, cos, sin, keys, values, positions)
+    query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor,
+    positions: Tensor, key_scales: Tensor | None = None, value_scales: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    return rope_into_cache_cuda(query, key, value, cos, sin, keys, values, positions, key_scales, value_scales)
 
 
 @triton.jit
-def _rotate(x_ptr, cos_ptr, sin_ptr, out_ptr, rows, HALF: tl.constexpr, BLOCK_N: tl.constexpr):
+def _rotate(x_ptr, cos_ptr, sin_ptr, rows, HALF: tl.constexpr, BLOCK_N: tl.constexpr):
     """Both halves of the rows that are in `rows`."""
     column = tl.arange(0, BLOCK_N)[None, :]
     inside = rows & (column < HALF)
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     low = tl.load(x_ptr + column, mask=inside, other=0.0).to(tl.float32)
     high = tl.load(x_ptr + column + HALF, mask=inside, other=0.0).to(tl.float32)
     cos_low = tl.load(cos_ptr + column, mask=inside, other=0.0).to(tl.float32)
     cos_high = tl.load(cos_ptr + column + HALF, mask=inside, other=0.0).to(tl.float32)
     sin_low = tl.load(sin_ptr + column, mask=inside, other=0.0).to(tl.float32)
     sin_high = tl.load(sin_ptr + column + HALF, mask=inside, other=0.0).to(tl.float32)
-    DTYPE: tl.constexpr = out_ptr.dtype.element_ty
-    tl.store(out_ptr + column, (low * cos_low - high * sin_low).to(DTYPE), mask=inside)
-    tl.store(out_ptr + column + HALF, (high * cos_high + low * sin_high).to(DTYPE), mask=inside)
+    return (low * cos_low - high * sin_low).to(DTYPE), (high * cos_high + low * sin_high).to(DTYPE)
 
 
 @triton.jit
-def _copy(x_ptr, out_ptr, rows, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr):
+def _put(x, scale, out_ptr, rows, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Store rows, by `scale` as codes where there are to be codes."""
     column = tl.arange(0, BLOCK_N)[None, :]
     inside = rows & (column < WIDTH)
-    tl.store(out_ptr + column, tl.load(x_ptr + column, mask=inside), mask=inside)
+    if out_ptr.dtype.element_ty == tl.int8:
+        y = tl.clamp(tl.div_rn(x.to(tl.float32), scale), -127.0, 127.0)
+        y = (y + 12582912.0) - 12582912.0  # what is added to 1.5 * 2^23 is rounded to an integer
+        tl.store(out_ptr + column, y.to(tl.int8), mask=inside)
+    elif out_ptr.dtype.element_ty == tl.uint8:
+        y = tl.clamp(tl.div_rn(x.to(tl.float32), scale), -448.0, 448.0)
+        tl.store(out_ptr + column, y.to(tl.float8e4nv).to(tl.uint8, bitcast=True), mask=inside)
+    else:
+        tl.store(out_ptr + column, x, mask=inside)
+
+
+@triton.jit
+def _scale(top, codes_ptr, scales_ptr, at, rows):
+    """The scale for codes of rows whose largest magnitudes are `top`, stored where there are scales."""
+    scale = tl.div_rn(top, 127.0 if codes_ptr.dtype.element_ty == tl.int8 else 448.0)
+    scale = tl.where(scale < SMALLEST, SMALLEST, scale)
+    if scales_ptr is not None:
+        tl.store(scales_ptr + at, scale, mask=rows)
+    return scale
+
+
+@triton.jit
+def _magnitude(low, high):
+    """The largest of each row in two halves; no number where one is none, which a maximum does not show."""
+    low, high = low.to(tl.float32), high.to(tl.float32)
+    top = tl.max(tl.maximum(tl.abs(low), tl.abs(high)), 1, keep_dims=True)
+    return top + tl.sum((low + high) * 0.0, 1, keep_dims=True)  # type: ignore[operator]
 
 
 @triton.jit
 def _rope_into_cache(
-    q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, keys_ptr, values_ptr, positions_ptr, out_ptr, heads, kv_heads, length,
-    capacity, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, keys_batch, keys_head, keys_row,
-    values_batch, values_head, values_row, angle_batch, angle_row,
+    q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, keys_ptr, values_ptr, key_scales_ptr, value_scales_ptr, positions_ptr,
+    out_ptr, heads, kv_heads, length, capacity, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
+    keys_batch, keys_head, keys_row, values_batch, values_head, values_row, key_scales_batch, key_scales_head,
+    key_scales_row, value_scales_batch, value_scales_head, value_scales_row, angle_batch, angle_row,
     HALF: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
@@ -142,13 +179,23 @@ def _rope_into_cache(
     kv_head = head - heads
     if kv_head < 0:
         q_at = batch * q_batch + head * q_head + row * q_row
-        out_at = ((batch * heads + head) * length + row) * (2 * HALF)
-        _rotate(q_ptr + q_at, cos_ptr, sin_ptr, out_ptr + out_at, row < length, HALF, BLOCK_N)
+        low, high = _rotate(q_ptr + q_at, cos_ptr, sin_ptr, row < length, HALF, BLOCK_N)
+        out = out_ptr + ((batch * heads + head) * length + row) * (2 * HALF)
+        _put(low, 1.0, out, row < length, HALF, BLOCK_N)
+        _put(high, 1.0, out + HALF, row < length, HALF, BLOCK_N)
     elif kv_head < kv_heads:
         k_at = batch * k_batch + kv_head * k_head + row * k_row
-        keys_at = batch * keys_batch + kv_head * keys_head + position * keys_row
-        _rotate(k_ptr + k_at, cos_ptr, sin_ptr, keys_ptr + keys_at, written, HALF, BLOCK_N)
+        low, high = _rotate(k_ptr + k_at, cos_ptr, sin_ptr, written, HALF, BLOCK_N)
+        keys = keys_ptr + batch * keys_batch + kv_head * keys_head + position * keys_row
+        scale_at = batch * key_scales_batch + kv_head * key_scales_head + position * key_scales_row
+        scale = _scale(_magnitude(low, high), keys_ptr, key_scales_ptr, scale_at, written)
+        _put(low, scale, keys, written, HALF, BLOCK_N)
+        _put(high, scale, keys + HALF, written, HALF, BLOCK_N)
     else:
+        column = tl.arange(0, BLOCK_V)[None, :]
         v_at = batch * v_batch + (kv_head - kv_heads) * v_head + row * v_row
-        values_at = batch * values_batch + (kv_head - kv_heads) * values_head + position * values_row
-        _copy(v_ptr + v_at, values_ptr + values_at, written, WIDTH, BLOCK_V)
+        v = tl.load(v_ptr + v_at + column, mask=written & (column < WIDTH), other=0.0)
+        values = values_ptr + batch * values_batch + (kv_head - kv_heads) * values_head + position * values_row
+        scale_at = batch * value_scales_batch + (kv_head - kv_heads) * value_scales_head + position * value_scales_row
+        value_scale = _scale(_magnitude(v, v), values_ptr, value_scales_ptr, scale_at, written)
+        _put(v, value_scale, values, written, WIDTH, BLOCK_V)

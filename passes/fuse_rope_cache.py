@@ -5,6 +5,8 @@
     V' = index_copy_(V, 2, at, v)                     ->
     y = qcompile.attention(q, K', V', …)                      y = qcompile.attention(q, K, V, …)
 
+A quantized cache is four tensors, of codes and of scales, and what is written to them comes from quantize_rows.
+
 Why: at a token of decoding these are four launches that move a few kilobytes.
 
 The op writes to K and V, as the calls that it replaces do. Inductor keeps such a write in place where the cache is an
@@ -13,6 +15,7 @@ input of the graph (torch 2.11 and 2.13: no copies), and an op that is functiona
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,15 +26,17 @@ from qcompile.graph.match import Miss, aten, is_call, only_user
 from qcompile.graph.rewrite import Rewriter
 from qcompile.ops.attention import attention
 from qcompile.ops.rope import rope, rope_into_cache
+from qcompile.ops.row_codes import quantize_rows
 
 
 @dataclass(frozen=True)
 class Turned:
-    """`root` is attention of `query`, a rope, over what `writes` left in the caches among the `operands`."""
+    """`root` is attention of `query`, a rope, over what `writes` left in `caches`."""
 
     root: Node
     query: Node
-    writes: tuple[Node, Node]
+    writes: tuple[Node, ...]
+    caches: tuple[Node, ...]
     operands: tuple[Node, ...]
 
 
@@ -42,15 +47,16 @@ class FuseRopeCache:
         if not is_call(node, attention.overload):
             return None
         args: Any = node.args
-        query, *writes = args[:3]
+        query, *writes = (*args[:3], *(scale for scale in args[7:9] if scale is not None))
         if not is_call(query, rope.overload) or not all(_is_write(write) for write in writes):
             return None
-        (keys, _, positions, key), (values, _, value_positions, value) = (write.args for write in writes)
-        if not is_call(key, rope.overload):
+        caches, _, (positions, *others), rows = zip(*(write.args for write in writes))
+        key, value = rows if len(rows) == 2 else map(_quantized, rows[:2], rows[2:])
+        if not is_call(key, rope.overload) or value is None:
             return None
         if key.args[1:] != query.args[1:]:
             return Miss("queries and keys are turned by different angles", node)
-        if value_positions is not positions:
+        if any(other is not positions for other in others):
             return Miss("keys and values are written at different positions", node)
         for x in (query, key):
             if only_user(x) is None:
@@ -62,18 +68,27 @@ class FuseRopeCache:
         for x in (*read, positions):
             if is_written_between(x, node):
                 return Miss(f"{x.name} is written to in between", node)
-        return Turned(node, query, (writes[0], writes[1]), (*read, keys, values, positions))
+        return Turned(node, query, tuple(writes), caches, (*read, *caches[:2], positions, *caches[2:]))
 
     def rewrite(self, g: Rewriter, m: Turned) -> None:
         with g.before(m.root):
             g.replace(m.query, g.call(rope_into_cache.overload, *m.operands))
-            for write, cache in zip(m.writes, m.operands[5:7]):
+            for write, cache in zip(m.writes, m.caches):
                 g.replace(write, cache)
                 g.erase(write)
 
 
 def _is_write(node: Any) -> bool:
     return is_call(node, aten.index_copy_.default) and node.args[1] in (2, -2)
+
+
+def _quantized(codes: Any, scale: Any) -> Any:
+    """What quantize_rows made both of these of, or None."""
+    if not is_call(codes, operator.getitem) or not is_call(scale, operator.getitem):
+        return None
+    (source, first), (other, second) = codes.args, scale.args
+    is_one = is_call(source, quantize_rows.overload) and source is other and (first, second) == (0, 1)
+    return source.args[0] if is_one else None
 
 
 def _reader_between(write: Node, end: Node) -> Node | None:

@@ -35,15 +35,21 @@ def heads_of(model: nn.Module, forward: Callable[..., Any]) -> list[Heads]:
     return [(layer.keys.shape[1], layer.keys.shape[-1], layer.values.shape[-1]) for layer in layers]
 
 
-def static_cache(heads: list[Heads], length: int, batch: int, dtype: torch.dtype, device: torch.device) -> Any:
-    """A cache of `length` tokens for every layer.
+def static_cache(
+    heads: list[Heads], length: int, batch: int, dtype: torch.dtype, device: torch.device,
+    codes: torch.dtype | None = None,
+) -> Any:  # fmt: skip
+    """A cache of `length` tokens for every layer, of numbers or `codes` (see quantized_layer).
 
     Layers with a sliding window get the full length too: their mask is the window, and where they stand is a tensor,
     where transformers' own sliding layer counts in Python and would need a new graph every step.
     """
     from transformers.cache_utils import Cache, StaticLayer
 
-    cache = Cache(layers=[StaticLayer(max_cache_len=length) for _ in heads])
+    from qcompile.quantized_layer import QuantizedStaticLayer
+
+    layers: list[Any] = [QuantizedStaticLayer(length, codes) if codes else StaticLayer(length) for _ in heads]
+    cache = Cache(layers=layers)
     allocate(cache, heads, batch, dtype, device)
     return cache
 
@@ -67,10 +73,13 @@ class KeptCaches:
         self.kept: list[tuple[Any, Any]] = []
         self.lock = threading.Lock()
 
-    def take(self, heads: list[Heads], length: int, batch: int, dtype: torch.dtype, device: torch.device) -> Any:
+    def take(
+        self, heads: list[Heads], length: int, batch: int, dtype: torch.dtype, device: torch.device,
+        codes: torch.dtype | None = None,
+    ) -> Any:  # fmt: skip
         """An empty cache of `length` tokens or, on a GPU, of up to twice as many: there it saves recording the steps
         anew, and attention reads no more than is filled."""
-        form, stream = (heads, batch, dtype, device), _stream(device)
+        form, stream = (heads, batch, dtype, device, codes), _stream(device)
         longest = length * (2 if device.type == "cuda" else 1)
         with self.lock:
             free = [kept for of, kept in self.kept if of == stream and _form(kept) == form]
@@ -80,12 +89,12 @@ class KeptCaches:
             cache.reset()
             return cache
         try:
-            return _lasting(heads, length, batch, dtype, device)
+            return _lasting(heads, length, batch, dtype, device, codes)
         except torch.OutOfMemoryError:
             if not self.kept:
                 raise
             self.release()
-            return _lasting(heads, length, batch, dtype, device)
+            return _lasting(heads, length, batch, dtype, device, codes)
 
     def give(self, cache: Any, most: int) -> None:
         """Keep a cache, and of the others so many that there are at `most` this many."""
@@ -105,14 +114,14 @@ def _length(cache: Any) -> int:
 
 def _form(cache: Any) -> tuple[Any, ...]:
     heads = [(layer.keys.shape[1], layer.keys.shape[-1], layer.values.shape[-1]) for layer in cache.layers]
-    keys = cache.layers[0].keys
-    return heads, len(keys), keys.dtype, keys.device
+    first = cache.layers[0]
+    return heads, len(first.keys), first.dtype, first.device, getattr(first, "codes", None)
 
 
 def _stream(device: torch.device) -> Any:
     return torch.cuda.current_stream(device) if device.type == "cuda" else None
 
 
-def _lasting(heads: list[Heads], length: int, batch: int, dtype: torch.dtype, device: torch.device) -> Any:
+def _lasting(*form: Any) -> Any:
     with torch.inference_mode(False):  # else no call outside of that mode could write to it
-        return static_cache(heads, length, batch, dtype, device)
+        return static_cache(*form)

@@ -98,7 +98,9 @@ def _take_cache(cache: Any, flat: Flat) -> Callable[[Sequence[Any]], Any]:
                 setattr(twin, name, item(tensors))
             if twin.is_initialized:
                 # Nothing in a graph says that keys and values are equally many: each would be a size of its own.
-                torch._check(twin.keys.shape[2] == twin.values.shape[2])
+                for x in vars(twin).values():
+                    if isinstance(x, Tensor) and x.dim() > 2:
+                        torch._check(x.shape[2] == twin.keys.shape[2])
                 if hasattr(twin, "max_cache_len"):
                     twin.max_cache_len = twin.keys.shape[2]
             shell.layers.append(twin)
@@ -112,7 +114,7 @@ def _take_cache(cache: Any, flat: Flat) -> Callable[[Sequence[Any]], Any]:
 def why_not_traceable(cache: Any) -> str | None:
     """Why calls with this cache run uncompiled: a layer that counts in Python would need a new graph every step."""
     utils = sys.modules["transformers.cache_utils"]
-    steady = (utils.StaticLayer, utils.DynamicLayer)
+    steady = (*_static_layers(), utils.DynamicLayer)
     if not hasattr(cache, "layers"):
         return f"the cache {type(cache).__name__} has no layers"
     for layer in cache.layers:
@@ -126,8 +128,13 @@ def why_not_traceable(cache: Any) -> str | None:
 
 def is_unallocated(cache: Any) -> bool:
     """Whether this is a static cache that has not been given its memory yet."""
-    static = sys.modules["transformers.cache_utils"].StaticLayer
-    return any(type(layer) is static and not layer.is_initialized for layer in cache.layers)
+    return any(type(layer) in _static_layers() and not layer.is_initialized for layer in cache.layers)
+
+
+def _static_layers() -> tuple[type, ...]:
+    from qcompile.quantized_layer import STATIC_LAYERS
+
+    return STATIC_LAYERS
 
 
 @dataclass

@@ -14,6 +14,7 @@ from qcompile import checks, patterns, transformers_config
 from qcompile.algorithms import ALGORITHMS, hqq, rtn
 from qcompile.errors import ConfigError, QCompileError
 from qcompile.fusing import Fusing
+from qcompile.ops.row_codes import CODES
 from qcompile.quant.activation import ActivationSpec
 from qcompile.quant.spec import QSpec
 
@@ -35,6 +36,8 @@ class Config:
     activations  how compiled programs round what quantized linears read, such as "i8/token/dynamic" (ActivationSpec),
                  where the checkpoint does not say; None leaves it as it is. With weights of "i8/row/sym", or fp8_e4m3
                  for both, codes are multiplied by codes
+    kv_cache     "fp8_e4m3" or "i8": the cache of model.generate() holds keys and values as codes of 8 bits, with a
+                 scale for each token and head; None holds them as they are
     keep         roles that stay dense: a subset of ROLES
     strict       raise StrictError if something is left behind unexpectedly
     dump         folder for the text of the graph after each pass
@@ -62,6 +65,7 @@ class Config:
     exclude: Sequence[str] = ()
     specs: Mapping[str, QSpec | str | None] = field(default_factory=dict)
     activations: ActivationSpec | str | None = None
+    kv_cache: str | None = None
     keep: Collection[str] = KEEP
     strict: bool = False
     dump: Path | None = None
@@ -78,6 +82,8 @@ class Config:
 
         put("weights", _spec("weights", self.weights))
         put("activations", _activations(self.activations))
+        if self.kv_cache not in (None, *CODES):
+            raise ConfigError(f"kv_cache={self.kv_cache!r} is none of {', '.join(CODES)}")
         for name in ("include", "exclude"):
             put(name, checks.names(name, getattr(self, name)))
         if not isinstance(self.specs, Mapping):
@@ -180,6 +186,7 @@ class Config:
             "exclude": list(self.exclude),
             "specs": {pattern: _spelled(spec) for pattern, spec in self.specs.items()},
             "activations": _spelled(self.activations),
+            "kv_cache": self.kv_cache,
             "keep": sorted(self.keep),
             "strict": self.strict,
             "dump": None if self.dump is None else str(self.dump),

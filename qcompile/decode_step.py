@@ -121,9 +121,9 @@ def why_not(model: Any, input_ids: Tensor, model_kwargs: Mapping[str, Any]) -> s
 
 def room_of(cache: Any) -> int | None:
     """How many tokens a static cache holds; None for caches that grow, or have layers of several lengths."""
-    from transformers.cache_utils import StaticLayer
+    from qcompile.quantized_layer import STATIC_LAYERS
 
-    rooms = {layer.max_cache_len if type(layer) is StaticLayer else None for layer in getattr(cache, "layers", ())}
+    rooms = {layer.max_cache_len if type(layer) in STATIC_LAYERS else None for layer in getattr(cache, "layers", ())}
     return rooms.pop() if len(rooms) == 1 else None
 
 

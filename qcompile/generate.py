@@ -12,6 +12,7 @@ import torch
 from qcompile.caches import KeptCaches
 from qcompile.decode import decode
 from qcompile.errors import ConfigError
+from qcompile.ops.row_codes import CODES
 from qcompile.recordings import Recordings
 from qcompile.runtime import Runner, runner_of
 
@@ -101,7 +102,8 @@ class Generate:
                 raise ConfigError(f"{prompt} prompt and {needed - prompt} new tokens exceed fuse_max_seq_len={limit}")
             length = limit
         batch *= setting("num_return_sequences", 1)
-        return self.caches.take(runner.heads, length, batch, self.model.dtype, self.model.device)
+        codes = None if runner.config.kv_cache is None else CODES[runner.config.kv_cache]
+        return self.caches.take(runner.heads, length, batch, self.model.dtype, self.model.device, codes)
 
     def _with_stop_strings(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Arguments with a criterion made of stop strings: transformers gives no tokenizer to a `custom_generate`."""

@@ -21,6 +21,7 @@ from qcompile.normal import normalizing_passes
 from qcompile.ops.registry import MEANING
 from qcompile.passes.fuse_attention import FuseAttention
 from qcompile.passes.fuse_attention_cache import FuseAttentionCache
+from qcompile.passes.fuse_attention_codes import FuseAttentionCodes
 from qcompile.passes.fuse_chain import FuseChain
 from qcompile.passes.fuse_linear import FuseLinear
 from qcompile.passes.fuse_mlp import FuseMlp
@@ -51,6 +52,7 @@ KERNELS = (
     "rope_into_cache",
     "attention_decode",
     "attention_into_cache",
+    "attention_codes",
     "attention_cpu",
     "chain_cpu",
     "inductor",
@@ -98,8 +100,8 @@ def default_passes(config: Config) -> list[Rule[Any]]:
         return [*passes, QuantizeActivation()]
     passes += _confined(config, ("any", FuseSiblings()), ("rope", FuseRope()))
     # After siblings: gate and up are halves of one tensor, and a linear with an activation is no sibling.
-    passes += _confined(config, ("mlp", FuseMlp()), ("attention", FuseAttention()), ("attention", FuseRopeCache()))
-    passes += _confined(config, ("attention", FuseAttentionCache()))
+    passes += _confined(config, ("mlp", FuseMlp()), ("attention", FuseAttention()), ("attention", FuseAttentionCodes()))
+    passes += _confined(config, ("attention", FuseRopeCache()), ("attention", FuseAttentionCache()))
     # After siblings and MLPs, which are fused while their linears are linears.
     passes += [QuantizeActivation()]
     # Norms last: a rotation is a sum too, and a norm behind it would take it for its residual; and where a linear takes

@@ -158,3 +158,9 @@ def test_canonical_form() -> None:
     swapped = replace(config, specs={"*": None, "q_proj": "u8/g64/asym"})
     assert swapped != config
     assert Config(keep={"norm", "tiny"}).to_json() == Config(keep=["tiny", "norm", "tiny"]).to_json()
+
+
+def test_kv_cache() -> None:
+    assert Config(kv_cache="i8").to_dict()["kv_cache"] == "i8" and Config.of({"kv_cache": "fp8_e4m3"}) != Config()
+    with pytest.raises(ConfigError, match="kv_cache='fp8' is none of i8, fp8_e4m3"):
+        Config(kv_cache="fp8")

@@ -20,7 +20,7 @@ LAYERS = [
     {"checks", "patterns", "pinned"},
     {"fusing", "transformers_config", "fingerprint"},
     {"shelf"},
-    {"config", "normal"},
+    {"config", "normal", "quantized_layer"},
     {"stores", "calls", "launches", "regions", "replay", "decode_state"},
     {"storage"},
     {"step", "caches", "few_layers"},

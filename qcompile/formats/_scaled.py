@@ -37,10 +37,10 @@ Codes = Callable[[Tensor, int, int], Tensor]
 
 
 def cache_scales(checkpoint: Checkpoint) -> Ignored:
-    """Scales of KV caches, which no weight needs. Says that caches are not rounded."""
+    """Scales of KV caches, which no weight needs. Says that they are not used."""
     names = tuple(name for name in checkpoint.tensors if CACHE.search(name))
     if names:
-        why = f"has {len(names)} scales of a quantized KV cache; keys and values are kept in the model's own dtype"
+        why = f"has {len(names)} scales of a quantized KV cache, which are not used; kv_cache='fp8_e4m3' makes its own"
         warnings.warn(f"qcompile: {checkpoint.folder} {why}", stacklevel=2)
     return Ignored(names)
 

@@ -10,19 +10,25 @@ from torch import Tensor
 
 from qcompile.ops.precision import wide
 from qcompile.ops.registry import op
+from qcompile.ops.row_codes import dequantize_rows
 
 
 @op
 def attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float,
-    softcap: float | None = None,
+    softcap: float | None = None, key_scale: Tensor | None = None, value_scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """softmax(cap(query @ key.T * scale) + mask) @ value, with query heads in equal groups over the key/value heads.
 
     query (batch, heads, q_len, d), key and value (batch, kv_heads, kv_len, d), mask boolean (True: attend) or additive,
     broadcast against (batch, heads, q_len, kv_len). Keys and values are never repeated in memory. cap(x) is x, or
     softcap * tanh(x / softcap) with a positive softcap. (Vaswani et al. 2017, Ainslie et al. 2023, Gemma Team 2024.)
+
+    With scales (batch, kv_heads, kv_len), key and value are codes, see row_codes.
     """
+    if key_scale is not None and value_scale is not None:
+        key = dequantize_rows.meaning(key, key_scale, query.dtype)
+        value = dequantize_rows.meaning(value, value_scale, query.dtype)
     groups = int(query.shape[1] // key.shape[1])
     if softcap is not None:
         return _capped(query, key, value, mask, is_causal, groups, scale, softcap)

@@ -19,6 +19,7 @@ TRITON_TESTS = [
     "test_gated_act.py",
     "test_rope.py",
     "test_attention_decode.py",
+    "test_attention_codes.py",
     "test_rope_into_cache.py",
     "test_draw.py",
     "test_attention_into_cache.py",

@@ -11,6 +11,7 @@ from torch import Tensor
 from qcompile.kernels import _tuning, attention_decode
 from qcompile.kernels._tuning import AttentionTile
 from qcompile.ops.attention import attention
+from qcompile.ops.registry import MEANING
 
 TILES = [AttentionTile(1, 16, 16, 4, 2), AttentionTile(4, 2, 32, 4, 1)]
 # batch, heads, kv_heads, length, keys, width, value width
@@ -128,6 +129,20 @@ def test_soft_capping(shape: Any, tile: AttentionTile, heads: Callable[..., Any]
         for seen in (None, mask):
             got = attention_decode.attend(q, k, v, seen, 0.3, tile, cap)
             assert_close(got, exact(q, k, v, seen, 0.3, cap))
+
+
+def test_soft_capped_prompts(heads: Callable[..., Any], assert_close: Callable) -> None:
+    """Of which each row attends to other keys; others are torch's."""
+    q, k, v = heads(2, 4, 2, 70, 90, 32, 16)
+    mask = torch.ones(70, 90, dtype=torch.bool, device=q.device).tril(10)
+    args = (q, k, v, mask, False, 0.3, 2.0)
+    assert attention.choose(*args[:6]).name == MEANING
+    choice = attention.choose(*args)
+    if q.itemsize > 2:
+        assert choice.name == MEANING
+    else:
+        assert choice.name == "triton_decode"
+        assert_close(choice.function(*args), exact(q, k, v, mask, 0.3, 2.0))
 
 
 def test_layouts_of_a_cache(heads: Callable, random_tensor: Callable, assert_close: Callable) -> None:

@@ -16,6 +16,7 @@ import torch
 
 from qcompile.kernels import (
     _tuning,
+    attention_codes,
     attention_decode,
     attention_into_cache,
     dequantize_gpu,
@@ -47,6 +48,12 @@ WIDELY = (80, 90)  # where every variant is tried; elsewhere one a kernel, to sa
 # Kernels that read several elements of x at once.
 PACKED = {linear_gemv._gemv: "*i64", linear_dot._dot: "*i64"}
 
+# What a cache is called that may hold codes.
+CACHES = {
+    attention_codes._split_codes: ("k_ptr", "v_ptr"),
+    rope_into_cache._rope_into_cache: ("keys_ptr", "values_ptr"),
+}
+
 FOUR_BITS = Layout.of("u4/g64/asym")
 EIGHT_BITS = Layout.of("i8/row/sym")
 TWO_BITS = Layout.of("i2/g64/sym")
@@ -62,9 +69,11 @@ def compiled(
     warps: int,
     stages: int = 3,
     registers: int | None = None,
+    codes: str = "",
     **constants: Any,
 ) -> Any:
-    """`kernel` for this GPU. Arguments named …_ptr point to 16-bit floats, but for data and packed x."""
+    """`kernel` for this GPU. Arguments named …_ptr point to 16-bit floats, but for data and packed x, and `codes` of a
+    cache."""
     if "PDL" in kernel.arg_names:
         constants["PDL"] = gpu >= 90
     short = "fp16" if gpu < 80 else "bf16"
@@ -77,7 +86,17 @@ def compiled(
             signature[name] = "*i32"
         elif name in ("x_ptr", "norm_ptr") and kernel in PACKED:
             signature[name] = PACKED[kernel]
-        elif name in ("parts_ptr", "sums_ptr", "table_ptr", "scores_ptr", "found_ptr", "noise_ptr", "best_ptr"):
+        elif codes and name in CACHES.get(kernel, ()):
+            signature[name] = "*i32" if kernel is attention_codes._split_codes else codes
+        elif name.endswith(("scales_ptr", "k_scale_ptr", "v_scale_ptr")) or name in (
+            "parts_ptr",
+            "sums_ptr",
+            "table_ptr",
+            "scores_ptr",
+            "found_ptr",
+            "noise_ptr",
+            "best_ptr",
+        ):
             signature[name] = "*fp32"
         elif name == "mask_ptr":
             signature[name] = "*i1"
@@ -172,11 +191,18 @@ def variants(gpu: int) -> dict[str, Any]:
     found["gated_act"] = compiled(gated_act._gated_act, gpu, (), 4, ACTIVATION="silu", BLOCK_M=1, BLOCK_N=1024)
     found["rope"] = compiled(rope._rope, gpu, (), 4, HALF=64, BLOCK_M=8, BLOCK_N=64)
     sizes = {"HALF": 64, "WIDTH": 128, "BLOCK_M": 4, "BLOCK_N": 64, "BLOCK_V": 128}
-    found["rope_into_cache"] = compiled(rope_into_cache._rope_into_cache, gpu, (), 4, **sizes)
+    kernel, scales = rope_into_cache._rope_into_cache, ("key_scales_ptr", "value_scales_ptr")
+    found["rope_into_cache"] = compiled(kernel, gpu, scales, 4, **sizes)
+    for codes in codes_of(gpu):
+        found[f"rope_into_cache, {codes}"] = compiled(kernel, gpu, (), 4, codes=codes, **sizes)
     found["candidates"] = compiled(draw._candidates, gpu, (), 4, PART=draw.PART, ROOM=64)
     found["draw"] = compiled(draw._draw, gpu, (), 8, BLOCK=4096)
     found["draw of many"] = compiled(draw._draw, gpu, (), 16, BLOCK=draw.MOST)
     return found | attentions(gpu, device)
+
+
+def codes_of(gpu: int) -> tuple[str, ...]:
+    return ("*i8", "*u8") if gpu >= 89 else ("*i8",)
 
 
 def dots(gpu: int, device: _tuning.Device) -> dict[str, Any]:
@@ -224,9 +250,15 @@ def attentions(gpu: int, device: _tuning.Device) -> dict[str, Any]:
         # The widest with a soft-cap.
         absent = ("softcap",) * (width < 256) + ("sums_ptr", "parts_ptr") * (tile.splits == 1)
         plain = {"k_column": 1, "v_column": 1, "mask_column": 1}
-        found[f"attention, {rows} rows of {width}"] = compiled(
-            attention_decode._split, gpu, absent, tile.warps, tile.stages, **sizes, **steps, **plain
-        )
+        name = f"attention, {rows} rows of {width}"
+        found[name] = compiled(attention_decode._split, gpu, absent, tile.warps, tile.stages, **sizes, **steps, **plain)
+        tile = _tuning.codes_tile(pairs, rows, 8192, width, 2, device)
+        sizes["BLOCK_M"], steps["BLOCK_N"] = tile.rows, tile.keys
+        for codes in codes_of(gpu):
+            found[f"{name}, {codes}"] = compiled(
+                attention_codes._split_codes, gpu, absent, tile.warps, 1, codes=codes,
+                IS_INTEGER=codes == "*i8", **sizes, **steps, mask_column=1,
+            )  # fmt: skip
     tile = _tuning.attention_tile(8, 4, 1024, 128, 2, device)
     sizes = {"D": 128, "DV": 128, "BLOCK_D": 128, "BLOCK_DV": 128, "BLOCK_M": tile.rows, "BLOCK_N": tile.keys}
     found["attention_into_cache"] = compiled(

@@ -10,6 +10,7 @@ from torch import Tensor
 from qcompile.kernels import rope_into_cache
 from qcompile.ops.rope import rope
 from qcompile.ops.rope import rope_into_cache as op
+from qcompile.ops.row_codes import CODES, SCALE
 
 # batch, heads, kv_heads, length, n, width of the values, capacity
 SHAPES = {
@@ -63,6 +64,38 @@ def test_layouts(arguments: Callable, random_tensor: Callable, assert_close: Cal
     wide = random_tensor(2, 2, 20, 16)
     check([q, k, v, cos, sin, wide[:, :, :9], wide[:, :, 10:19], positions], assert_close)
     check([q, k, v, cos, sin, keys, values, positions.int()], assert_close)
+
+
+@each_shape
+@pytest.mark.parametrize("codes", CODES.values(), ids=CODES)
+def test_codes(shape: Any, codes: torch.dtype, arguments: Callable, device: str) -> None:
+    """Those of the meaning: scales may be off by their rounding, and codes by one."""
+    if codes == torch.uint8 and device == "cpu":
+        pytest.skip("the interpreter rounds fp8 wrong")
+    args = [*arguments(*shape)]
+    for i in (5, 6):
+        args.append(torch.zeros(args[i].shape[:3], dtype=SCALE, device=device))
+        args[i] = torch.zeros(args[i].shape, dtype=codes, device=device)
+    twins = [x.clone() for x in args]
+    assert rope_into_cache.refuses(*args) is None if shape[3] <= 8 else True
+    rope_into_cache.rope_into_cache_cuda(*args)
+    op.meaning(*twins)
+    for mine, other in zip(args[5:7], twins[5:7]):
+        assert (mine.int() - other.int()).abs().max() <= 1 and (mine != other).double().mean() < 0.01
+    for mine, other in zip(args[8:], twins[8:]):
+        torch.testing.assert_close(mine, other, rtol=2**-10, atol=0)
+
+
+@pytest.mark.parametrize("codes", CODES.values(), ids=CODES)
+def test_what_is_no_number_shows_in_codes(codes: torch.dtype, arguments: Callable, device: str) -> None:
+    for bad in (float("nan"), float("inf")):
+        args = arguments(1, 2, 1, 1, 8, 8, 4)
+        args[1][0, 0, 0, 5] = bad
+        args[2][0, 0, 0, 3] = bad
+        scales = [torch.zeros(1, 1, 4, dtype=SCALE, device=device) for _ in "kv"]
+        args[5:7] = (torch.zeros(x.shape, dtype=codes, device=device) for x in args[5:7])
+        rope_into_cache.rope_into_cache_cuda(*args, *scales)
+        assert all(scale[0, 0, args[7]].isnan().all() for scale in scales)
 
 
 def test_positions_outside_write_nothing(arguments: Callable) -> None:

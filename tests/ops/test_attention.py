@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from qcompile.ops.attention import attention
+from qcompile.ops.row_codes import CODES, dequantize_rows, quantize_rows
 
 
 def heads(query=4, kv=2, rows=3, keys=7, width=16, dtype=torch.float32, batch=2) -> Any:
@@ -120,3 +121,21 @@ def test_symbolic_sizes(symbolic, rows, softcap):
     small, large = heads(rows=rows, batch=2), heads(rows=rows, batch=5)
     masks = [torch.rand(len(t), 1, rows, 7) < 0.7 for t in (small[0], large[0])]
     symbolic(lambda q, k, v, m: attention(q, k, v, m, False, 0.25, softcap), (*small, masks[0]), (*large, masks[1]))
+
+
+@each_input
+@pytest.mark.parametrize("dtype", CODES.values(), ids=CODES)
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_codes(make, dtype, softcap):
+    q, *rows = make()
+    (k, k_scale), (v, v_scale) = (quantize_rows(x, dtype) for x in rows)
+    mask = torch.rand(q.shape[0], 1, 1, k.shape[2]) < 0.7
+    y = attention(q, k, v, mask, False, 0.3, softcap, k_scale, v_scale)
+    k, v = (dequantize_rows(*pair, torch.float64) for pair in ((k, k_scale), (v, v_scale)))
+    torch.testing.assert_close(y.double(), exact(q, k, v, mask, False, 0.3, softcap), rtol=0, atol=ATOL[q.dtype])
+
+
+def test_opcheck_of_codes():
+    q, *rows = heads()
+    (k, k_scale), (v, v_scale) = (quantize_rows(x, torch.int8) for x in rows)
+    torch.library.opcheck(attention.overload, (q, k, v, None, False, 0.3, None, k_scale, v_scale))

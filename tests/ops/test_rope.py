@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from qcompile.ops.rope import rope, rope_into_cache
+from qcompile.ops.row_codes import CODES, SCALE, quantize_rows
 
 INPUTS = {
     "heads": lambda: torch.randn(2, 4, 7, 16),
@@ -83,3 +84,18 @@ def test_rope_into_cache(length, dtype):
     want = keys.index_copy(2, positions, rope(k, cos, sin)), values.index_copy(2, positions, v)
     assert torch.equal(rope_into_cache(q, k, v, cos, sin, keys, values, positions), rope(q, cos, sin))
     assert torch.equal(keys, want[0]) and torch.equal(values, want[1])
+
+
+@pytest.mark.parametrize("dtype", CODES.values(), ids=CODES)
+def test_rope_into_a_quantized_cache(dtype):
+    q, k, v, cos, sin, keys, values, positions = step(3)
+    keys, values = (torch.zeros(x.shape, dtype=dtype) for x in (keys, values))
+    scales = [torch.zeros(x.shape[:3], dtype=SCALE) for x in (keys, values)]
+    args = (q, k, v, cos, sin, keys, values, positions, *scales)
+    torch.library.opcheck(rope_into_cache.overload, args)
+    assert torch.equal(rope_into_cache(*args), rope(q, cos, sin))
+    for new, codes, scale in ((rope(k, cos, sin), keys, scales[0]), (v, values, scales[1])):
+        want = quantize_rows(new, dtype)
+        assert torch.equal(codes[:, :, positions], want[0]) and torch.equal(scale[:, :, positions], want[1])
+        others = torch.ones(9, dtype=torch.bool).index_fill(0, positions, False)
+        assert not codes[:, :, others].any() and not scale[:, :, others].any()

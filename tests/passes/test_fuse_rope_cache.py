@@ -9,7 +9,9 @@ from torch import nn
 
 from qcompile.normal import normalizing_passes
 from qcompile.ops.rope import rope, rope_into_cache
+from qcompile.ops.row_codes import dequantize_rows, quantize_rows
 from qcompile.passes.fuse_attention import FuseAttention
+from qcompile.passes.fuse_attention_codes import FuseAttentionCodes
 from qcompile.passes.fuse_rope import FuseRope
 from qcompile.passes.fuse_rope_cache import FuseRopeCache
 
@@ -91,6 +93,30 @@ def test_who_reads_the_cache_afterwards_reads_what_was_written(fused):
 
     _, result = fused(later)
     assert len(result.rewrites) == 1
+
+
+def quantized(q, k, v, cos, sin, keys, values, at, key_scales, value_scales):
+    rows = []
+    for new, codes, scales in ((turned(k, cos, sin), keys, key_scales), (v, values, value_scales)):
+        new, scale = quantize_rows(new, codes.dtype)
+        codes.index_copy_(2, at, new)
+        scales.index_copy_(2, at, scale)
+        rows.append(dequantize_rows(codes, scales, q.dtype))
+    return attended(turned(q, cos, sin), *rows, at)
+
+
+def quantized_inputs():
+    *others, keys, values, at = inputs()
+    (keys, key_scales), (values, value_scales) = (quantize_rows(x, torch.int8) for x in (keys, values))
+    return [*others, keys, values, at, key_scales, value_scales]
+
+
+def test_a_quantized_cache(graph):
+    g = graph(Step(quantized), *quantized_inputs())
+    g.prepare(*normalizing_passes(), FuseRope(), FuseAttention(), FuseAttentionCodes())
+    result = g.apply(FuseRopeCache())
+    assert len(result.rewrites) == g.count(rope_into_cache.overload) == 1 and not result.misses
+    assert not {"rope", "index_copy_", "quantize_rows", "getitem"} & set(g.ops())
 
 
 def two_angles(q, k, v, cos, sin, keys, values, at):

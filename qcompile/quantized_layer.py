@@ -1,0 +1,61 @@
+"""A layer of a static key/value cache that holds codes. Importing it needs transformers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import StaticLayer
+
+from qcompile.ops.row_codes import SCALE, dequantize_rows, quantize_rows
+
+
+class QuantizedStaticLayer(StaticLayer):
+    """Keys and values as codes of the dtype `codes` (see row_codes), with a scale for each token and head.
+
+    keys, values (batch, heads, max_cache_len, …), key_scales, value_scales (batch, heads, max_cache_len). What is new
+    is quantized when it comes, and attention gets all of it back from the codes.
+    """
+
+    def __init__(self, max_cache_len: int, codes: torch.dtype):
+        super().__init__(max_cache_len)
+        self.codes = codes
+        self.key_scales: Any = None
+        self.value_scales: Any = None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        super().lazy_initialization(key_states.to(self.codes), value_states.to(self.codes))
+        self.dtype = key_states.dtype
+        shape = (self.batch_size, self.num_heads, self.max_cache_len)
+        self.key_scales = torch.zeros(shape, dtype=SCALE, device=self.device)
+        self.value_scales = torch.zeros_like(self.key_scales)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        length = key_states.shape[-2]
+        positions = torch.arange(length, device=self.device) + self.cumulative_length
+        self.cumulative_length.add_(length)
+        return (
+            _update(key_states, self.keys, self.key_scales, positions),
+            _update(value_states, self.values, self.value_scales, positions),
+        )
+
+    def reset(self) -> None:
+        super().reset()
+        if self.is_initialized:  # what is no number would be none times zero
+            self.key_scales.zero_()
+            self.value_scales.zero_()
+
+
+def _update(states: Tensor, codes: Tensor | None, scales: Tensor, positions: Tensor) -> Tensor:
+    assert codes is not None
+    new, scale = quantize_rows(states, codes.dtype)
+    codes.index_copy_(2, positions, new)
+    scales.index_copy_(2, positions, scale)
+    return dequantize_rows(codes, scales, states.dtype)
+
+
+# Layers of all tokens that know their position from a tensor.
+STATIC_LAYERS = (StaticLayer, QuantizedStaticLayer)
