@@ -130,6 +130,7 @@ def test_counts(name: str, dtype: torch.dtype) -> None:
         "fuse_rope": arch.ropes * layers,
         "fuse_mlp": times(arch.mlps),
         "fuse_attention": arch.attentions * layers,
+        "fuse_attention_codes": 0,  # without a quantized cache
         "fuse_rope_cache": 0,  # without a cache
         "fuse_attention_cache": 0,  # without a cache
         "fuse_linear": 0,  # many rows
