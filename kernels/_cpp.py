@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 import platform
 import threading
 from collections.abc import Callable, Sequence
@@ -12,6 +13,8 @@ from pathlib import Path
 import torch
 
 from qcompile import _torch
+
+log = logging.getLogger(__name__)
 
 
 def load_cpp(source: str) -> ctypes.CDLL:
@@ -27,8 +30,19 @@ def load_cpp(source: str) -> ctypes.CDLL:
 
 
 def compile_ahead(work: Sequence[Callable[[], object]]) -> None:
-    """Begin to compile what these functions load, one after the other, in a thread: who needs it waits for the rest."""
-    threading.Thread(target=lambda: [each() for each in work], name="qcompile-cpp", daemon=True).start()
+    """Begin to compile what these functions load, one after the other, in a thread: who needs it waits for the rest.
+
+    What fails is left to who needs it, who will see why.
+    """
+
+    def run() -> None:
+        for each in work:
+            try:
+                each()
+            except Exception as error:
+                log.debug("qcompile: not compiled ahead: %s", error)
+
+    threading.Thread(target=run, name="qcompile-cpp", daemon=True).start()
 
 
 def text_of(*names: str) -> str:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -41,7 +43,11 @@ def tracing_in_this_thread() -> Iterator[None]:
         yield
         return
     _Patcher.patch_method, traceback = patch_here, tracer.CapturedTraceback
-    tracer.CapturedTraceback = _NoTraceback
+
+    def extract(*args: Any, **kwargs: Any) -> Any:
+        return _NoTraceback if threading.get_ident() == owner else traceback.extract(*args, **kwargs)
+
+    tracer.CapturedTraceback = SimpleNamespace(extract=extract)
     try:
         yield
     finally:
@@ -49,15 +55,22 @@ def tracing_in_this_thread() -> Iterator[None]:
 
 
 class _NoTraceback:
-    """CapturedTraceback that captures nothing."""
-
-    @staticmethod
-    def extract(*args: Any, **kwargs: Any) -> type[_NoTraceback]:
-        return _NoTraceback
+    """A captured traceback of nothing."""
 
     @staticmethod
     def summary() -> tuple[()]:
         return ()
+
+
+@contextmanager
+def without_reports() -> Iterator[None]:
+    """Of ops that fail on fake tensors torch prints tracebacks, besides raising: not while an error is expected."""
+    reports = logging.getLogger("torch._subclasses.fake_tensor")
+    before, reports.disabled = reports.disabled, True
+    try:
+        yield
+    finally:
+        reports.disabled = before
 
 
 def fake_mode_of(values: Sequence[Any]) -> Any:

@@ -3,65 +3,117 @@
 from __future__ import annotations
 
 import copy
+import functools
+from collections import Counter, OrderedDict
+from collections.abc import Collection
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+from qcompile.layer_loop import Loop, loop_over, mentions, numbers_only_caches
 
 # What tells layers of one kind apart.
 _NUMBER = "layer_idx"
-_PLAIN = (type(None), bool, int, float, str)
+# What nn.Module keeps apart from attributes.
+_CONTENTS = ("_parameters", "_buffers", "_modules", _NUMBER)
+_PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 
 
 def few_layers(model: nn.Module) -> tuple[nn.Module, dict[str, str]]:
     """A copy of the modules, over the same tensors, whose lists keep the first and the last layer of each kind, under
     their names; and for the path of each layer that is left out that of the first of its kind.
 
-    Layers are of one kind whose modules have the same classes, the same plain attributes and the same types of
-    parameters. A forward that counts its layers may fail on the copy.
+    Layers are of one kind whose modules have the same classes, equal attributes and the same types of parameters:
+    plain data is equal by value, all else is equal only to itself. A list stays whole unless code shows that its layers
+    are called one after the other, each alike, and that their own numbers tell them only their places in a cache.
     """
     twins: dict[str, str] = {}
-    return _copied(model, "", twins), twins
+    if any("forward" in vars(module) for module in model.modules()):  # bound to this model
+        return model, twins
+    return _Thinner(model, twins).copied(model, ""), twins
 
 
-def _copied(module: nn.Module, path: str, twins: dict[str, str]) -> nn.Module:
-    """`module` itself where nothing is left out."""
-    children: dict[str, nn.Module | None] = {}
-    for name, child in module._modules.items():
-        place = f"{path}.{name}" if path else name
-        if isinstance(child, nn.ModuleList):
-            children[name] = _thinned(child, place, twins)
-        else:
-            children[name] = child and _copied(child, place, twins)
-    return module if children == module._modules else _with_children(module, children)
+class _Thinner:
+    def __init__(self, model: nn.Module, twins: dict[str, str]):
+        self._twins = twins
+        self._modules = list(model.modules())
+        uses = Counter(id(x) for _, x in model.named_parameters(remove_duplicate=False))
+        self._tied = {x for x, times in uses.items() if times > 1}
+
+    def copied(self, module: nn.Module, path: str) -> nn.Module:
+        """`module` itself where nothing is left out."""
+        twin = module
+        for name, child in module._modules.items():
+            place = f"{path}.{name}" if path else name
+            if isinstance(child, nn.ModuleList):
+                twin = self._with_few(twin, name, child, place)
+            elif child is not None and (new := self.copied(child, place)) is not child:
+                twin = _with(twin, {**twin._modules, name: new})
+        return twin
+
+    def _with_few(self, owner: nn.Module, name: str, layers: nn.ModuleList, path: str) -> nn.Module:
+        loop = self._loop(owner, name, layers)
+        if loop is None or not all(numbers_only_caches(type(m), _NUMBER) for m in layers.modules()):
+            return owner
+        types = vars(vars(owner)["config"])["layer_types"] if loop.by_type else [None] * len(layers)
+        kinds: dict[Any, list[str]] = {}
+        for (key, layer), layer_type in zip(layers._modules.items(), types, strict=True):
+            kinds.setdefault((layer_type, _kind(layer, self._tied)), []).append(key)
+        out = {key: first for first, *others in kinds.values() for key in others[:-1]}
+        if not out:
+            return owner
+        self._twins |= {f"{path}.{key}": f"{path}.{first}" for key, first in out.items()}
+        kept = {key: layer for key, layer in layers._modules.items() if key not in out}
+        twin = _with(owner, {**owner._modules, name: _with(layers, kept)})
+        if loop.by_type:
+            here = [each for key, each in zip(layers._modules, types, strict=True) if key in kept]
+            vars(twin)["config"] = config = copy.copy(vars(owner)["config"])
+            vars(config)["layer_types"] = here + list(types[len(here) :])
+        return twin
+
+    def _loop(self, owner: nn.Module, name: str, layers: nn.ModuleList) -> Loop | None:
+        """How `owner` goes through all these layers, where that is plain to see and nobody else touches them."""
+        loop, config = loop_over(type(owner), name), vars(owner).get("config")
+        if loop is None or any(mentions(type(m), name) for m in self._modules if name not in m._modules):
+            return None
+        if loop.sliced and getattr(config, "num_hidden_layers", 0) < len(layers):
+            return None
+        if loop.by_type and len(getattr(config, "__dict__", {}).get("layer_types") or ()) != len(layers):
+            return None
+        return loop
 
 
-def _thinned(layers: nn.ModuleList, path: str, twins: dict[str, str]) -> nn.ModuleList:
-    kinds: dict[Any, list[str]] = {}
-    for name, layer in layers._modules.items():
-        kinds.setdefault(_kind(layer), []).append(name)
-    out = {name: first for first, *others in kinds.values() for name in others[:-1]}
-    twins |= {f"{path}.{name}": f"{path}.{first}" for name, first in out.items()}
-    kept = {name: layer for name, layer in layers._modules.items() if name not in out}
-    return _with_children(layers, kept) if out else layers
-
-
-def _with_children(module: Any, children: dict[str, Any]) -> Any:
+def _with(module: Any, children: dict[str, Any]) -> Any:
     twin = copy.copy(module)
     twin.__dict__["_modules"] = children
     return twin
 
 
-def _kind(layer: nn.Module | None) -> Any:
+def _kind(layer: nn.Module | None, tied: Collection[int]) -> Any:
     if layer is None:
         return None
     return tuple(
-        (name, type(module), tuple((key, _attribute(x)) for key, x in vars(module).items() if key != _NUMBER))
-        + tuple((key, _attribute(x)) for key, x in (*module._parameters.items(), *module._buffers.items()))
-        for name, module in layer.named_modules()
+        (name, type(module))
+        + tuple((key, _value(x)) for key, x in vars(module).items() if key not in _CONTENTS)
+        + tuple((key, _value(x), id(x) in tied and id(x)) for key, x in module._parameters.items())
+        + tuple((key, _value(x)) for key, x in module._buffers.items())
+        for name, module in layer.named_modules(remove_duplicate=False)
     )
 
 
-def _attribute(x: Any) -> Any:
+def _value(x: Any) -> Any:
+    """Equal for what a forward cannot tell apart."""
     if isinstance(x, Tensor):
-        return x.dtype, x.device, x.shape
-    return (type(x), x) if isinstance(x, _PLAIN) else type(x)
+        return type(x), x.dtype, x.device, x.shape
+    if type(x) in _PLAIN:
+        return type(x), x
+    if type(x) in (tuple, list, torch.Size):
+        return type(x), tuple(map(_value, x))
+    if type(x) in (dict, OrderedDict):
+        return type(x), tuple((_value(key), _value(each)) for key, each in x.items())
+    if type(x) in (set, frozenset):
+        return type(x), frozenset(map(_value, x))
+    if type(x) is functools.partial:
+        return type(x), id(x.func), _value(x.args), _value(x.keywords)
+    return type(x), id(x)

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.fx import Node
 
+from qcompile import _torch
 from qcompile.errors import CaptureError, UnsupportedError
 from qcompile.few_layers import few_layers
 from qcompile.graph.match import argument, aten, is_call, value
@@ -74,9 +75,10 @@ def _kind(x: Any) -> Any:
 
 def _captured_roles(model: nn.Module, names: Names, example: Mapping[str, Any]) -> dict[str, Role]:
     few, twins = few_layers(model)
-    if twins and "forward" not in vars(model):  # else it is bound to this model
+    if twins:
         try:
-            roles = _roles_of(few, names, example)
+            with _torch.without_reports():
+                roles = _roles_of(few, names, example)
         except CaptureError as error:
             log.info("qcompile: captured with all layers: %s", error)
         else:

@@ -1,5 +1,9 @@
 """few_layers: what is left out, and that a plan is the same without."""
 
+import itertools
+import logging
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -54,20 +58,141 @@ def test_layers_of_each_kind_stay() -> None:
     assert few.get_submodule("model.layers.7") is model.get_submodule("model.layers.7")
 
 
-class Counting(nn.Module):
-    def __init__(self) -> None:
+class Layer(nn.Module):
+    """Multiplies by its weight, or adds it."""
+
+    def __init__(self, number: int, options: Any = None) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(64, 64) for _ in range(5))
+        self.layer_idx, self.options = number, options
+        self.w = nn.Parameter(torch.randn(64, 64))
+
+    def multiplies(self) -> bool:
+        return True
 
     def forward(self, x: Tensor) -> Tensor:
-        for number in range(5):
+        return x @ self.w.T if self.multiplies() else x + self.w[: x.shape[0]]
+
+
+class InDict(Layer):
+    def multiplies(self) -> bool:
+        return self.options["multiplies"]
+
+
+class InPartial(Layer):
+    def multiplies(self) -> bool:
+        return self.options()
+
+
+class InFunction(Layer):
+    def multiplies(self) -> bool:
+        return self.options(0)
+
+
+class InDtype(Layer):
+    def multiplies(self) -> bool:
+        return self.options[0] is torch.float32
+
+
+class ByNumber(Layer):
+    def multiplies(self) -> bool:
+        return self.layer_idx not in (2, 3)
+
+
+class ByHelper(Layer):
+    def multiplies(self) -> bool:
+        return of_helper(self)
+
+
+def of_helper(layer: Any) -> bool:
+    return layer.layer_idx not in (2, 3)
+
+
+class Stack(nn.Module):
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class Skipping(Stack):
+    def forward(self, x: Tensor) -> Tensor:
+        for number, layer in enumerate(self.layers):
+            x = x + layer.w[: x.shape[0]] if number in (2, 3) else layer(x)
+        return x
+
+
+class Counting(Stack):
+    def forward(self, x: Tensor) -> Tensor:
+        for number in range(6):
             x = self.layers[number](x)
         return x
 
 
-def test_a_forward_that_counts_is_captured_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan, sizes = planned(Counting(), monkeypatch, example={"x": torch.ones(2, 64)})
-    assert sizes == [4, 10] and plan.source == "graph" and len(plan.groups) == 5
+class Heads(Stack):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([head(x) for head in self.layers], -1)
+
+
+class Outside(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack = Stack([Layer(i) for i in range(6)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.stack(x) + self.stack.layers[2].w[: x.shape[0]]
+
+
+def no(_: object) -> bool:
+    return False
+
+
+def tied() -> Stack:
+    stack = Stack([Layer(i) for i in range(6)])
+    stack.layers[3].w = stack.layers[2].w
+    return stack
+
+
+INNER = [False, False, True, True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("model", "captured"),
+    [
+        (Stack([Layer(i) for i in range(6)]), 2),
+        (Stack([InDict(i, {"multiplies": not inner}) for i, inner in enumerate(INNER)]), 4),
+        (Stack([InPartial(i, partial(bool, not inner)) for i, inner in enumerate(INNER)]), 4),
+        (Stack([InFunction(i, no if inner else callable) for i, inner in enumerate(INNER)]), 4),
+        (Stack([InDtype(i, [torch.float16 if inner else torch.float32]) for i, inner in enumerate(INNER)]), 4),
+        (Stack([ByNumber(i) for i in range(6)]), 6),
+        (Stack([ByHelper(i) for i in range(6)]), 6),
+        (Skipping([Layer(i) for i in range(6)]), 6),
+        (Counting([Layer(i) for i in range(6)]), 6),
+        (Heads([Layer(i) for i in range(6)]), 6),
+        (Outside(), 6),
+        (tied(), 3),
+    ],
+    ids=lambda x: f"{type(x).__name__}" if isinstance(x, nn.Module) else "",
+)
+def test_what_may_differ_is_captured(model: nn.Module, captured: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    example = {"x": torch.ones(2, 64)}
+    few, sizes = planned(model, monkeypatch, example=example)
+    full, _ = planned(model, monkeypatch, few=False, example=example)
+    assert few == full and few.source == "graph"
+    assert sizes == [captured]
+
+
+def test_where_sizes_do_not_fit_all_are_captured_in_silence(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    widths = [64, 32, 16, 64, 32, 64, 32, 64, 32, 16, 64]
+    model = Stack([nn.Linear(a, b) for a, b in itertools.pairwise(widths)])
+    plan, sizes = planned(model, monkeypatch, example={"x": torch.ones(2, 64)})
+    assert sizes == [16, 20] and plan.source == "graph"
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 def test_nothing_to_leave_out() -> None:

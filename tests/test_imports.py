@@ -23,6 +23,7 @@ LAYERS = [
     {"config", "normal", "quantized_layer"},
     {"stores", "calls", "launches", "regions", "replay", "decode_state"},
     {"storage"},
+    {"layer_loop"},
     {"step", "caches", "few_layers"},
     {"roles"},
     {"plan"},
