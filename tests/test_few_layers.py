@@ -46,6 +46,14 @@ def test_a_plan_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     assert two == [21] and six == [57]
 
 
+def test_a_plan_is_the_same_with_layers_of_two_types(monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = ["sliding_attention"] * 3 + ["full_attention"]
+    model = Gemma3ForCausalLM(Gemma3TextConfig(num_hidden_layers=12, layer_types=kinds * 3, head_dim=16, **SIZES))
+    (few, four), (full, _) = planned(model, monkeypatch), planned(model, monkeypatch, few=False)
+    assert few == full and len(four) == 1 and four[0] < len(list(model.parameters()))
+    assert model.config.layer_types == kinds * 3
+
+
 def test_layers_of_each_kind_stay() -> None:
     kinds = ["sliding_attention", "full_attention"]
     config = Gemma3TextConfig(num_hidden_layers=8, layer_types=kinds * 4, head_dim=16, **SIZES)
