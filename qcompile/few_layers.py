@@ -77,7 +77,7 @@ class _Thinner:
         loop, config = loop_over(type(owner), name), vars(owner).get("config")
         if loop is None or any(mentions(type(m), name) for m in self._modules if name not in m._modules):
             return None
-        if loop.sliced and getattr(config, "num_hidden_layers", 0) < len(layers):
+        if loop.sliced and (getattr(config, "num_hidden_layers", None) or 0) < len(layers):
             return None
         if loop.by_type and len(getattr(config, "__dict__", {}).get("layer_types") or ()) != len(layers):
             return None
