@@ -10,19 +10,30 @@ from torch import Tensor
 from qcompile import _torch
 from qcompile.kernels import attention_cpu, fused_linear_cpu, linear_cpu
 from qcompile.kernels._packed_cpu import FLOATS
-from qcompile.ops.chain import chain, run
+from qcompile.ops.chain import Result, Step, chain, run
 from qcompile.ops.registry import OPS, opaque
 from qcompile.ops.rope import rope_into_cache
+
+MOST_DIMS = 8  # in chain_op.cpp, too
+
+# Where a step may read what others make: by arguments of which there is no tensor.
+_TAKES_RESULTS = {"fused_linear": (0, 8), "rope_into_cache": (0, 1, 2, 3, 4), "attention": (0, 1, 2, 3)}
 
 
 class _Refused(Exception):
     """Why a step cannot run."""
 
 
-def refuses(tensors: Sequence[Tensor], keys: Tensor | None, values: Tensor | None, steps: str) -> str | None:
+def refuses(tensors: Sequence[Tensor], keys: Tensor, values: Tensor, steps: str) -> str | None:
     """Why this kernel cannot run the steps, or None."""
     if any(tensor.device.type != "cpu" for tensor in tensors):
         return f"needs cpu, got {', '.join(sorted({tensor.device.type for tensor in tensors}))}"
+    if any(tensor.dim() > MOST_DIMS for tensor in tensors):
+        return f"handles tensors of up to {MOST_DIMS} dimensions"
+    for step in map(Step.parse, steps.split("\n")):
+        for index, argument in enumerate(step.arguments):
+            if isinstance(argument, Result) and index not in _TAKES_RESULTS.get(step.op, ()):
+                return f"argument {index} of {step.op} is what another step makes"
 
     def call(op: str, arguments: list[Any]) -> Tensor:
         if reason := _REFUSES[op](*arguments) if op in _REFUSES else f"has no step {op}":
@@ -63,16 +74,16 @@ _CALLS: dict[str, Callable[..., Tensor]] = {
 
 
 @opaque(chain.fake, writes=("keys", "values"))
-def chain_anyhow(tensors: Sequence[Tensor], keys: Tensor | None, values: Tensor | None, steps: str) -> Tensor:
+def chain_anyhow(tensors: Sequence[Tensor], keys: Tensor, values: Tensor, steps: str) -> Tensor:
     return run(tensors, keys, values, steps, lambda op, arguments: _CALLS[op](*arguments))
 
 
 @opaque(chain.fake, writes=("keys", "values"))
-def chain_packed(tensors: Sequence[Tensor], keys: Tensor | None, values: Tensor | None, steps: str) -> Tensor:
+def chain_packed(tensors: Sequence[Tensor], keys: Tensor, values: Tensor, steps: str) -> Tensor:
     # chain_op.cpp takes this one's place, and gives back what is not for it.
     return chain_anyhow(tensors, keys, values, steps)
 
 
 @chain.implementation("cpu", refuses, device="cpu")
-def chain_cpu(tensors: Sequence[Tensor], keys: Tensor | None, values: Tensor | None, steps: str) -> Tensor:
+def chain_cpu(tensors: Sequence[Tensor], keys: Tensor, values: Tensor, steps: str) -> Tensor:
     return chain_packed(tensors, keys, values, steps)

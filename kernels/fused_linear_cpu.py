@@ -29,7 +29,9 @@ def refuses(
         return f"the norm's weight is {norm_weight.dtype}; float32, bfloat16 and float16 are handled"
     if residual is not None and residual.dtype != x.dtype:
         return f"the residual is {residual.dtype}, x {x.dtype}"
-    most = linear_cpu.most_few_rows(x.dtype, packed.Reader.of(spec, x.shape[-1]))
+    if (columns := known(x.shape[-1])) is None:
+        return f"the number of inputs is not known, but {x.shape[-1]}"
+    most = linear_cpu.most_few_rows(x.dtype, packed.Reader.of(spec, columns))
     if math.prod(known(size) or most + 1 for size in x.shape[:-1]) > most:
         return f"handles up to {most} rows of {x.dtype}, not {tuple(x.shape[:-1])}"
     return None if linear_cpu.without_python() else "the C++ that torch calls does not compile here"

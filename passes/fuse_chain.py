@@ -8,7 +8,7 @@
 
 Why: each of them forks and joins threads, and is called through Python; of a layer of SmolLM2 that is half the time.
 
-A chain ends where anything else reads what its ops have made, and where a second cache is written to. Where no kernel
+A chain writes to one cache, and ends where anything else reads what its ops have made. Where no kernel
 for this type of device has signed up, nothing is looked at.
 """
 
@@ -54,7 +54,7 @@ class FuseChain:
         if not is_call(node, *LINKS) or not chain.serves(value(node).device):
             return None
         links, views = _run(node)
-        while len(links) > 1:
+        while len(links) > 1 and _caches(links):
             if _may_join(links, views):
                 arguments = _arguments(links, views)
                 if chain.choose(*map_arg(arguments, value)).name != MEANING:
@@ -145,7 +145,7 @@ def _arguments(links: list[Node], views: Views) -> tuple[Any, ...]:
         return Given(given.setdefault(arg, len(given)))
 
     steps = [Step(name, tuple(map(argument, args))) for name, args in map(_step, links)]
-    return list(given), *(caches or (None, None)), "\n".join(map(str, steps))
+    return list(given), *caches, "\n".join(map(str, steps))
 
 
 def _step(link: Node) -> tuple[str, tuple[Any, ...]]:

@@ -32,8 +32,8 @@ Tensor attend_cpu(Tensor query, Tensor key, Tensor value, std::optional<Tensor> 
     a.out = out.data_ptr(), a.kind = kind;
     static thread_local Scratch scratch;
     const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), 1 + a.work() / WORK_OF_A_THREAD);
-    a.begin(scratch.get<char>(a.bytes(threads)), threads);
-    as_team(threads, [&](int64_t thread) { a.run(thread); });
+    char* memory = scratch.get<char>(a.bytes(threads));
+    as_team(threads, [&](int64_t n) { a.begin(memory, n); }, [&](int64_t thread) { a.run(thread); });
     return out;
 }
 

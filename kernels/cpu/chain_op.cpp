@@ -4,6 +4,7 @@
 #include <atomic>
 #include <deque>
 #include <exception>
+#include <locale>
 #include <memory>
 #include <sstream>
 #include <stdexcept>
@@ -50,7 +51,9 @@ Argument argument_of(const std::string& word) {
         a.dims = numbers_of(word.substr(sizes + 1, strides - sizes - 1), a.sizes);
         numbers_of(word.substr(strides + 1), a.strides);
     }
-    a.number = std::atof(word.c_str());
+    std::istringstream number(word);
+    number.imbue(std::locale::classic());  // whatever the process calls a decimal point
+    if (!(number >> a.number)) a.number = 0;
     return a;
 }
 
@@ -111,8 +114,7 @@ using Step = std::variant<Linear, Rope, Attention>;
 // and meanwhile the other threads do the first one's share.
 class Chain {
   public:
-    Chain(const Text& text, const std::vector<Tensor>& tensors, const std::optional<Tensor>& keys,
-          const std::optional<Tensor>& values)
+    Chain(const Text& text, const std::vector<Tensor>& tensors, const Tensor& keys, const Tensor& values)
         : text(text), tensors(tensors), keys(keys), values(values), memory(scratch()) {
         memory.resize(std::max(memory.size(), 2 * text.calls.size()));
         steps.reserve(text.calls.size());
@@ -124,9 +126,13 @@ class Chain {
         threads = threads_for(text.work.load(std::memory_order_relaxed));
         if (!add()) return std::nullopt;
         const size_t count = text.calls.size();
+        auto begin = [&](int64_t n) {
+            threads = n;
+            begin_last();
+        };
         std::atomic<size_t> made{1};
         std::exception_ptr error;
-        as_team(threads, [&](int64_t thread) {
+        as_team(threads, begin, [&](int64_t thread) {
             for (size_t i = 0; i < made; i++) {
                 if (thread == 0 && i + 1 < count) {
                     try {
@@ -150,7 +156,7 @@ class Chain {
   private:
     const Text& text;
     const std::vector<Tensor>& tensors;
-    const std::optional<Tensor>&keys, &values;
+    const Tensor &keys, &values;
     std::deque<Scratch>& memory;  // of each step its result, and what it needs
     int64_t threads = 1;
     std::vector<Step> steps;
@@ -164,8 +170,8 @@ class Chain {
 
     std::optional<Tensor> tensor(const Argument& a) const {
         return a.type == Argument::GIVEN    ? std::optional<Tensor>(tensors.at(a.index))
-               : a.type == Argument::KEYS   ? keys
-               : a.type == Argument::VALUES ? values
+               : a.type == Argument::KEYS   ? std::optional<Tensor>(keys)
+               : a.type == Argument::VALUES ? std::optional<Tensor>(values)
                                             : std::nullopt;
     }
     bool add() {
@@ -174,10 +180,12 @@ class Chain {
                           : call.op == "rope_into_cache" ? add_rope(call.arguments)
                           : call.op == "attention"       ? add_attention(call.arguments)
                                                          : false;
-        if (!fits) return false;
-        auto begin = [&](auto& s) { s.begin(memory[2 * steps.size() - 1].template get<char>(s.bytes(threads)), threads); };
-        std::visit(begin, steps.back());
-        return true;
+        if (fits) begin_last();
+        return fits;
+    }
+    void begin_last() {
+        Scratch& its = memory[2 * steps.size() - 1];
+        std::visit([&](auto& s) { s.begin(its.get<char>(s.bytes(threads)), threads); }, steps.back());
     }
 
     // None has no dimensions.
@@ -195,19 +203,27 @@ class Chain {
         return a.type == Argument::WORD ? std::optional<std::string>(a.word) : std::nullopt;
     }
 
-    // Where the result of a step goes: that of the last one is the op's.
+    // Where the result of a step goes: that of the last one is the op's. Null where there is nothing of its kind to make
+    // it like.
     char* place(int64_t dims, const int64_t* sizes, int kind) {
         View v;
         v.kind = kind, v.dims = dims;
         std::copy_n(sizes, dims, v.sizes);
-        if (results.size() + 1 == text.calls.size()) out = empty(tensors[0], sizes, dims), v.at = (char*)out->data_ptr();
-        else v.at = memory[2 * results.size()].get<char>(v.numel() * size_of(kind));
+        if (results.size() + 1 < text.calls.size()) {
+            v.at = memory[2 * results.size()].get<char>(v.numel() * size_of(kind));
+        } else {
+            auto like = std::find_if(tensors.begin(), tensors.end(), [&](auto& t) { return kind_of(t) == kind; });
+            if (like == tensors.end()) return nullptr;
+            out = empty(*like, sizes, dims), v.at = (char*)out->data_ptr();
+        }
         results.push_back(v);
         return v.at;
     }
 
     // x, norm's weight, eps, weight_offset, data, scale, zero, bias, residual, spec, activation, gated
     bool add_linear(const std::vector<Argument>& a) {
+        for (int i : {1, 4, 5, 6, 7})
+            if (a[i].type == Argument::RESULT) return false;
         const View x = view(a[0]), residual = view(a[8]);
         const std::optional<Tensor> data = tensor(a[4]), scale = tensor(a[5]);
         const std::optional<double> eps = word(a[2]) ? std::optional<double>(a[2].number) : std::nullopt;
@@ -226,7 +242,7 @@ class Chain {
         int64_t sizes[MOST_DIMS];
         std::copy_n(x.sizes, x.dims, sizes);
         sizes[x.dims - 1] = linear.width();
-        linear.y = place(x.dims, sizes, x.kind);
+        if (!(linear.y = place(x.dims, sizes, x.kind))) return false;
         steps.push_back(linear);
         return true;
     }
@@ -263,7 +279,7 @@ class Chain {
         keys.copy_strides(rope.keys_strides, 3), values.copy_strides(rope.values_strides, 3);
         rope.query = query.at, rope.key = key.at, rope.value = value.at, rope.cos = angles[0].at;
         rope.sin = angles[1].at, rope.keys = keys.at, rope.values = values.at;
-        rope.out = place(4, query.sizes, query.kind);
+        if (!(rope.out = place(4, query.sizes, query.kind))) return false;
         steps.push_back(rope);
         return true;
     }
@@ -283,14 +299,13 @@ class Chain {
             mask.copy_strides(attention.mask_strides, 4), attention.mask_kind = mask.kind;
         }
         const int64_t sizes[] = {query.sizes[0], query.sizes[1], query.sizes[2], value.sizes[3]};
-        attention.out = place(4, sizes, query.kind);
+        if (!(attention.out = place(4, sizes, query.kind))) return false;
         steps.push_back(attention);
         return true;
     }
 };
 
-Tensor chain_packed(std::vector<Tensor> tensors, std::optional<Tensor> keys, std::optional<Tensor> values,
-                    std::string steps) {
+Tensor chain_packed(std::vector<Tensor> tensors, Tensor keys, Tensor values, std::string steps) {
     const std::optional<Tensor> out = Chain(*text_of(steps), tensors, keys, values).run();
     return out ? *out : in_python("qcompile_kernels::chain_anyhow", tensors, keys, values, steps);
 }

@@ -33,8 +33,8 @@ bool take_x(Linear& linear, const Tensor& x) {
 void run_alone(Linear& linear) {
     static thread_local Scratch scratch;
     const int64_t threads = threads_for(linear.work());
-    linear.begin(scratch.get<char>(linear.bytes(threads)), threads);
-    as_team(threads, [&](int64_t thread) { linear.run(thread); });
+    char* memory = scratch.get<char>(linear.bytes(threads));
+    as_team(threads, [&](int64_t n) { linear.begin(memory, n); }, [&](int64_t thread) { linear.run(thread); });
 }
 
 Tensor linear_packed(Tensor x, Tensor data, Tensor scale, std::optional<Tensor> zero, std::optional<Tensor> bias,

@@ -50,10 +50,20 @@ INLINE void wait_for_all() {
 #pragma omp barrier
 }
 
-// Work(thread) in each of so many threads.
-template <typename Work> void as_team(int64_t threads, Work work) {
+// begin(threads), and then work(thread) in each of so many; in one where OpenMP does not give as many, as under a limit
+// or inside of another team.
+template <typename Begin, typename Work> void as_team(int64_t threads, Begin begin, Work work) {
+    begin(threads);
+    bool whole = false;
 #pragma omp parallel num_threads(threads)
-    work(omp_get_thread_num());
+    if (omp_get_num_threads() == threads) {
+        if (omp_get_thread_num() == 0) whole = true;
+        work(omp_get_thread_num());
+    }
+    if (whole) return;
+    begin(1);
+#pragma omp parallel num_threads(1)
+    work(0);
 }
 
 }  // namespace

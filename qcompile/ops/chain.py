@@ -73,8 +73,8 @@ def _argument(word: str) -> Any:
 
 def run(
     tensors: Sequence[Tensor],
-    keys: Tensor | None,
-    values: Tensor | None,
+    keys: Tensor,
+    values: Tensor,
     steps: str,
     call: Callable[[str, list[Any]], Tensor],
 ) -> Tensor:
@@ -93,12 +93,12 @@ def run(
     return results[-1]
 
 
-def _fake(tensors: Sequence[Tensor], keys: Tensor | None, values: Tensor | None, steps: str) -> Tensor:
+def _fake(tensors: Sequence[Tensor], keys: Tensor, values: Tensor, steps: str) -> Tensor:
     return run(tensors, keys, values, steps, lambda op, arguments: OPS[op].fake(*arguments))
 
 
 @op_with_fake(_fake, writes=("keys", "values"))
-def chain(tensors: Sequence[Tensor], keys: Tensor | None, values: Tensor | None, steps: str) -> Tensor:
+def chain(tensors: Sequence[Tensor], keys: Tensor, values: Tensor, steps: str) -> Tensor:
     """What the last of `steps` makes: calls of ops, one a line (see Step), of `tensors`, keys and values of a cache,
     which a step may write to, and of what earlier steps made."""
     return run(tensors, keys, values, steps, lambda op, arguments: OPS[op].meaning(*arguments))

@@ -1,6 +1,10 @@
 """chain_cpu against its ops one by one."""
 
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -114,6 +118,55 @@ def test_other_sizes(dtype: torch.dtype) -> None:
     check(Layer(dtype, heads=9, kv=3, width=64, mask=None, angles=2))
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads(threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        check(Layer(torch.bfloat16, heads=16, kv=8, width=64))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    "limit", [{"OMP_THREAD_LIMIT": "1"}, {"OMP_THREAD_LIMIT": "2"}, {"OMP_DYNAMIC": "true"}], ids=str
+)
+def test_fewer_threads_than_asked(limit: dict[str, str]) -> None:
+    check_alone("torch.set_num_threads(3)", limit)
+
+
+def test_decimal_commas(tmp_path: Path) -> None:
+    command = ["localedef", "-i", "de_DE", "-f", "UTF-8", tmp_path / "de_DE.UTF-8"]
+    if shutil.which("localedef") is None or subprocess.run(command, capture_output=True).returncode > 1:
+        pytest.skip("cannot make a locale")
+    check_alone("import locale; locale.setlocale(locale.LC_ALL, 'de_DE.UTF-8')", {"LOCPATH": str(tmp_path)})
+
+
+def check_wide_layer() -> None:
+    """Not held against torch's attention, which is NaN where OpenMP gives fewer threads than torch has."""
+    layer = Layer(torch.bfloat16, heads=16, kv=8, width=64)
+    tensors, keys, values, text = layer.arguments
+    wide = [t.double() if t.is_floating_point() else t for t in tensors]
+    for _ in range(2):
+        got = chain_packed(*layer.arguments)
+        want = chain.meaning(wide, keys.double(), values.double(), text)
+        assert (got - want).norm() <= 0.02 * want.norm()
+
+
+def check_alone(before: str, environment: dict[str, str]) -> None:
+    code = f"import torch; from tests.kernels import test_chain_cpu; {before}; test_chain_cpu.check_wide_layer()"
+    folder = Path(__file__).parents[2]
+    paths = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment, "PYTHONPATH": paths},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
+    assert not done.returncode, done.stderr
+
+
 def test_what_goes_through_python_is_the_same() -> None:
     layer = Layer(torch.bfloat16)
     chain_packed(*layer.arguments)
@@ -159,4 +212,7 @@ def test_refusals() -> None:
     assert "handles queries, keys and values of one of" in why(tensors, keys.float(), values, text)
     assert "up to 8 query rows" in why(*Layer(torch.bfloat16, length=9).arguments)
     assert "multiples of 16 columns" in why(*Layer(torch.bfloat16, width=8).arguments)
-    assert "no step linear" in why(tensors, None, None, "linear %0")
+    assert "no step linear" in why(tensors, keys, values, "linear %0")
+    assert "argument 7 of fused_linear is what another step makes" in why(
+        tensors, keys, values, text.replace("none none u4/g32/asym", "#0@0:1:1 none u4/g32/asym")
+    )
