@@ -6,15 +6,17 @@
     w = softmax(cap * tanh(q @ k.transpose(2, 3) * scale / cap) + mask, -1)
     y = w @ v                                     ->        y = qcompile.attention(q, k, v, mask, False, scale, cap)
 
-and a mask = where(seen, 0, lowest number) becomes `seen`. (A row that may see nothing, as left padding has, was the
-mean of all values, and becomes zeros.)
+and of a mask = where(seen, 0, lowest number) the keys that are not seen become -inf, but in rows that see nothing, as
+left padding has: these stay the mean of all values. where(seen, 0, -inf) becomes `seen`. (A row that sees nothing is
+then zeros, as of torch's attention, where softmax makes it NaN.)
 
 Why: the logits never reach memory, and fuse_attention knows a single spelling of each; torch's attention caps nothing.
-Keys that are not seen need not be read, of a cache all that is not filled.
+Keys at -inf need not be read, of a cache all that is not filled.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -97,12 +99,13 @@ class RecognizeAttention:
 
     def rewrite(self, g: Rewriter, m: Spelled) -> None:
         with g.before(m.root):
+            mask = _choice(g, m.mask)
             k = g.call(aten.transpose.int, m.k, 2, 3) if m.scores.k_is_turned else m.k
             if m.scores.softcap is None:
-                arguments = (m.q, k, m.v, m.mask, 0.0, False)
+                arguments = (m.q, k, m.v, mask, 0.0, False)
                 y = g.call(aten.scaled_dot_product_attention.default, *arguments, scale=m.scores.scale)
             else:
-                y = g.call(attention.overload, m.q, k, m.v, m.mask, False, m.scores.scale, m.scores.softcap)
+                y = g.call(attention.overload, m.q, k, m.v, mask, False, m.scores.scale, m.scores.softcap)
             g.replace(m.root, y)
 
 
@@ -120,6 +123,8 @@ def _typed(product: Node, scores: Scores, mask: Node | None) -> Spelled | Miss:
     root, q = ends
     dtype = value(q).dtype
     given_v: Any = product.args[1]
+    if scores.softcap is not None and value(scores.product).dtype != dtype:
+        return Miss(f"soft-capped scores are {dtype_text(scores.product)}, q is {dtype_text(q)}", product)
     k: Any = in_dtype(scores.k, dtype)
     v: Any = in_dtype(given_v, dtype)
     for name, given, cast in (("k", scores.k, k), ("v", given_v, v)):
@@ -129,17 +134,27 @@ def _typed(product: Node, scores: Scores, mask: Node | None) -> Spelled | Miss:
             return Miss(f"{name} has other heads than q", product)
     if mask is not None and value(mask).dtype not in (dtype, torch.float32):
         return Miss(f"the mask is {dtype_text(mask)}, q is {dtype_text(q)}", product)
-    return Spelled(root, q, k, v, _seen(mask), scores)
+    return Spelled(root, q, k, v, mask, scores)
 
 
-def _seen(mask: Any) -> Any:
-    """The choice of keys that a mask to be added is made of, or the mask."""
+def _choice(g: Rewriter, mask: Any) -> Any:
+    """The mask to be added, as the choice of keys that it is made of where it is one, made once for all its readers."""
     where = skip_casts(mask)
     if not is_call(where, aten.where.ScalarOther):
         return mask
     seen, kept, hidden = where.args
     is_zero = is_call(kept, aten.zeros.default) or (is_call(kept, aten.full.default) and kept.args[1] == 0)
-    return seen if is_zero and hidden <= torch.finfo(value(mask).dtype).min else mask
+    if not is_zero or hidden > torch.finfo(value(mask).dtype).min:
+        return mask
+    if hidden == -math.inf:
+        return seen
+    for user in mask.users:
+        if is_call(user, aten.where.ScalarSelf) and user.meta.get("origin") == g.origin:
+            return user
+    with g.after(mask):
+        someone = g.call(aten.any.dim, seen, -1, True)
+        skipped = g.call(aten.bitwise_and.Tensor, someone, g.call(aten.bitwise_not.default, seen))
+        return g.call(aten.where.ScalarSelf, skipped, -math.inf, mask)
 
 
 def _scores_and_mask(logits: Any) -> tuple[Scores | None, Node | None]:

@@ -43,10 +43,15 @@ def _capped(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, groups: int, scale: float,
     softcap: float,
 ) -> Tensor:  # fmt: skip
-    """With the logits in memory, in float32: torch's attention takes no function of them."""
+    """With the logits in memory: torch's attention takes no function of them.
+
+    Its two products are rounded to the dtype of their operands, as in models that spell them; all between is float32.
+
+    NOTE: 8 heads over 4, 512 rows, 1024 keys of 256 columns, 2 CPU cores, bf16: 132 ms, with products in float32 208.
+    """
     batch, heads, length, width = query.shape
     rows = (batch, heads // groups, groups * length)
-    logits = wide(query).reshape(*rows, width) @ wide(key).transpose(2, 3) * (scale / softcap)
+    logits = wide(query.reshape(*rows, width) @ key.transpose(2, 3)) * (scale / softcap)
     logits = torch.tanh(logits).reshape(batch, heads, length, key.shape[2]) * softcap
     if is_causal:
         logits = logits.masked_fill(torch.ones_like(logits, dtype=torch.bool).triu(1), -math.inf)
@@ -55,8 +60,8 @@ def _capped(
     weights = torch.softmax(logits, -1)
     # Rows that attend to nothing are zeros, as in torch's attention.
     weights = weights.masked_fill((logits == -math.inf).all(-1, keepdim=True), 0.0)
-    y = weights.reshape(*rows, key.shape[2]) @ wide(value)
-    return y.reshape(batch, heads, length, value.shape[3]).to(query.dtype)
+    y = weights.to(value.dtype).reshape(*rows, key.shape[2]) @ value
+    return y.reshape(batch, heads, length, value.shape[3])
 
 
 def _few_rows(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, groups: int, scale: float) -> Tensor:

@@ -101,8 +101,8 @@ def gemma2(q, k, v, mask, scale=0.25, softcap=3.0):
 CAPPED = {
     "transformers": (gemma2, 0.25, 3.0),
     "cap first": (lambda q, k, v, m: torch.softmax(m + 3.0 * torch.tanh(q @ k.mT * 0.5), -1) @ v, 1.5, 3.0),
-    "in float32": (
-        lambda q, k, v, m: (torch.softmax(2.0 * torch.tanh(q.float() @ k.float().mT) + m, -1) @ v.float()).to(q.dtype),
+    "weights in float32": (
+        lambda q, k, v, m: (torch.softmax(2.0 * torch.tanh(q @ k.mT) + m, -1).float() @ v.float()).to(q.dtype),
         2.0,
         2.0,
     ),
@@ -145,6 +145,9 @@ MISSES = {
     "v is float64, q is float32": lambda q, k, v: (
         torch.softmax(q @ k.mT, -1).double() @ v.exp().double().exp()
     ).float(),
+    "soft-capped scores are float64, q is float32": lambda q, k, v: (
+        torch.softmax(torch.tanh(q.double() @ k.double().mT), -1) @ v.double()
+    ).float(),
     "the result is float64, q is float32": lambda q, k, v: torch.softmax(q @ k.mT, -1).double() @ v.double(),
     UNKNOWN: [
         lambda q, k, v: torch.softmax((q @ k.mT).masked_fill(q[..., :1] > 0, -1e4), -1) @ v,
@@ -169,21 +172,37 @@ def test_misses(recognized, reason, function):
     assert not result.rewrites and [miss for miss, _ in result.misses] == [reason]
 
 
-def test_a_mask_of_the_lowest_number_is_a_choice_of_keys(recognized):
-    *tensors, bias = inputs(mask=True)
-    lowest = torch.finfo(torch.float32).min
-    for number, low, dtype in (
-        (0, lowest, torch.bool),
-        (0, -math.inf, torch.bool),
-        (0, -1e4, torch.float32),
-        (1, lowest, torch.float32),
-    ):
+def masked(function, low, kept=0):
+    """Two attentions, as of two layers, under one mask that is `kept` where m is 0 and `low` elsewhere."""
 
-        def masked(q, k, v, m, number=number, low=low):
-            return eager(q, k, v, torch.where(m == 0, torch.full((), number, dtype=m.dtype), low))
+    def run(q, k, v, m):
+        mask = torch.where(m == 0, torch.full((), kept, dtype=m.dtype), low)
+        return function(q, k, v, mask) + function(q * 2, k, v, mask)
 
-        g, _ = recognized(masked, *tensors, bias)
-        assert only_call(g).args[3].meta["val"].dtype == dtype
+    return run
+
+
+def test_a_mask_of_infinity_is_a_choice_of_keys(recognized):
+    for kept, low, dtype in ((0, -math.inf, torch.bool), (0, -1e4, torch.float32), (1, -math.inf, torch.float32)):
+        g, _ = recognized(masked(eager, low, kept), *inputs(mask=True))
+        masks = {node.args[3] for node in g.gm.graph.nodes if node.target is sdpa}
+        assert [mask.meta["val"].dtype for mask in masks] == [dtype]
+
+
+@pytest.mark.parametrize("function", [eager, gemma2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_mask_of_the_lowest_number_keeps_rows_that_see_nothing(recognized, function, dtype):
+    *tensors, bias = inputs(dtype, mask=True)
+    bias[0, :, :2] = -1  # these see nothing: the mean of all values
+    function = masked(function, torch.finfo(dtype).min)
+    tolerance = {} if dtype == torch.float32 else dict(rtol=2**-4, atol=2**-4)
+    g, result = recognized(function, *tensors, bias, **tolerance)
+    (mask,) = {node.args[3] for node in g.gm.graph.nodes if node.target in (sdpa, attention.overload)}
+    assert len(result.rewrites) == 2 and g.ops().count("any") == 1
+    assert mask.args[1] == -math.inf and mask.meta["val"].dtype == dtype
+    y, (q, k, v) = g.run()[0], tensors
+    want = Attention(function)(q.double(), k.double(), v.double(), bias.double())
+    torch.testing.assert_close(y.double(), want, rtol=0, atol=1e-6 if dtype == torch.float32 else 2**-6)
 
 
 def test_misses_a_mask_of_bools_that_is_added(recognized):
@@ -206,11 +225,12 @@ def test_not_attention(recognized, function):
     assert not result.rewrites and not result.misses
 
 
-def test_bf16_is_at_least_as_exact(recognized):
+@pytest.mark.parametrize("function", [eager, gemma2])
+def test_bf16_is_at_least_as_exact(recognized, function):
     tensors = inputs(torch.bfloat16, mask=True)
-    module = Attention(eager)
+    module = Attention(function)
     before = module(*tensors)
-    g, _ = recognized(eager, *tensors, rtol=2**-5, atol=2**-5)
+    g, _ = recognized(function, *tensors, rtol=2**-5, atol=2**-5)
     want = module(*(x.double() for x in tensors))
     error, was = ((y.double() - want).abs().mean() for y in (g.run()[0], before))
     assert error <= was * 1.05 and error < 2**-8
