@@ -42,7 +42,7 @@ SPECS = ("u8/g64/asym", "u4/g64/asym", "u3/g64/asym", "u2/g64/asym", "u1/g64/asy
 HEADS = "u8/g64/asym"
 LLAMA_CPP = {"Q8_0": "i8/g32/sym", "Q4_0": "i4/g32/sym"}
 PROMPTS = (16, 128, 512)
-LINEARS = ("::linear_packed", "::linear_codes", "::fused_packed")
+LINEARS = ("::linear_packed", "::linear_codes", "::fused_packed", "::chain_packed")
 BATCHES = (2, 4, 8, 16, 32, 64)
 NEW = 24
 
@@ -249,7 +249,7 @@ def bytes_of(contender: Any) -> int:
 
 @dataclass
 class Spent:
-    """Milliseconds of a decode step: all of it, in linears, in the compiled program, outside of it in Python."""
+    """Milliseconds of a decode step: all of it, in linears and what is fused with them, in the compiled program."""
 
     step: float
     linears: float
@@ -261,12 +261,13 @@ def spent(model: nn.Module, prompt: int = 128) -> Spent:
 
     with timed_programs() as programs:
         speed = throughputs({"": model}, prompt, NEW, 3, warm_up=False)[""]
-    with profile(activities=[ProfilerActivity.CPU]) as found:
-        throughputs({"": model}, prompt, NEW, 1, warm_up=False)
-    # The longest, as many as there are in a prefill, are those.
-    calls = sorted(event.cpu_time_total for event in found.events() or () if event.name.endswith(LINEARS))
-    count = len(calls) // (NEW + 1)
-    linears = sum(calls[: count * NEW]) / NEW / 1e3
+
+    def in_linears(new: int) -> float:
+        with profile(activities=[ProfilerActivity.CPU]) as found:
+            throughputs({"": model}, prompt, new, 1, warm_up=False)
+        return sum(event.cpu_time_total for event in found.events() or () if event.name.endswith(LINEARS)) / 1e3
+
+    linears = (in_linears(NEW) - in_linears(1)) / (NEW - 1)
     return Spent(1e3 / speed.decode, linears, statistics.median(programs) * 1e3)
 
 
@@ -341,7 +342,10 @@ def steps(ours: dict[str, Spent]) -> str:
         for name, one in ours.items()
     ]
     heads = ["model", "step, ms", "linears", "outside of them", "Python outside of the program, ms"]
-    title = "One step of decoding; linears are timed by torch's profiler, calls included:"
+    title = (
+        "One step of decoding; linears are timed by torch's profiler, calls and what is fused with them included: "
+        "norms, gates, residuals, and in a chain rope and attention:"
+    )
     return f"{title}\n\n{tabulate(rows, heads, tablefmt='github', disable_numparse=True)}"
 
 
