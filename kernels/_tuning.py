@@ -247,8 +247,8 @@ def codes_tile(pairs: int, rows: int, keys: int, columns: int, itemsize: int, de
     tile_rows = max(16, min(power_of_two(rows), 32))
     block, warps = 64 if columns <= 128 else 32, 4 if tile_rows * columns <= 2048 else 8
     programs = pairs * cdiv(rows, tile_rows)
-    splits = max(1, min(cdiv(keys, block), 2 * device.processors // programs, 64))
-    return AttentionTile(1 << splits.bit_length() - 1, tile_rows, block, warps, 1)
+    splits = _floor_power(min(cdiv(keys, block), 2 * device.processors // programs, 64))
+    return AttentionTile(splits, tile_rows, block, warps, 1)
 
 
 def prompt_tile(columns: int, itemsize: int, device: Device) -> AttentionTile | None:

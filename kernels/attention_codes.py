@@ -24,7 +24,16 @@ from qcompile.kernels._tiles import (
     tl,
     triton,
 )
-from qcompile.kernels.attention_decode import SCAN_ELEMENTS, _attended, _capped, _product, _seen_steps, combine
+from qcompile.kernels.attention_decode import (
+    SCAN_ELEMENTS,
+    _attended,
+    _capped,
+    _leave,
+    _product,
+    _seen_steps,
+    _weights,
+    combine,
+)
 from qcompile.ops.attention import attention
 from qcompile.ops.registry import known, opaque
 from qcompile.ops.row_codes import CODES, SCALE
@@ -273,28 +282,14 @@ def _split_codes(
                 mask_ptr + n[None, :].to(tl.int64) * mask_column, mask=next_inside[None, :] & (seen_row < rows)
             )
         logits = tl.where(seen, logits, float("-inf"))
-        new_top = tl.maximum(top, tl.max(logits, 1, keep_dims=True))
-        # While nothing is attended the top is -inf, and -inf less -inf is no number.
-        base = tl.where(new_top == float("-inf"), 0.0, new_top)
-        p = tl.exp(logits - base)
-        shrink = tl.exp(top - base)
-        total = total * shrink + tl.sum(p, 1, keep_dims=True)
+        p, shrink, top, total = _weights(logits, top, total)
         # By the largest scale of the block, as float16 would lose what is small.
         largest = tl.maximum(tl.max(v_scale, 1, keep_dims=True), SMALLEST)
         p *= v_scale * (1.0 / largest)
         if q.dtype != tl.float32:
             p = p.to(tl.float16)
         y = y * shrink + _product(p, _numbers(v, IS_INTEGER), tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)) * largest
-        top = new_top
         k, v, k_scale, v_scale, inside = next_k, next_v, next_k_scale, next_v_scale, next_inside
     if PDL and not EARLY:
         gdc_launch_dependents()  # not earlier: waiting programs would take room from those that read
-    result = pair * rows + row
-    if parts_ptr is None:
-        # Rows that attend to nothing are zeros.
-        y /= tl.where(total == 0.0, 1.0, total)
-        tl.store(out_ptr + result * DV + dv, y.to(out_ptr.dtype.element_ty), mask=(row < rows) & (dv < DV))
-    else:
-        tl.store(sums_ptr + result * 2 * splits + part, top, mask=row < rows)
-        tl.store(sums_ptr + (result * 2 + 1) * splits + part, total, mask=row < rows)
-        tl.store(parts_ptr + (result * splits + part) * DV + dv, y, mask=(row < rows) & (dv < DV))
+    _leave(y, top, total, out_ptr, sums_ptr, parts_ptr, pair * rows + row, row < rows, dv, DV)

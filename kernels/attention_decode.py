@@ -213,6 +213,31 @@ def _product(a, b, c):
 
 
 @triton.jit
+def _weights(logits, top, total):
+    """Of one step: the weights of its keys, by what to shrink what was summed before, and the new top and total."""
+    new_top = tl.maximum(top, tl.max(logits, 1, keep_dims=True))
+    # While nothing is attended the top is -inf, and -inf less -inf is no number.
+    base = tl.where(new_top == float("-inf"), 0.0, new_top)
+    p = tl.exp(logits - base)
+    shrink = tl.exp(top - base)
+    return p, shrink, new_top, total * shrink + tl.sum(p, 1, keep_dims=True)
+
+
+@triton.jit
+def _leave(y, top, total, out_ptr, sums_ptr, parts_ptr, result, inside, dv, DV: tl.constexpr):
+    """Store the rows that are `inside` as rows of the result, or where there are parts what `_combine` makes it of."""
+    part, splits = tl.program_id(1), tl.num_programs(1)
+    if parts_ptr is None:
+        # Rows that attend to nothing are zeros.
+        y /= tl.where(total == 0.0, 1.0, total)
+        tl.store(out_ptr + result * DV + dv, y.to(out_ptr.dtype.element_ty), mask=inside & (dv < DV))
+    else:
+        tl.store(sums_ptr + result * 2 * splits + part, top, mask=inside)
+        tl.store(sums_ptr + (result * 2 + 1) * splits + part, total, mask=inside)
+        tl.store(parts_ptr + (result * splits + part) * DV + dv, y, mask=inside & (dv < DV))
+
+
+@triton.jit
 def _split(
     q_ptr, k_ptr, v_ptr, mask_ptr, out_ptr, sums_ptr, parts_ptr, kv_heads, rows, length, keys, scale, softcap,
     q_batch, q_head, q_row, k_batch, k_head, k_row, k_column, v_batch, v_head, v_row, v_column,
@@ -266,26 +291,11 @@ def _split(
             if mask.dtype != tl.int1:
                 logits += mask.to(tl.float32)
         logits = tl.where(inside, logits, float("-inf"))
-        new_top = tl.maximum(top, tl.max(logits, 1, keep_dims=True))
-        # While nothing is attended the top is -inf, and -inf less -inf is no number.
-        base = tl.where(new_top == float("-inf"), 0.0, new_top)
-        p = tl.exp(logits - base)
-        shrink = tl.exp(top - base)
-        total = total * shrink + tl.sum(p, 1, keep_dims=True)
+        p, shrink, top, total = _weights(logits, top, total)
         y = _product(p, v, y * shrink)
-        top = new_top
     if PDL and not EARLY:
         gdc_launch_dependents()  # not earlier: waiting programs would take room from those that read
-    result = pair * rows + row
-    if parts_ptr is None:
-        DTYPE: tl.constexpr = out_ptr.dtype.element_ty
-        # Rows that attend to nothing are zeros.
-        y /= tl.where(total == 0.0, 1.0, total)
-        tl.store(out_ptr + result * DV + dv, y.to(DTYPE), mask=(row < rows) & (dv < DV))
-    else:
-        tl.store(sums_ptr + result * 2 * splits + part, top, mask=row < rows)
-        tl.store(sums_ptr + (result * 2 + 1) * splits + part, total, mask=row < rows)
-        tl.store(parts_ptr + (result * splits + part) * DV + dv, y, mask=(row < rows) & (dv < DV))
+    _leave(y, top, total, out_ptr, sums_ptr, parts_ptr, pair * rows + row, row < rows, dv, DV)
 
 
 @triton.jit

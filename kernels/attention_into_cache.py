@@ -19,7 +19,16 @@ from qcompile.kernels._tiles import (
     tl,
     triton,
 )
-from qcompile.kernels.attention_decode import SCAN_ELEMENTS, _attended, _capped, _product, combine
+from qcompile.kernels.attention_decode import (
+    SCAN_ELEMENTS,
+    _attended,
+    _capped,
+    _leave,
+    _product,
+    _seen_steps,
+    _weights,
+    combine,
+)
 from qcompile.ops.attention_into_cache import attention_into_cache
 from qcompile.ops.registry import known, opaque
 
@@ -155,15 +164,8 @@ def _step(
     first, end = 0, steps
     mask_ptr = mask_ptr if mask_ptr is None else mask_ptr + batch * mask_batch
     if mask_ptr is not None:
-        lowest, highest = tl.zeros((SCAN,), tl.int32) + steps, tl.zeros((SCAN,), tl.int32)
-        for start in range(0, steps * BLOCK_N, SCAN):
-            i = start + tl.arange(0, SCAN)
-            step = i // BLOCK_N
-            n = (step * splits + part) * BLOCK_N + i % BLOCK_N
-            attended = _attended(tl.load(mask_ptr + n.to(tl.int64) * mask_column, mask=n < capacity)) & (n < capacity)
-            lowest = tl.where(attended, tl.minimum(lowest, step), lowest)
-            highest = tl.where(attended, tl.maximum(highest, step + 1), highest)
-        first, end = tl.min(lowest), tl.max(highest)
+        rows = tl.full((1, 1), 1, tl.int1)
+        first, end = _seen_steps(mask_ptr, mask_column, rows, steps, capacity, BLOCK_N, 1, SCAN)
     keys_ptr += batch * keys_batch + kv_head * keys_head + d
     values_ptr += batch * values_batch + kv_head * values_head + dv
     offset = tl.arange(0, BLOCK_N)
@@ -187,27 +189,12 @@ def _step(
             if mask.dtype != tl.int1:
                 logits += mask.to(tl.float32)
         logits = tl.where(inside, logits, float("-inf"))
-        new_top = tl.maximum(top, tl.max(logits, 1, keep_dims=True))
-        # While nothing is attended the top is -inf, and -inf less -inf is no number.
-        base = tl.where(new_top == float("-inf"), 0.0, new_top)
-        p = tl.exp(logits - base)
-        shrink = tl.exp(top - base)
-        total = total * shrink + tl.sum(p, 1, keep_dims=True)
+        p, shrink, top, total = _weights(logits, top, total)
         y = _product(p, v, y * shrink)
-        top = new_top
     if PDL and not EARLY:
         gdc_launch_dependents()
     if (position >= 0) & (position < capacity) & (position // BLOCK_N % splits == part):
         at = position.to(tl.int64)
         tl.store(keys_ptr + at * keys_row, new_k, mask=d < D)
         tl.store(values_ptr + at * values_row, new_v, mask=dv < DV)
-    result = pair * group + row
-    inside = (row < group) & (dv < DV)
-    if parts_ptr is None:
-        # Rows that attend to nothing are zeros.
-        y /= tl.where(total == 0.0, 1.0, total)
-        tl.store(out_ptr + result * DV + dv, y.to(out_ptr.dtype.element_ty), mask=inside)
-    else:
-        tl.store(sums_ptr + result * 2 * splits + part, top, mask=row < group)
-        tl.store(sums_ptr + (result * 2 + 1) * splits + part, total, mask=row < group)
-        tl.store(parts_ptr + (result * splits + part) * DV + dv, y, mask=inside)
+    _leave(y, top, total, out_ptr, sums_ptr, parts_ptr, pair * group + row, row < group, dv, DV)

@@ -8,8 +8,8 @@
 
 Why: each of them forks and joins threads, and is called through Python; of a layer of SmolLM2 that is half the time.
 
-A chain writes to one cache, and ends where anything else reads what its ops have made. Where no kernel
-for this type of device has signed up, nothing is looked at.
+A chain writes to one cache, and ends where anything else reads what its ops have made. Where no kernel for this type of
+device has signed up, nothing is looked at.
 """
 
 from __future__ import annotations

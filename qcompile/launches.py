@@ -61,7 +61,8 @@ def launches(graph: Graph) -> list[Launch]:
     for node in graph.nodes:
         if getattr(node.target, "namespace", "") == "qcompile_kernels":
             args = map_arg(node.args, lambda arg: _argument(value(arg)))
-            if any(isinstance(arg, Zeros) and arg.device.type == "cuda" for arg in args):
+            zeros = [arg for arg in args if isinstance(arg, Zeros)]
+            if any(arg.device.type == "cuda" for arg in zeros) and not any(None in arg.sizes for arg in zeros):
                 found.setdefault(repr((node.target, args)), Launch(node.target._opname, args))
     return list(found.values())
 
@@ -73,8 +74,10 @@ def _argument(val: Any) -> Any:
 
 
 def _hint(size: Any) -> Any:
-    """A symbolic size as it was in the traced call."""
-    return int(size.node.hint) if isinstance(size, torch.SymInt) else size
+    """A symbolic size as it was in the traced call; None for one that only data decide."""
+    if not isinstance(size, torch.SymInt):
+        return size
+    return int(size.node.hint) if size.node.has_hint() else None
 
 
 @contextmanager

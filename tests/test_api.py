@@ -150,6 +150,24 @@ def test_float64_model(interpreted: None) -> None:
     torch.testing.assert_close(model(x), reference(x), rtol=1e-6, atol=1e-6)
 
 
+def test_sizes_that_data_decide(interpreted: None) -> None:
+    class Routed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            chosen = (x[:, 0] > 0).nonzero()[:, 0]
+            return x.index_add(0, chosen, self.down(self.up(x[chosen])))
+
+    model, x = Routed(), torch.randn(16, 64)
+    exact = copy.deepcopy(model)
+    qcompile.optimize(model, "u8/g32/asym", example={"x": x}, algorithm="rtn", progress=False)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), exact(x), atol=0.02, rtol=0)
+    assert not model.forward.eager  # type: ignore[attr-defined]
+
+
 def test_shared_module_is_packed_once(interpreted: None) -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:

@@ -1,6 +1,7 @@
 """launches: which kernels are compiled ahead, and that none of it can break a program."""
 
 import threading
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -84,3 +85,26 @@ def test_a_symbolic_size_is_as_it_was_traced() -> None:
     graph = export(Model(), [torch.zeros(5, 3)]).gm.graph
     (node,) = graph.find_nodes(op="call_function", target=launches_test)
     assert launches._argument(node.args[0].meta["val"]).sizes == (5, 3)
+
+
+def test_sizes_that_data_decide_are_left_to_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Model(torch.nn.Module):
+        def forward(self, *tensors: Tensor) -> Tensor:
+            return launches_test(tensors[0][tensors[0][:, 0].nonzero()[:, 0]], None, 1.0)
+
+    graph = export(Model(), [torch.ones(5, 3)]).gm.graph
+    assert launches.launches(graph) == []
+    of_cpu = launches._argument
+    on_gpu = torch.device("cuda", 0)
+
+    def argument(val: Any) -> Any:
+        found = of_cpu(val)
+        return replace(found, device=on_gpu) if isinstance(found, Zeros) else found
+
+    monkeypatch.setattr(launches, "_argument", argument)
+    assert launches.launches(graph) == []
+    (node,) = graph.find_nodes(op="call_function", target=launches_test)
+    node.args = (graph.find_nodes(op="placeholder")[0], None, 1.0)
+    assert launches.launches(graph) == [
+        Launch("launches_test", (Zeros((5, 3), (3, 1), torch.float32, on_gpu), None, 1.0))
+    ]
