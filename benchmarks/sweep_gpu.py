@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -41,6 +41,7 @@ from qcompile.quant.spec import QSpec
 
 SWEPT_BY_DOT = ("u4/g64/asym", "i4/g128/sym", "i8/g64/sym", "u3/g64/asym", "u2/g64/asym", "u1/g64/asym")
 SWEPT_BY_MMA = ("u4/g64/asym", "i8/g64/sym")
+MMA_ROWS = (8, 16, 32, 64, 96, 128, 256)
 SWEPT_BY_GEMM = "i4/g128/sym"
 
 
@@ -56,6 +57,7 @@ KERNELS: dict[str, tuple[Callable[..., Tensor], Any]] = {
 }
 
 Run = Callable[[Tensor, Weight], Tensor]
+Tile = DotTile | MmaTile | GemmTile
 
 
 def main() -> None:
@@ -71,14 +73,17 @@ def swept_cases() -> Iterator[Row]:
     for spec, rows, name in itertools.product(SWEPT_BY_DOT, (1, 2), ("o", "down")):
         for tile in dot_tiles(spec):
             yield {"way": "dot", "spec": spec, "rows": rows, "shape": name, "tile": vars(tile)}
-    for spec, rows in itertools.product(SWEPT_BY_MMA, (4, 16, 64)):
-        for tile in mma_tiles(spec, rows):
+    for spec, rows in itertools.product(SWEPT_BY_MMA, MMA_ROWS):
+        for tile in unlike(mma_tiles(spec, rows), "splits"):
             yield {"way": "mma", "spec": spec, "rows": rows, "shape": "o", "tile": vars(tile)}
     for rows, name in itertools.product((16, 64, 256), ("o", "down")):
-        # The number of splits is no constant of the kernel, but for whether there are any.
-        seen = {str({**vars(tile), "splits": tile.splits > 1}): tile for tile in gemm_tiles(rows)}
-        for tile in seen.values():
+        for tile in unlike(gemm_tiles(rows), "splits"):
             yield {"way": "gemm", "spec": SWEPT_BY_GEMM, "rows": rows, "shape": name, "tile": vars(tile)}
+
+
+def unlike(tiles: Iterable[Tile], count: str) -> list[Tile]:
+    """Those that are compiled anew: a count of programs is no constant of a kernel, but for whether it is 1."""
+    return list({str({**vars(tile), count: vars(tile)[count] > 1}): tile for tile in tiles}.values())
 
 
 def warm(case: Row) -> Row:
@@ -125,7 +130,7 @@ def sweeps() -> Iterator[tuple[str, str, str, int, dict[str, Run]]]:
     names = ("qkv", "o", "gate_up", "down")
     for rows, spec, name in itertools.product((1, 2), SWEPT_BY_DOT, names):
         yield "dot", spec, name, rows, dict(by("dot", tile) for tile in dot_tiles(spec))
-    for rows, spec, name in itertools.product((4, 16, 64), SWEPT_BY_MMA, names):
+    for rows, spec, name in itertools.product(MMA_ROWS, SWEPT_BY_MMA, names):
         yield "mma", spec, name, rows, dict(by("mma", tile) for tile in mma_tiles(spec, rows))
     for rows, name in itertools.product((4, 16, 64, 256), ("o", "gate_up", "down")):
         tiled = [*(by("gemm", tile) for tile in gemm_tiles(rows)), by_slab(_tuning.SLAB_ELEMENTS)]
@@ -140,7 +145,7 @@ def sweeps() -> Iterator[tuple[str, str, str, int, dict[str, Run]]]:
         yield "slab", SWEPT_BY_GEMM, "gate_up", rows, dict(map(by_slab, (4 << 20, 8 << 20, 16 << 20, 1 << 40)))
 
 
-def by(way: str, tile: DotTile | MmaTile | GemmTile) -> tuple[str, Run]:
+def by(way: str, tile: Tile) -> tuple[str, Run]:
     kernel, _ = KERNELS[way]
     label = " ".join(f"{key}={value}" for key, value in vars(tile).items())
     return label, lambda x, weight: kernel(x, weight, None, None, tile)
@@ -176,13 +181,14 @@ def dot_tiles(spec: str) -> list[DotTile]:
 
 
 def mma_tiles(spec: str, rows: int) -> list[MmaTile]:
-    bits = QSpec.parse(spec).element.bits
+    """What shared memory and registers hold."""
+    bits, room = QSpec.parse(spec).element.bits, _tuning.Device.shared_bytes
     tile = _tuning.mma_tile(rows, 4096, 4096, bits, _tuning.Device())
-    codes = [c for c in (64, 128, 256, 512) if c * bits <= 2048]
-    sizes = itertools.product(codes, (3, 4, 6), (1, 2, 4), (4, 8, 16), {False, rows > 8})
-    tiles = [replace(tile, codes=c, stages=n, splits=s, warps=w, together=1, warp_groups=g) for c, n, s, w, g in sizes]
-    # What shared memory and registers hold.
-    return [t for t in tiles if t.stages * t.codes * (2 * t.warps * bits + 2 * t.tokens) <= _tuning.Device.shared_bytes]
+    programs = ((4, 4), (4, 3), (4, 2), (8, 2), (8, 1), (16, 1))
+    sizes = itertools.product((64, 128, 256), (3, 4), (1, 2, 4, 8), programs)
+    tiles = [replace(tile, codes=c, stages=n, splits=s, warps=w, together=t) for c, n, s, (w, t) in sizes]
+    tiles = [t for t in tiles if t.tokens <= (32 if t.warps * t.together > 8 else 64 if t.warps == 4 else 512)]
+    return [t for t in tiles if t.together * t.stages * t.codes * (2 * t.warps * bits + 2 * t.tokens) <= room]
 
 
 def gemm_tiles(rows: int) -> list[GemmTile]:

@@ -13,7 +13,7 @@ from qcompile.kernels._tiles import constexpr_function, stack
 
 
 @constexpr_function
-def _bits(count, unit, rank, dim):
+def bases(count, unit, rank, dim):
     """Bases of a dimension of `count` places from `unit` on."""
     return [[unit << i if d == dim else 0 for d in range(rank)] for i in range((count // unit).bit_length() - 1)]
 
@@ -21,46 +21,46 @@ def _bits(count, unit, rank, dim):
 @constexpr_function
 def rows_layout(columns, warps):
     """(rows, columns) for lanes that have all columns of their two rows."""
-    registers = _bits(columns, 1, 2, 1) + [[8, 0]]
-    lanes = [[0, 0], [0, 0], *_bits(8, 1, 2, 0)]
-    return gl.DistributedLinearLayout(registers, lanes, _bits(16 * warps, 16, 2, 0), [], [16 * warps, columns])
+    registers = bases(columns, 1, 2, 1) + [[8, 0]]
+    lanes = [[0, 0], [0, 0], *bases(8, 1, 2, 0)]
+    return gl.DistributedLinearLayout(registers, lanes, bases(16 * warps, 16, 2, 0), [], [16 * warps, columns])
 
 
 @constexpr_function
 def _of_words(words, warps):
     """(rows, words) as lanes read them: lane t words t / 2 and t / 2 + 2 of every chunk."""
-    registers = [*_bits(words, 2, 2, 1), [8, 0]]
-    lanes = [[0, 0], [0, 1], *_bits(8, 1, 2, 0)]
-    return gl.DistributedLinearLayout(registers, lanes, _bits(16 * warps, 16, 2, 0), [], [16 * warps, words])
+    registers = [*bases(words, 2, 2, 1), [8, 0]]
+    lanes = [[0, 0], [0, 1], *bases(8, 1, 2, 0)]
+    return gl.DistributedLinearLayout(registers, lanes, bases(16 * warps, 16, 2, 0), [], [16 * warps, words])
 
 
 @constexpr_function
 def _of_pairs(chunks, warps):
     """(rows, chunks, t / 2, t % 2, codes of a pair)."""
-    registers = [[0, 0, 0, 0, 1], [8, 0, 0, 0, 0], *_bits(chunks, 1, 5, 1)]
-    lanes = [[0, 0, 0, 1, 0], [0, 0, 1, 0, 0], *_bits(8, 1, 5, 0)]
-    return gl.DistributedLinearLayout(registers, lanes, _bits(16 * warps, 16, 5, 0), [], [16 * warps, chunks, 2, 2, 2])
+    registers = [[0, 0, 0, 0, 1], [8, 0, 0, 0, 0], *bases(chunks, 1, 5, 1)]
+    lanes = [[0, 0, 0, 1, 0], [0, 0, 1, 0, 0], *bases(8, 1, 5, 0)]
+    return gl.DistributedLinearLayout(registers, lanes, bases(16 * warps, 16, 5, 0), [], [16 * warps, chunks, 2, 2, 2])
 
 
 @constexpr_function
 def _of_piece(groups, units, warps):
     """(rows, groups, units of a group, halves, t / 2, t % 2, codes of a pair): the first operand, taken apart."""
     registers = [[0, 0, 0, 0, 0, 0, 1], [8, 0, 0, 0, 0, 0, 0], [0, 0, 0, 1, 0, 0, 0]]
-    registers += _bits(units, 1, 7, 2) + _bits(groups, 1, 7, 1)
-    lanes = [[0, 0, 0, 0, 0, 1, 0], [0, 0, 0, 0, 1, 0, 0], *_bits(8, 1, 7, 0)]
+    registers += bases(units, 1, 7, 2) + bases(groups, 1, 7, 1)
+    lanes = [[0, 0, 0, 0, 0, 1, 0], [0, 0, 0, 0, 1, 0, 0], *bases(8, 1, 7, 0)]
     shape = [16 * warps, groups, units, 2, 2, 2, 2]
-    return gl.DistributedLinearLayout(registers, lanes, _bits(16 * warps, 16, 7, 0), [], shape)
+    return gl.DistributedLinearLayout(registers, lanes, bases(16 * warps, 16, 7, 0), [], shape)
 
 
 @gluon.jit
-def _unstack(tensor, COUNT: gl.constexpr):
+def unstack(tensor, COUNT: gl.constexpr):
     """The COUNT tensors (A, B, C) of a tensor (A, B, C, COUNT); a power of two."""
     if COUNT == 1:
         return (gl.reshape(tensor, [tensor.shape[0], tensor.shape[1], tensor.shape[2]]),)
     else:
         halves = gl.reshape(tensor, [tensor.shape[0], tensor.shape[1], tensor.shape[2], 2, COUNT // 2])
         first, second = gl.split(gl.permute(halves, (0, 1, 2, 4, 3)))
-        return _unstack(first, COUNT // 2) + _unstack(second, COUNT // 2)
+        return unstack(first, COUNT // 2) + unstack(second, COUNT // 2)
 
 
 @gluon.jit
@@ -86,7 +86,7 @@ def _words_of(
     words = plane.index(slot).load(_of_words(CODES * WIDTH // 32, WARPS))
     words = gl.permute(gl.reshape(words, [16 * WARPS, COUNT, CHUNKS, 2, 2]), (0, 2, 4, 1, 3))
     low, high = gl.split(words)
-    low, high = _unstack(low, COUNT), _unstack(high, COUNT)
+    low, high = unstack(low, COUNT), unstack(high, COUNT)
     odd = gl.arange(0, 2, layout=gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, L))))
     selector = (odd * 0x2222 + 0x5410)[None, None, None, :]
     found = ()
@@ -122,7 +122,7 @@ def _sides_of(row, step, K, CODES: gl.constexpr, PIECE: gl.constexpr, W: gl.cons
     offset = gl.convert_layout(offset, gl.SliceLayout(1, L), assert_trivial=True)
     sides = gl.load(start + (offset[:, None] + at[None, :]))
     sides = gl.reshape(sides, [16 * WARPS, 1, max(1, GROUPS // PARTS), PARTS])
-    return _unstack(gl.permute(sides, (0, 1, 3, 2)), max(1, GROUPS // PARTS))
+    return unstack(gl.permute(sides, (0, 1, 3, 2)), max(1, GROUPS // PARTS))
 
 
 @gluon.jit
@@ -136,48 +136,54 @@ def piece_weights(
     PARTS: gl.constexpr = max(1, PIECE // min(W.run, CODES))
     PAIRS: gl.constexpr = _of_pairs(CHUNKS, WARPS)
     L: gl.constexpr = _of_piece(PARTS, PIECE // 16 // PARTS, WARPS)
-    own = _own(words, 0, INDEX, W.fields, W.p0)
+    own = own_words(words, 0, INDEX, W.fields, W.p0)
     if W.p1 > 0:
-        own += _own(words, CODES // PIECE * (FIELDS * W.p0 // 8), INDEX, W.fields, W.p1)
+        own += own_words(words, CODES // PIECE * (FIELDS * W.p0 // 8), INDEX, W.fields, W.p1)
     if W.p2 > 0:
-        own += _own(words, CODES // PIECE * (FIELDS * (W.p0 + W.p1) // 8), INDEX, W.fields, W.p2)
+        own += own_words(words, CODES // PIECE * (FIELDS * (W.p0 + W.p1) // 8), INDEX, W.fields, W.p2)
     pairs = ()
     for field in gl.static_range(FIELDS):
         found = gl.expand_dims(codes(own, field, W), 4)
         found, _ = gl.broadcast(found, gl.full([16 * WARPS, CHUNKS, 2, 2, 2], 0, gl.int32, layout=PAIRS))
-        pairs += (_floats(found, "0x4140", W.bits, DTYPE), _floats(found, "0x4342", W.bits, DTYPE))
+        pairs += (floats(found, "0x4140", W.bits, DTYPE), floats(found, "0x4342", W.bits, DTYPE))
     w = gl.reshape(stack(pairs, 2 * FIELDS), [16 * WARPS, CHUNKS, 2, 2, 2, FIELDS, 2])
     w = gl.permute(w, (0, 1, 5, 6, 2, 3, 4))
     w = gl.convert_layout(gl.reshape(w, [16 * WARPS, PARTS, PIECE // 16 // PARTS, 2, 2, 2, 2]), L)
     scales, zeros = sides
-    BESIDE: gl.constexpr = _beside(DTYPE, W.bits)
-    scale, rest = 1.0, None
+    BESIDE: gl.constexpr = beside(DTYPE, W.bits)
+    scale, rest = None, None
     if W.group != 0:
-        scale = scales[INDEX * len(scales) // (CODES // PIECE)].to(gl.float32)
+        scale = _spread(scales[INDEX * len(scales) // (CODES // PIECE)].to(DTYPE), L)
     if len(zeros) == 0 or W.added:
         w = _fused("$1, one, constant", w, w, w, DTYPE, -BESIDE if W.added else -BESIDE - W.offset)
         if W.added:
-            rest = zeros[INDEX * len(zeros) // (CODES // PIECE)]
+            rest = _spread(zeros[INDEX * len(zeros) // (CODES // PIECE)].to(DTYPE), L)
     else:
         # In two parts: with what the first leaves, at most a rounding of it, the weight is rounded once.
-        zero = zeros[INDEX * len(zeros) // (CODES // PIECE)]
-        beside = zero.to(gl.float32) + BESIDE
-        near = beside.to(DTYPE)
-        w = _fused("$2, minus, $1", w, _spread(near, L), w, DTYPE, 0)
-        if zero.dtype != gl.uint8:
-            rest = (near.to(gl.float32) - beside) * scale
+        given = zeros[INDEX * len(zeros) // (CODES // PIECE)]
+        zero = _spread(given.to(DTYPE), L)
+        near = _fused("$1, one, constant", zero, zero, zero, DTYPE, BESIDE)
+        w = _fused("$2, minus, $1", w, near, w, DTYPE, 0)
+        if given.dtype != gl.uint8:
+            rest = _fused("$1, one, constant", near, near, near, DTYPE, -BESIDE)
+            rest = _fused("$2, minus, $1", rest, zero, zero, DTYPE, 0)
+            if given.dtype != DTYPE:
+                finer = _spread((given.to(gl.float32) - given.to(DTYPE).to(gl.float32)).to(DTYPE), L)
+                rest = _fused("$2, minus, $1", rest, finer, finer, DTYPE, 0)
+            if W.group != 0:
+                rest = _fused("$1, $2, constant", rest, scale, scale, DTYPE, 0)
     if W.group == 0:
         if rest is not None:
-            w = _fused("$1, one, $2", w, _spread(rest.to(DTYPE), L), w, DTYPE, 0)
+            w = _fused("$1, one, $2", w, rest, w, DTYPE, 0)
     elif rest is None:
-        w = _fused("$1, $2, constant", w, _spread(scale.to(DTYPE), L), w, DTYPE, 0)
+        w = _fused("$1, $2, constant", w, scale, w, DTYPE, 0)
     else:
-        w = _fused("$1, $2, $3", w, _spread(scale.to(DTYPE), L), _spread(rest.to(DTYPE), L), DTYPE, 0)
+        w = _fused("$1, $2, $3", w, scale, rest, DTYPE, 0)
     return w
 
 
 @gluon.jit
-def _own(words, FIRST: gl.constexpr, INDEX: gl.constexpr, FIELDS: gl.constexpr, WIDTH: gl.constexpr):
+def own_words(words, FIRST: gl.constexpr, INDEX: gl.constexpr, FIELDS: gl.constexpr, WIDTH: gl.constexpr):
     """A plane's words of a piece."""
     COUNT: gl.constexpr = FIELDS * WIDTH // 8
     own = ()
@@ -188,23 +194,25 @@ def _own(words, FIRST: gl.constexpr, INDEX: gl.constexpr, FIELDS: gl.constexpr, 
 
 @gluon.jit
 def _spread(side, L: gl.constexpr):
-    """(rows, groups) beside a piece."""
+    """(rows, groups) beside the pairs of a piece."""
     UNITS: gl.constexpr = gl.SliceLayout(3, gl.SliceLayout(4, gl.SliceLayout(5, gl.SliceLayout(6, L))))
     side = gl.reshape(side, [side.shape[0], side.shape[2]])
     side = gl.convert_layout(side, gl.SliceLayout(2, UNITS), assert_trivial=True)
     for dim in gl.static_range(2, 7):
         side = gl.expand_dims(side, dim)
+    pair = gl.full([side.shape[0], side.shape[1], 1, 1, 1, 1, 2], 0.0, side.dtype, layout=L)
+    side, _ = gl.broadcast(side, pair)
     return side
 
 
 @constexpr_function
-def _beside(dtype, bits):
-    """What `_floats` leaves beside a code."""
+def beside(dtype, bits):
+    """What `floats` leaves beside a code."""
     return 1024 if dtype.is_fp16() else 128 if bits < 8 else -128
 
 
 @gluon.jit
-def _floats(found, SELECTOR: gl.constexpr, BITS: gl.constexpr, DTYPE: gl.constexpr):
+def floats(found, SELECTOR: gl.constexpr, BITS: gl.constexpr, DTYPE: gl.constexpr):
     """Two of the four codes of a word, beside a power of two; `found` has every word twice."""
     return gl.inline_asm_elementwise(_float_asm(SELECTOR, BITS, DTYPE), "=r,r,r", [found], DTYPE.value, True, 2)
 

@@ -152,28 +152,23 @@ def _floor_power(n: int) -> int:
 
 def mma_tile(rows: int, outputs: int, inputs: int, bits: int, device: Device) -> MmaTile:
     warp_groups = device.major == 9 and rows > 8
-    # Where outputs are few, every program has a multiprocessor for itself.
-    wide = outputs >= 16384
-    codes = 256 if bits < 8 else 128
-    if rows <= 8:
-        tokens, stages, warps, together = 8, 4, 4, 4
-    elif rows <= 16:
-        tokens, stages, warps, together = 16, 4 if wide else 5, 8, 2 if wide else 1
-    elif rows <= 32:
-        tokens, stages, warps, together = 32, 3, 8, 2
-    elif rows <= 64 or not warp_groups:
-        tokens, stages, warps, together = 64, 3, 16 if wide and warp_groups else 8, 1
-    elif rows <= 128 or bits > 5:
-        tokens, codes, stages, warps, together = 128, 128, 4, 16 if wide else 8, 1
-    else:
-        tokens, codes, stages, warps, together = 256, 128, 3, 8, 1
+    # What the registers of a program hold.
+    most = 64 if not warp_groups else 320 if bits in (2, 4) else 192
+    tokens = cdiv(rows, cdiv(rows, most))
+    step = 8 if tokens <= 8 else 16 if tokens <= 128 else 32
+    tokens = cdiv(tokens, step) * step
+    warps = 4 if tokens <= 96 else 8
+    short = outputs < 64 * device.processors and inputs <= 8192  # soon over: more steps ahead, fewer programs
+    together = (3 if short else 4) if tokens <= 16 and bits <= 4 else 2 if tokens <= 96 else 1
+    codes = 256 if tokens <= 48 and bits < 8 else 128 if tokens <= 256 else 64
+    stages, fewest = 4, 3 if warp_groups else 2
     while together * stages * codes * (2 * warps * bits + 2 * tokens) > device.shared_bytes:
-        if together > 1:
-            together //= 2
-        elif stages > (3 if warp_groups else 2):
+        if stages > fewest:
             stages -= 1
-        else:
+        elif codes > 128:
             codes //= 2
+        else:
+            together -= 1
     programs = cdiv(outputs, 16 * warps) * cdiv(rows, tokens)
     splits = _floor_power(min(device.processors * together // programs, inputs // (4 * codes)))
     return MmaTile(tokens, codes, stages, splits, warps, together, warp_groups)

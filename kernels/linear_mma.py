@@ -13,6 +13,7 @@ from torch import Tensor
 from qcompile.kernels import _tuning
 from qcompile.kernels._gluon import (
     ampere,
+    barrier,
     begin_copy,
     commit_copies,
     gl,
@@ -23,7 +24,8 @@ from qcompile.kernels._gluon import (
     wait_for_copies,
 )
 from qcompile.kernels._operand import piece_weights, read_sides, read_words, rows_layout
-from qcompile.kernels._tiles import activate, cdiv, constexpr_function, dependent_launch, launch, plane_words
+from qcompile.kernels._planes import copy_codes, make_planes, plane_starts
+from qcompile.kernels._tiles import activate, cdiv, constexpr_function, dependent_launch, launch
 from qcompile.kernels._weight import Weight
 from qcompile.kernels.linear_gemm import finish
 
@@ -74,10 +76,7 @@ def _mma(
     PIECE: gl.constexpr = max(64, 16 * W.fields)
     # A warp group's products run on while it unpacks codes of the next step, so one stage more is in use.
     AHEAD: gl.constexpr = STAGES - 2 if WARP_GROUPS else STAGES - 1
-    MMA: gl.constexpr = gl.NVMMADistributedLayout(
-        [3, 0] if WARP_GROUPS else [2, 0], [WARPS, 1], [16, TOKENS, 16] if WARP_GROUPS else [16, 8]
-    )
-    A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
+    BLOCKS: gl.constexpr = _blocks(TOKENS)
     X: gl.constexpr = gl.BlockedLayout([1, 8], [max(1, 256 // CODES), min(32, CODES // 8)], [WARPS, 1], [1, 0])
     if PDL:
         launch_dependents()
@@ -88,123 +87,111 @@ def _mma(
     first = gl.program_id(1) * steps // gl.num_programs(1)
     count = (gl.program_id(1) + 1) * steps // gl.num_programs(1) - first
 
-    planes = _planes(CODES, STAGES, W, ROWS)
-    data = _data(data_ptr, first_n, N, data_stride, CODES, W, ROWS)
+    planes = make_planes(CODES, STAGES, W, ROWS)
+    data = plane_starts(data_ptr, first_n, N, data_stride, CODES, W, ROWS)
     row = gl.minimum(gl.arange(0, ROWS, layout=gl.SliceLayout(1, rows_layout(1, WARPS))), N - 1 - first_n)
     scale = scale_ptr + first_n.to(gl.int64) * scale_stride, row * scale_stride
     zero = None if zero_ptr is None else (zero_ptr + first_n.to(gl.int64) * zero_stride, row * zero_stride)
     for i in gl.static_range(AHEAD):
         if i < count:
-            _copy_codes(planes, data, i, first + i, K, CODES, W, EVEN)
+            copy_codes(planes, data, i, first + i, K, CODES, W, EVEN)
         commit_copies()
     sides = read_sides(scale, zero, first, K, CODES, PIECE, W, EVEN)
     if PDL:
         wait()
-    m = gl.arange(0, TOKENS, layout=gl.SliceLayout(1, X))[:, None]
-    k = gl.arange(0, CODES, layout=gl.SliceLayout(0, X))[None, :]
-    x = x_ptr + first_m.to(gl.int64) * K, m * K + k
-    inside = m < M - first_m
-    xs = gl.allocate_shared_memory(DTYPE, [STAGES, TOKENS, CODES], gl.NVMMASharedLayout(128, 16, 2))
+    xs, x = (), ()
+    for i in gl.static_range(len(BLOCKS)):
+        xs += (gl.allocate_shared_memory(DTYPE, [STAGES, BLOCKS[i][1], CODES], gl.NVMMASharedLayout(128, 16, 2)),)
+        x += (_rows(x_ptr, first_m + BLOCKS[i][0], M, K, BLOCKS[i][1], CODES, X),)
     for i in gl.static_range(AHEAD):
         if i < count:
-            _copy_x(xs, x, k, inside, i, first + i, K, CODES, EVEN)
+            _copy_x(xs, x, i, first + i, K, CODES, EVEN)
         commit_copies()
 
-    acc = gl.full([ROWS, TOKENS], 0.0, gl.float32, layout=MMA)
+    sums = ()
+    for i in gl.static_range(len(BLOCKS)):
+        sums += (gl.full([ROWS, BLOCKS[i][1]], 0.0, gl.float32, layout=_of_sums(BLOCKS[i][1], WARPS, WARP_GROUPS)),)
+    wait_for_copies(AHEAD - 1)
+    words = read_words(planes, 0, CODES, PIECE, W, WARPS)
+    a = piece_weights(words, sides, 0, CODES, PIECE, W, DTYPE)
     for step in range(count):
         following = read_sides(scale, zero, first + step + 1, K, CODES, PIECE, W, EVEN)
-        wait_for_copies(AHEAD - 1)
         slot = step % STAGES
         if step + AHEAD < count:
-            _copy_codes(planes, data, (step + AHEAD) % STAGES, first + step + AHEAD, K, CODES, W, EVEN)
-            _copy_x(xs, x, k, inside, (step + AHEAD) % STAGES, first + step + AHEAD, K, CODES, EVEN)
+            copy_codes(planes, data, (step + AHEAD) % STAGES, first + step + AHEAD, K, CODES, W, EVEN)
+            _copy_x(xs, x, (step + AHEAD) % STAGES, first + step + AHEAD, K, CODES, EVEN)
         commit_copies()
-        words = read_words(planes, slot, CODES, PIECE, W, WARPS)
         for piece in gl.static_range(CODES // PIECE):
-            a = piece_weights(words, sides, piece, CODES, PIECE, W, DTYPE)
-            a = gl.convert_layout(gl.reshape(a, [ROWS, PIECE]), A, assert_trivial=True)
-            b = xs.index(slot).slice(piece * PIECE, PIECE, 1).permute((1, 0))
-            if WARP_GROUPS:
-                acc = hopper.warpgroup_mma_wait(1, deps=(hopper.warpgroup_mma(a, b, acc, is_async=True),))
+            begun = ()
+            for i in gl.static_range(len(BLOCKS)):
+                b = xs[i].index(slot).slice(piece * PIECE, PIECE, 1).permute((1, 0))
+                begun += (_multiply(gl.reshape(a, [ROWS, PIECE]), b, sums[i], WARP_GROUPS),)
+            # The next piece is unpacked while this one is multiplied. Products under way at a loop's end would be
+            # waited for one by one: ptxas gives up (C7515).
+            if piece + 1 < CODES // PIECE:
+                a = piece_weights(words, sides, piece + 1, CODES, PIECE, W, DTYPE)
             else:
-                acc = ampere.mma_v2(a, b.load(gl.DotOperandLayout(1, MMA, 2)), acc)
-        sides = following
-    if WARP_GROUPS:
-        acc = hopper.warpgroup_mma_wait(0, deps=(acc,))
-    _store(acc, scale_ptr, bias_ptr, out_ptr, first_n, first_m, M, N, scale_stride, W, ACTIVATION, ROWS, TOKENS)
-
-
-# Shared memory
-
-
-@gluon.jit
-def _planes(CODES: gl.constexpr, STAGES: gl.constexpr, W: gl.constexpr, ROWS: gl.constexpr):
-    """A buffer for the words of each plane."""
-    planes = (_plane(CODES, STAGES, W.p0, ROWS),)
-    if W.p1 > 0:
-        planes += (_plane(CODES, STAGES, W.p1, ROWS),)
-    if W.p2 > 0:
-        planes += (_plane(CODES, STAGES, W.p2, ROWS),)
-    return planes
-
-
-@gluon.jit
-def _plane(CODES: gl.constexpr, STAGES: gl.constexpr, WIDTH: gl.constexpr, ROWS: gl.constexpr):
-    # Eight rows of a chunk lie in different banks.
-    CHUNKS: gl.constexpr = CODES * WIDTH // 128
-    SWIZZLE: gl.constexpr = gl.SwizzledSharedLayout(4, max(1, 8 // CHUNKS), min(8, CHUNKS), order=[1, 0])
-    return gl.allocate_shared_memory(gl.int32, [STAGES, ROWS, CHUNKS * 4], SWIZZLE)
+                sides = following
+                wait_for_copies(AHEAD - 1)
+                words = read_words(planes, (step + 1) % STAGES, CODES, PIECE, W, WARPS)
+                a = piece_weights(words, sides, 0, CODES, PIECE, W, DTYPE)
+            sums = _waited(begun) if WARP_GROUPS else begun
+    barrier()  # what is stored passes through shared memory that another warp group's products may still read
+    for i in gl.static_range(len(BLOCKS)):
+        first_block = first_m + BLOCKS[i][0]
+        _store(
+            sums[i], scale_ptr, bias_ptr, out_ptr, first_n, first_block, M, N, scale_stride,
+            W, ACTIVATION, ROWS, BLOCKS[i][1],
+        )  # fmt: skip
 
 
 @constexpr_function
-def _copying(codes, width, warps):
-    """Neighbouring threads copy neighbouring chunks."""
-    chunks = codes * width // 128
-    return gl.BlockedLayout([1, 4], [max(1, 32 // chunks), min(32, chunks)], [warps, 1], [1, 0])
+def _blocks(tokens):
+    """The powers of two that sum up to `tokens`, the largest first, each with what is before it."""
+    return tuple((tokens >> i + 1 << i + 1, 1 << i) for i in reversed(range(tokens.bit_length())) if tokens >> i & 1)
+
+
+@constexpr_function
+def _of_sums(tokens, warps, warp_groups):
+    version, shape = ([3, 0], [16, tokens, 16]) if warp_groups else ([2, 0], [16, 8])
+    return gl.NVMMADistributedLayout(version, [warps, 1], shape)
 
 
 @gluon.jit
-def _data(data_ptr, first_n, N, data_stride, CODES: gl.constexpr, W: gl.constexpr, ROWS: gl.constexpr):
-    """Where the rows of each plane begin, and the words of a step."""
-    data = (_data_of(data_ptr, first_n, N, data_stride, CODES, W.p0, ROWS),)
-    if W.p1 > 0:
-        data += (_data_of(data_ptr, first_n, N, data_stride, CODES, W.p1, ROWS),)
-    if W.p2 > 0:
-        data += (_data_of(data_ptr, first_n, N, data_stride, CODES, W.p2, ROWS),)
-    return data
+def _multiply(a, b, acc, WARP_GROUPS: gl.constexpr):
+    L: gl.constexpr = acc.type.layout
+    a = gl.convert_layout(a, gl.DotOperandLayout(0, L, 2), assert_trivial=True)
+    if WARP_GROUPS:
+        acc = hopper.warpgroup_mma(a, b, acc, is_async=True)
+    else:
+        acc = ampere.mma_v2(a, b.load(gl.DotOperandLayout(1, L, 2)), acc)
+    return acc
 
 
 @gluon.jit
-def _data_of(data_ptr, first_n, N, data_stride, CODES: gl.constexpr, WIDTH: gl.constexpr, ROWS: gl.constexpr):
-    L: gl.constexpr = _copying(CODES, WIDTH, ROWS // 16)
-    row = gl.minimum(gl.arange(0, ROWS, layout=gl.SliceLayout(1, L)), N - 1 - first_n)[:, None]
-    word = gl.arange(0, CODES * WIDTH // 32, layout=gl.SliceLayout(0, L))[None, :]
-    return data_ptr + first_n.to(gl.int64) * (data_stride * 4), row * (data_stride * 4) + word, word
+def _waited(begun):
+    """The sums, once they are there."""
+    done = hopper.warpgroup_mma_wait(0, deps=begun)
+    return done if len(begun) > 1 else (done,)
+
+
+# Inputs and outputs
 
 
 @gluon.jit
-def _copy_codes(planes, data, slot, step, K, CODES: gl.constexpr, W: gl.constexpr, EVEN: gl.constexpr):
-    _copy_plane(planes[0], data[0], slot, step, K, 0, CODES, W.p0, EVEN)
-    if W.p1 > 0:
-        _copy_plane(planes[1], data[1], slot, step, K, plane_words(K, W.p0), CODES, W.p1, EVEN)
-    if W.p2 > 0:
-        before = plane_words(K, W.p0) + plane_words(K, W.p1)
-        _copy_plane(planes[2], data[2], slot, step, K, before, CODES, W.p2, EVEN)
+def _rows(x_ptr, first_m, M, K, TOKENS: gl.constexpr, CODES: gl.constexpr, X: gl.constexpr):
+    """Where some rows of x begin, their inputs of a step, and which rows there are."""
+    m = gl.arange(0, TOKENS, layout=gl.SliceLayout(1, X))[:, None]
+    k = gl.arange(0, CODES, layout=gl.SliceLayout(0, X))[None, :]
+    return x_ptr + first_m.to(gl.int64) * K, m * K + k, k, m < M - first_m
 
 
 @gluon.jit
-def _copy_plane(plane, data, slot, step, K, before, CODES: gl.constexpr, WIDTH: gl.constexpr, EVEN: gl.constexpr):
-    start, offset, word = data
-    at = step * (CODES * WIDTH // 32)
-    mask = None if EVEN else word + at < plane_words(K, WIDTH)
-    begin_copy(plane.index(slot), start + (before + at) + offset, mask=mask)
-
-
-@gluon.jit
-def _copy_x(xs, x, k, inside, slot, step, K, CODES: gl.constexpr, EVEN: gl.constexpr):
-    start, offset = x
-    mask = inside if EVEN else inside & (k + step * CODES < K)
-    begin_copy(xs.index(slot), start + step * CODES + offset, mask=mask)
+def _copy_x(xs, x, slot, step, K, CODES: gl.constexpr, EVEN: gl.constexpr):
+    for i in gl.static_range(len(xs)):
+        start, offset, k, inside = x[i]
+        mask = inside if EVEN else inside & (k + step * CODES < K)
+        begin_copy(xs[i].index(slot), start + step * CODES + offset, mask=mask)
 
 
 @gluon.jit

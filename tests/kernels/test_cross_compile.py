@@ -122,14 +122,18 @@ def absent_of(layout: Layout) -> tuple[str, ...]:
 
 def stack_bytes(cubin: bytes) -> int:
     """Local memory of a thread: what did not fit into registers."""
+    return max(map(int, re.findall(r"STACK:(\d+)", told(cubin, "-res-usage"))), default=0)
+
+
+def told(cubin: bytes, option: str) -> str:
+    """What cuobjdump says, or nothing where there is none."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     if not tool.exists():
-        return 0
+        return ""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True).stdout
-    return max(map(int, re.findall(r"STACK:(\d+)", usage)), default=0)
+        return subprocess.run([tool, option, file.name], capture_output=True, text=True).stdout
 
 
 def variants(gpu: int) -> dict[str, Any]:
@@ -147,18 +151,7 @@ def variants(gpu: int) -> dict[str, Any]:
         kernel = linear_gemv._gemv
         found[f"gemv, {name}"] = compiled(kernel, gpu, absent, tile.warps, ACTIVATION="silu", W=layout, **sizes)
     found |= dots(gpu, device)
-    few = (("four rows", 4), ("16 rows", 16), ("30 rows", 30), ("64 rows", 64), ("128 rows", 128), ("200 rows", 200))
-    few = tuple((name, FOUR_BITS, rows) for name, rows in few)
-    bits = (("two bits", TWO_BITS, 4), ("three bits", THREE_BITS, 200), ("eight bits", EIGHT_BITS, 64))
-    for name, layout, rows in (*few, *bits):
-        if not device.tensor_cores or (name != "16 rows" and gpu not in WIDELY):
-            continue
-        tile = _tuning.mma_tile(rows, 16384, 4096, layout.bits, device)
-        sizes = {"TOKENS": tile.tokens, "CODES": tile.codes, "STAGES": tile.stages, "WARP_GROUPS": tile.warp_groups}
-        absent, kernel = ("bias_ptr", *absent_of(layout)[1:]), linear_mma._mma
-        sizes |= {"ACTIVATION": "silu", "W": layout, "EVEN": layout is not THREE_BITS}
-        registers = min(255, 2048 // (tile.warps * tile.together))
-        found[f"mma, {name}"] = compiled(kernel, gpu, absent, tile.warps, registers=registers, **sizes)
+    found |= on_tensor_cores(gpu, device)
     some = (("16 rows", FOUR_BITS, 16), ("200 rows", FOUR_BITS, 200), ("three bits", THREE_BITS, 64))
     for name, layout, rows in (*some, ("fp8", FP8_TILES, 64), ("nf4", NF4, 200)):
         if name != "200 rows" and gpu not in WIDELY:
@@ -238,6 +231,24 @@ def dots(gpu: int, device: _tuning.Device) -> dict[str, Any]:
     return found
 
 
+def on_tensor_cores(gpu: int, device: _tuning.Device) -> dict[str, Any]:
+    """linear_mma."""
+    if not device.tensor_cores:
+        return {}
+    found = {}
+    some = [(FOUR_BITS, rows) for rows in (4, 16, 30, 64, 80, 112, 160, 256, 300)]
+    for layout, rows in (*some, (TWO_BITS, 16), (THREE_BITS, 200), (EIGHT_BITS, 64), (EIGHT_BITS, 160)):
+        if (layout, rows) != (FOUR_BITS, 16) and gpu not in WIDELY:
+            continue
+        tile = _tuning.mma_tile(rows, 16384, 4096, layout.bits, device)
+        sizes = {"TOKENS": tile.tokens, "CODES": tile.codes, "STAGES": tile.stages, "WARP_GROUPS": tile.warp_groups}
+        absent, registers = ("bias_ptr", *absent_of(layout)[1:]), min(255, 2048 // (tile.warps * tile.together))
+        sizes |= {"ACTIVATION": "silu", "W": layout, "EVEN": layout is not THREE_BITS}
+        name = f"mma, {layout.bits} bits, {rows} rows"
+        found[name] = compiled(linear_mma._mma, gpu, absent, tile.warps, registers=registers, **sizes)
+    return found
+
+
 def attentions(gpu: int, device: _tuning.Device) -> dict[str, Any]:
     """attention_decode for 32 query heads over 8 of 128 columns, 71 over one of 64, and 16 over 16 of 256."""
     found = {}
@@ -282,6 +293,18 @@ def test_compiles_and_fits(gpu: int) -> None:
     kernels = variants(gpu)
     assert {name: k.metadata.shared for name, k in kernels.items() if k.metadata.shared > GPUS[gpu] << 10} == {}
     assert {name: stack for name, k in kernels.items() if (stack := stack_bytes(k.asm["cubin"])) > 32} == {}
+
+
+def test_products_of_warp_groups_overlap() -> None:
+    """ptxas makes each product wait for the one before it where it cannot tell who writes the sums (C7515)."""
+    kernels = on_tensor_cores(90, _tuning.Device(9, GPUS[90] << 10))
+    serial = {}
+    for name, kernel in kernels.items():
+        code = told(kernel.asm["cubin"], "-sass")
+        products = code.count("HGMMA")
+        if products and code.count("WARPGROUP.DEPBAR") >= products:
+            serial[name] = products
+    assert serial == {}
 
 
 def test_keys_and_values_are_fetched_ahead() -> None:

@@ -92,7 +92,10 @@ def test_bias_and_activation(
         MmaTile(32, 256, 3, 1, 16, 1, HOPPER),
         MmaTile(64, 64, 4, 8, 4, 1, HOPPER),
         MmaTile(128, 128, 4, 2, 16, 1, HOPPER),
-        MmaTile(256, 64, 4, 1, 8, 1, HOPPER),
+        MmaTile(48, 128, 3, 3, 4, 2, HOPPER),
+        MmaTile(112, 64, 4, 1, 4, 1, HOPPER),
+        MmaTile(256, 64, 5, 4, 8, 1, HOPPER),
+        MmaTile(288, 64, 4, 2, 8, 1, HOPPER),
     ],
     ids=str,
 )
@@ -106,9 +109,20 @@ def test_tiles(tile: MmaTile, random_weight: Callable[..., QTensor], assert_clos
     assert_close(got, linear.meaning(x.double(), q.data, q.scale, q.zero, bias.double(), spec, "silu"))
 
 
+@pytest.mark.skipif(not HOPPER, reason="needs warp groups")
+def test_stores_wait_for_all_products(random_weight: Callable[..., QTensor], assert_close: Callable[..., None]) -> None:
+    """Sums pass through shared memory that another warp group's last product may still read."""
+    spec = "u4/g32/asym"
+    q, x = random_weight(spec, 512, 4096, torch.bfloat16), torch.randn(256, 4096, device="cuda").bfloat16()
+    weight = Weight.of(q.data, q.scale, q.zero, spec, 4096)
+    want = linear.meaning(x.double(), q.data, q.scale, q.zero, None, spec, None)
+    for _ in range(10):
+        assert_close(mma(x, weight, None, None, MmaTile(256, 64, 5, 4, 8, 1, HOPPER)), want)
+
+
 def test_inputs_far_from_zero(random_weight: Callable[..., QTensor], assert_close: Callable[..., None]) -> None:
     """Errors of a weight that its whole group shares would add up."""
-    for spec, m in (("u4/g64/asym", 4), ("u7/g128/asym", 4), ("u3/g64/asym", 80)):
+    for spec, m in (("u4/g64/asym", 9), ("u7/g128/asym", 9), ("u3/g64/asym", 80)):
         for dtype in (torch.float16, torch.bfloat16):
             q, x = random_weight(spec, 64, 4096, dtype), (torch.randn(m, 4096, device="cuda") + 3).to(dtype)
             weight = Weight.of(q.data, q.scale, q.zero, spec, 4096)
