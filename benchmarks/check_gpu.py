@@ -53,7 +53,8 @@ SHAPES = (
 # Rows of x by way.
 ROWS = {
     "dot": (1, 2),
-    "mma": (1, 3, 8, 17, 64),
+    "few": (1, 3, 8, 16),
+    "mma": (1, 9, 16, 33, 64),
     "gemv": (1, 2, 3, 5, 8),
     "gemm": (1, 2, 3, 5, 8, 16, 17, 64, 257),
     "dequantize": (1, 2, 3, 5, 8, 16, 17, 64, 257),
@@ -119,7 +120,7 @@ def linear_cases(smoke: bool) -> Iterator[Row]:
     shapes = small(SHAPES) if smoke else SHAPES
     elements = [(choices, 3) for choices in INTEGERS] + [(choices, 6) for choices in OTHERS]
     for way, dtype, (choices, part) in itertools.product(ROWS, DTYPES, elements):
-        gluon = way in ("dot", "mma")
+        gluon = way in ("dot", "few", "mma")
         if gluon and (DEVICE == "cpu" or dtype == "float32" or choices[0][0] in FLOATS):
             continue
         # Shapes take turns, so that each is met by every way and dtype, and no element costs an hour.

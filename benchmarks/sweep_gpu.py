@@ -32,16 +32,18 @@ from benchmarks.kernels_gpu import (
     weight_bytes,
 )
 from qcompile.kernels import _tuning, linear_cuda, linear_dot
-from qcompile.kernels._tuning import DotTile, GemmTile, MmaTile
+from qcompile.kernels._tuning import DotTile, FewTile, GemmTile, MmaTile
 from qcompile.kernels._weight import Weight
 from qcompile.kernels.linear_dot import Around, dot
+from qcompile.kernels.linear_few import few
 from qcompile.kernels.linear_gemm import gemm
 from qcompile.kernels.linear_mma import mma
 from qcompile.quant.spec import QSpec
 
 SWEPT_BY_DOT = ("u4/g64/asym", "i4/g128/sym", "i8/g64/sym", "u3/g64/asym", "u2/g64/asym", "u1/g64/asym")
+SWEPT_BY_FEW = ("u4/g64/asym", "i8/g64/sym")
 SWEPT_BY_MMA = ("u4/g64/asym", "i8/g64/sym")
-MMA_ROWS = (8, 16, 32, 64, 96, 128, 256)
+MMA_ROWS = (16, 32, 64, 96, 128, 256)
 SWEPT_BY_GEMM = "i4/g128/sym"
 
 
@@ -52,12 +54,13 @@ def plain_dot(x: Tensor, weight: Weight, bias: Tensor | None, activation: str | 
 # Way → the kernel and its tiles.
 KERNELS: dict[str, tuple[Callable[..., Tensor], Any]] = {
     "dot": (plain_dot, DotTile),
+    "few": (few, FewTile),
     "mma": (mma, MmaTile),
     "gemm": (gemm, GemmTile),
 }
 
 Run = Callable[[Tensor, Weight], Tensor]
-Tile = DotTile | MmaTile | GemmTile
+Tile = DotTile | FewTile | MmaTile | GemmTile
 
 
 def main() -> None:
@@ -73,6 +76,9 @@ def swept_cases() -> Iterator[Row]:
     for spec, rows, name in itertools.product(SWEPT_BY_DOT, (1, 2), ("o", "down")):
         for tile in dot_tiles(spec):
             yield {"way": "dot", "spec": spec, "rows": rows, "shape": name, "tile": vars(tile)}
+    for spec in SWEPT_BY_FEW:
+        for tile in unlike(few_tiles(spec, 8), "parts"):
+            yield {"way": "few", "spec": spec, "rows": 8, "shape": "o", "tile": vars(tile)}
     for spec, rows in itertools.product(SWEPT_BY_MMA, MMA_ROWS):
         for tile in unlike(mma_tiles(spec, rows), "splits"):
             yield {"way": "mma", "spec": spec, "rows": rows, "shape": "o", "tile": vars(tile)}
@@ -130,6 +136,8 @@ def sweeps() -> Iterator[tuple[str, str, str, int, dict[str, Run]]]:
     names = ("qkv", "o", "gate_up", "down")
     for rows, spec, name in itertools.product((1, 2), SWEPT_BY_DOT, names):
         yield "dot", spec, name, rows, dict(by("dot", tile) for tile in dot_tiles(spec))
+    for spec, name in itertools.product(SWEPT_BY_FEW, names):
+        yield "few", spec, name, 8, dict(by("few", tile) for tile in few_tiles(spec, 8))
     for rows, spec, name in itertools.product(MMA_ROWS, SWEPT_BY_MMA, names):
         yield "mma", spec, name, rows, dict(by("mma", tile) for tile in mma_tiles(spec, rows))
     for rows, name in itertools.product((4, 16, 64, 256), ("o", "gate_up", "down")):
@@ -178,6 +186,15 @@ def dot_tiles(spec: str) -> list[DotTile]:
     # A thread has the registers for so many rows.
     tiles = [tile for tile in tiles if tile.warps <= 8 and tile.outputs * tile.split // tile.warps <= 16]
     return tiles + [replace(tile, steps=4, ahead=2) for tile in tiles if tile.outputs < 16]
+
+
+def few_tiles(spec: str, rows: int) -> list[FewTile]:
+    """What shared memory holds."""
+    bits, room = QSpec.parse(spec).element.bits, _tuning.Device.shared_bytes
+    tile = _tuning.few_tile(rows, 4096, 4096, bits, _tuning.Device())
+    sizes = itertools.product((128, 256), (3, 4), (1, 2, 4), (2, 4), (2, 3, 4))
+    tiles = [replace(tile, codes=c, stages=n, parts=p, split=s, together=t) for c, n, p, s, t in sizes]
+    return [t for t in tiles if t.together * t.stages * t.split * t.codes * (t.rows * bits // 8 + 2 * t.tokens) <= room]
 
 
 def mma_tiles(spec: str, rows: int) -> list[MmaTile]:

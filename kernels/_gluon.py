@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 from torch import Tensor
 
-from qcompile.kernels._tiles import INTERPRET, constexpr_function, plane_words
+from qcompile.kernels._tiles import INTERPRET, activate, constexpr_function, plane_words
 from qcompile.kernels._weight import Layout, Weight
 
 try:
@@ -145,3 +145,19 @@ def load_sides(row, chunk, K, W: gl.constexpr, SHARING: gl.constexpr):
         for first in gl.static_range(0, FIELDS, SHARING):
             sides += (gl.load(row + gl.minimum((chunk * FIELDS + first) * 16, K - 1) // W.group),)
     return sides
+
+
+@gluon.jit
+def store_outputs(y, bias_ptr, out_ptr, first_n, first_m, M, N, ACTIVATION: gl.constexpr):
+    """Write act(y + bias), (outputs, rows of x), to part program_id(1) of out (parts, M, N)."""
+    # Neighbouring threads write neighbouring outputs.
+    WIDE: gl.constexpr = min(32, y.shape[0] // 4)
+    L: gl.constexpr = gl.BlockedLayout([4, 1], [WIDE, 32 // WIDE], [1, gl.num_warps()], [0, 1])
+    n = first_n + gl.arange(0, y.shape[0], layout=gl.SliceLayout(1, L))
+    m = first_m + gl.arange(0, y.shape[1], layout=gl.SliceLayout(0, L))
+    y = gl.convert_layout(y, L)
+    if bias_ptr is not None:
+        y += gl.load(bias_ptr + n, mask=n < N, other=0).to(gl.float32)[:, None]
+    row = gl.program_id(1).to(gl.int64) * M + m.to(gl.int64)
+    y = activate(y, ACTIVATION).to(out_ptr.dtype.element_ty)
+    gl.store(out_ptr + row[None, :] * N + n[:, None], y, mask=(m < M)[None, :] & (n < N)[:, None])

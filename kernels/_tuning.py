@@ -40,6 +40,30 @@ class DotTile:
 
 
 @dataclass(frozen=True)
+class FewTile:
+    """What a program of linear_few makes: 16 * warps / split outputs of `tokens` rows of x, from one of so many `parts`
+    of the inputs.
+
+    codes     inputs of a warp in a step
+    stages    steps in shared memory
+    split     warps side by side along a row
+    together  programs that a multiprocessor has registers for
+    """
+
+    tokens: int
+    codes: int
+    stages: int
+    parts: int
+    split: int
+    warps: int
+    together: int
+
+    @property
+    def rows(self) -> int:
+        return 16 * self.warps // self.split
+
+
+@dataclass(frozen=True)
 class MmaTile:
     """What a program of linear_mma makes: 16 * warps outputs of `tokens` rows of x, from its share of the inputs.
 
@@ -119,9 +143,11 @@ class Device:
 
 
 def way(rows: int, integers: bool, step: int, device: Device) -> str:
-    """The fastest way for so many rows: `dot` or `mma`, which need integer codes, `gemv`, `gemm` or `dequantize`."""
+    """The fastest way for so many rows: `dot`, `few` or `mma`, which need integers, `gemv`, `gemm` or `dequantize`."""
     if integers and rows * step <= 128 and rows <= 2 and device.tensor_cores:  # as for asynchronous copies
         return "dot"
+    if integers and device.tensor_cores and rows <= (8 if device.major == 9 else 16):
+        return "few"
     if integers and device.tensor_cores and rows <= (512 if device.major == 9 else 64):
         return "mma"
     if rows <= 8:
@@ -148,6 +174,21 @@ def dot_tile(rows: int, outputs: int, inputs: int, step: int, bits: int, device:
 def _floor_power(n: int) -> int:
     """The largest power of two that is no more than n, and not less than one."""
     return 1 << max(0, n.bit_length() - 1)
+
+
+def few_tile(rows: int, outputs: int, inputs: int, bits: int, device: Device) -> FewTile:
+    tokens, stages, warps = 8 if rows <= 8 else 16, 3, 4
+    codes = 256 if bits < 8 else 128
+    # Short rows of few outputs are summed up by a program alone.
+    split, together = (4, 3) if outputs < 64 * device.processors and inputs <= 8192 else (2, 4)
+    while together * stages * split * codes * (2 * warps // split * bits + 2 * tokens) > device.shared_bytes:
+        if codes > 128:
+            codes //= 2
+        else:
+            together -= 1
+    programs = cdiv(outputs, 16 * warps // split) * cdiv(rows, tokens)
+    parts = _floor_power(min(device.processors * together // programs, inputs // (4 * split * codes)))
+    return FewTile(tokens, codes, stages, parts, split, warps, together)
 
 
 def mma_tile(rows: int, outputs: int, inputs: int, bits: int, device: Device) -> MmaTile:

@@ -1,8 +1,8 @@
 """linear on CUDA: the number of rows, known only at the call, decides which way it goes (see _tuning.way).
 
-A few rows are bound by reading the weight (linear_dot and linear_mma for integers, linear_gemv for all), more keep the
-tensor cores busy with codes unpacked on the way (linear_gemm), and many are fastest as a float weight, written once and
-multiplied by cuBLAS.
+A few rows are bound by reading the weight (linear_dot and linear_few for integers, linear_gemv for all), more keep the
+tensor cores busy with codes unpacked on the way (linear_mma for integers, linear_gemm), and many are fastest as a float
+weight, written once and multiplied by cuBLAS.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from qcompile.kernels._tiles import refuses_device
 from qcompile.kernels._weight import Weight, refuses_weight
 from qcompile.kernels.dequantize_gpu import write_weight
 from qcompile.kernels.linear_dot import Around, dot
+from qcompile.kernels.linear_few import few
 from qcompile.kernels.linear_gemm import gemm
 from qcompile.kernels.linear_gemv import gemv
 from qcompile.kernels.linear_mma import mma
@@ -51,6 +52,8 @@ def linear_cuda(
     if way == "dot":
         around = Around(activation=activation)
         y = dot(rows, weight, bias, around, _tuning.dot_tile(m, n, columns, step, weight.layout.bits, device))
+    elif way == "few":
+        y = few(rows, weight, bias, activation, _tuning.few_tile(m, n, columns, weight.layout.bits, device))
     elif way == "mma":
         y = mma(rows, weight, bias, activation, _tuning.mma_tile(m, n, columns, weight.layout.bits, device))
     elif way == "gemv":

@@ -20,12 +20,13 @@ from qcompile.kernels._gluon import (
     gluon,
     hopper,
     launch_dependents,
+    store_outputs,
     wait,
     wait_for_copies,
 )
 from qcompile.kernels._operand import piece_weights, read_sides, read_words, rows_layout
 from qcompile.kernels._planes import copy_codes, make_planes, plane_starts
-from qcompile.kernels._tiles import activate, cdiv, constexpr_function, dependent_launch, launch
+from qcompile.kernels._tiles import cdiv, constexpr_function, dependent_launch, launch
 from qcompile.kernels._weight import Weight
 from qcompile.kernels.linear_gemm import finish
 
@@ -138,11 +139,11 @@ def _mma(
             sums = _waited(begun) if WARP_GROUPS else begun
     barrier()  # what is stored passes through shared memory that another warp group's products may still read
     for i in gl.static_range(len(BLOCKS)):
-        first_block = first_m + BLOCKS[i][0]
-        _store(
-            sums[i], scale_ptr, bias_ptr, out_ptr, first_n, first_block, M, N, scale_stride,
-            W, ACTIVATION, ROWS, BLOCKS[i][1],
-        )  # fmt: skip
+        y = sums[i]
+        if W.group == 0:
+            n = first_n + gl.arange(0, ROWS, layout=gl.SliceLayout(1, y.type.layout))
+            y *= gl.load(scale_ptr + gl.minimum(n, N - 1).to(gl.int64) * scale_stride).to(gl.float32)[:, None]
+        store_outputs(y, bias_ptr, out_ptr, first_n, first_m + BLOCKS[i][0], M, N, ACTIVATION)
 
 
 @constexpr_function
@@ -175,7 +176,7 @@ def _waited(begun):
     return done if len(begun) > 1 else (done,)
 
 
-# Inputs and outputs
+# Inputs
 
 
 @gluon.jit
@@ -192,24 +193,3 @@ def _copy_x(xs, x, slot, step, K, CODES: gl.constexpr, EVEN: gl.constexpr):
         start, offset, k, inside = x[i]
         mask = inside if EVEN else inside & (k + step * CODES < K)
         begin_copy(xs[i].index(slot), start + step * CODES + offset, mask=mask)
-
-
-@gluon.jit
-def _store(
-    acc, scale_ptr, bias_ptr, out_ptr, first_n, first_m, M, N, scale_stride,
-    W: gl.constexpr, ACTIVATION: gl.constexpr, ROWS: gl.constexpr, TOKENS: gl.constexpr,
-):  # fmt: skip
-    # Neighbouring threads write neighbouring outputs.
-    WIDE: gl.constexpr = min(32, ROWS // 4)
-    L: gl.constexpr = gl.BlockedLayout([4, 1], [WIDE, 32 // WIDE], [1, gl.num_warps()], [0, 1])
-    n = first_n + gl.arange(0, ROWS, layout=gl.SliceLayout(1, L))
-    m = first_m + gl.arange(0, TOKENS, layout=gl.SliceLayout(0, L))
-    y = gl.convert_layout(acc, L)
-    if W.group == 0:
-        scale = gl.load(scale_ptr + gl.minimum(n, N - 1).to(gl.int64) * scale_stride)
-        y *= scale.to(gl.float32)[:, None]
-    if bias_ptr is not None:
-        y += gl.load(bias_ptr + n, mask=n < N, other=0).to(gl.float32)[:, None]
-    row = gl.program_id(1).to(gl.int64) * M + m.to(gl.int64)
-    y = activate(y, ACTIVATION).to(out_ptr.dtype.element_ty)
-    gl.store(out_ptr + row[None, :] * N + n[:, None], y, mask=(m < M)[None, :] & (n < N)[:, None])

@@ -23,6 +23,7 @@ from qcompile.kernels import (
     draw,
     gated_act,
     linear_dot,
+    linear_few,
     linear_gemm,
     linear_gemv,
     linear_mma,
@@ -232,11 +233,20 @@ def dots(gpu: int, device: _tuning.Device) -> dict[str, Any]:
 
 
 def on_tensor_cores(gpu: int, device: _tuning.Device) -> dict[str, Any]:
-    """linear_mma."""
+    """linear_few and linear_mma."""
     if not device.tensor_cores:
         return {}
     found = {}
-    some = [(FOUR_BITS, rows) for rows in (4, 16, 30, 64, 80, 112, 160, 256, 300)]
+    for layout, rows in ((FOUR_BITS, 4), (FOUR_BITS, 16), (TWO_BITS, 8), (THREE_BITS, 8), (EIGHT_BITS, 8)):
+        if (layout, rows) != (FOUR_BITS, 4) and gpu not in WIDELY:
+            continue
+        few = _tuning.few_tile(rows, 16384, 4096, layout.bits, device)
+        sizes = {"TOKENS": few.tokens, "CODES": few.codes, "STAGES": few.stages, "SPLIT": few.split}
+        absent, registers = ("bias_ptr", *absent_of(layout)[1:]), min(255, 2048 // (few.warps * few.together))
+        sizes |= {"ACTIVATION": "silu", "W": layout, "EVEN": layout is not THREE_BITS}
+        name = f"few, {layout.bits} bits, {rows} rows"
+        found[name] = compiled(linear_few._few, gpu, absent, few.warps, registers=registers, **sizes)
+    some = [(FOUR_BITS, rows) for rows in (16, 30, 64, 80, 112, 160, 256, 300)]
     for layout, rows in (*some, (TWO_BITS, 16), (THREE_BITS, 200), (EIGHT_BITS, 64), (EIGHT_BITS, 160)):
         if (layout, rows) != (FOUR_BITS, 16) and gpu not in WIDELY:
             continue
