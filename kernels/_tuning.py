@@ -142,11 +142,14 @@ class Device:
         return Device(properties.major, shared, properties.multi_processor_count)
 
 
-def way(rows: int, integers: bool, step: int, device: Device) -> str:
-    """The fastest way for so many rows: `dot`, `few` or `mma`, which need integers, `gemv`, `gemm` or `dequantize`."""
+def way(rows: int, integers: bool, step: int, device: Device, sums: bool = True) -> str:
+    """The fastest way for so many rows: `dot`, `few` or `mma`, which need integers, `gemv`, `gemm` or `dequantize`.
+
+    `sums` is whether linear_few.can_sum.
+    """
     if integers and rows * step <= 128 and rows <= 2 and device.tensor_cores:  # as for asynchronous copies
         return "dot"
-    if integers and device.tensor_cores and rows <= (8 if device.major == 9 else 16):
+    if integers and sums and device.tensor_cores and rows <= (8 if device.major == 9 else 16):
         return "few"
     if integers and device.tensor_cores and rows <= (512 if device.major == 9 else 64):
         return "mma"

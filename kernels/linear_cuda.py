@@ -16,7 +16,7 @@ from qcompile.kernels._tiles import refuses_device
 from qcompile.kernels._weight import Weight, refuses_weight
 from qcompile.kernels.dequantize_gpu import write_weight
 from qcompile.kernels.linear_dot import Around, dot
-from qcompile.kernels.linear_few import few
+from qcompile.kernels.linear_few import can_sum, few
 from qcompile.kernels.linear_gemm import gemm
 from qcompile.kernels.linear_gemv import gemv
 from qcompile.kernels.linear_mma import mma
@@ -48,7 +48,7 @@ def linear_cuda(
     bias = None if bias is None else bias.contiguous()
     device = _tuning.Device.of(x.device)
     m, n, step = rows.shape[0], weight.rows, weight.step
-    way = _tuning.way(m, can_read(rows, weight), step, device)
+    way = _tuning.way(m, can_read(rows, weight), step, device, can_sum(rows.dtype, weight.layout))
     if way == "dot":
         around = Around(activation=activation)
         y = dot(rows, weight, bias, around, _tuning.dot_tile(m, n, columns, step, weight.layout.bits, device))

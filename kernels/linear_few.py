@@ -27,12 +27,17 @@ from qcompile.kernels._gluon import (
 from qcompile.kernels._operand import bases, beside, floats, own_words, unstack
 from qcompile.kernels._planes import copy_codes, make_planes, plane_starts
 from qcompile.kernels._tiles import cdiv, constexpr_function, dependent_launch, launch, stack
-from qcompile.kernels._weight import Weight
+from qcompile.kernels._weight import Layout, Weight
 from qcompile.kernels.linear_gemm import finish
 
 
+def can_sum(dtype: torch.dtype, layout: Layout) -> bool:
+    """Do sums of codes keep what codes so narrow say? In float16 1024 stands beside each, and is taken off the sum."""
+    return dtype != torch.float16 or layout.bits > 2
+
+
 def few(x: Tensor, weight: Weight, bias: Tensor | None, activation: str | None, tile: _tuning.FewTile) -> Tensor:
-    """act(x @ W.T + bias) for contiguous x (M, K) that _gluon.can_read."""
+    """act(x @ W.T + bias) for contiguous x (M, K) that _gluon.can_read, with codes that it can_sum."""
     (m, k), n = x.shape, weight.rows
     out = x.new_empty(m, n)
     shared = tile.parts > 1
