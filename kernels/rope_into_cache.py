@@ -30,8 +30,10 @@ WRITES = ("keys", "values")
 
 def refuses(
     query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor,
-    positions: Tensor, key_scales: Tensor | None = None, value_scales: Tensor | None = None,
+    positions: Tensor, key_scales: Tensor | None = None, value_scales: Tensor | None = None, fixed: bool = False,
 ) -> str | None:  # fmt: skip
+    if fixed:
+        return "makes scales of its own"
     for tensor in (query, key, value, cos, sin, *((keys, values) if key_scales is None else ())):
         if reason := refuses_device(tensor, tensor.dtype):
             return reason
@@ -103,7 +105,7 @@ def rope_into_cache_cuda(
 @rope_into_cache.implementation("triton", refuses)
 def rope_into_cache_triton(
     query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor,
-    positions: Tensor, key_scales: Tensor | None = None, value_scales: Tensor | None = None,
+    positions: Tensor, key_scales: Tensor | None = None, value_scales: Tensor | None = None, fixed: bool = False,
 ) -> Tensor:  # fmt: skip
     return rope_into_cache_cuda(query, key, value, cos, sin, keys, values, positions, key_scales, value_scales)
 

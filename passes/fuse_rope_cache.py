@@ -5,7 +5,8 @@
     V' = index_copy_(V, 2, at, v)                     ->
     y = qcompile.attention(q, K', V', …)                      y = qcompile.attention(q, K, V, …)
 
-A quantized cache is four tensors, of codes and of scales, and what is written to them comes from quantize_rows.
+A quantized cache is four tensors, of codes and of scales, and what is written to them comes from quantize_rows. Scales
+that are fixed are only read, and codes come from quantize_rows_by.
 
 Why: at a token of decoding these are four launches that move a few kilobytes.
 
@@ -26,7 +27,7 @@ from qcompile.graph.match import Miss, aten, is_call, only_user
 from qcompile.graph.rewrite import Rewriter
 from qcompile.ops.attention import attention
 from qcompile.ops.rope import rope, rope_into_cache
-from qcompile.ops.row_codes import quantize_rows
+from qcompile.ops.row_codes import quantize_rows, quantize_rows_by
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,18 @@ class FuseRopeCache:
         if not is_call(node, attention.overload):
             return None
         args: Any = node.args
-        query, *writes = (*args[:3], *(scale for scale in args[7:9] if scale is not None))
+        query, *writes = args[:3]
+        scales = [scale for scale in args[7:9] if scale is not None]
+        if not (fixed := bool(scales) and not any(map(_is_write, scales))):
+            writes += scales
         if not is_call(query, rope.overload) or not all(_is_write(write) for write in writes):
             return None
         caches, _, (positions, *others), rows = zip(*(write.args for write in writes))
-        key, value = rows if len(rows) == 2 else map(_quantized, rows[:2], rows[2:])
+        if fixed:
+            key, value = (_quantized_by(new, scale, positions) for new, scale in zip(rows, scales))
+            caches = (*caches, *scales)
+        else:
+            key, value = rows if len(rows) == 2 else map(_quantized, rows[:2], rows[2:])
         if not is_call(key, rope.overload) or value is None:
             return None
         if key.args[1:] != query.args[1:]:
@@ -68,7 +76,8 @@ class FuseRopeCache:
         for x in (*read, positions):
             if is_written_between(x, node):
                 return Miss(f"{x.name} is written to in between", node)
-        return Turned(node, query, tuple(writes), caches, (*read, *caches[:2], positions, *caches[2:]))
+        operands = (*read, *caches[:2], positions, *caches[2:], *([fixed] if fixed else ()))
+        return Turned(node, query, tuple(writes), caches, operands)
 
     def rewrite(self, g: Rewriter, m: Turned) -> None:
         with g.before(m.root):
@@ -89,6 +98,14 @@ def _quantized(codes: Any, scale: Any) -> Any:
     (source, first), (other, second) = codes.args, scale.args
     is_one = is_call(source, quantize_rows.overload) and source is other and (first, second) == (0, 1)
     return source.args[0] if is_one else None
+
+
+def _quantized_by(codes: Any, scales: Any, positions: Any) -> Any:
+    """What quantize_rows_by made codes of by the scales at these positions, or None."""
+    if not is_call(codes, quantize_rows_by.overload) or not is_call(codes.args[1], aten.index_select.default):
+        return None
+    source, dim, at = codes.args[1].args
+    return codes.args[0] if source is scales and dim in (2, -1) and at is positions else None
 
 
 def _reader_between(write: Node, end: Node) -> Node | None:

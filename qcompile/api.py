@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from qcompile import _torch
 from qcompile.algorithms import quantize
+from qcompile.caches import cache_codes
 from qcompile.config import Config
 from qcompile.errors import ConfigError, WeightError
 from qcompile.explain import Report
@@ -27,7 +28,7 @@ from qcompile.runtime import Runner, runner_of
 from qcompile.save import save
 from qcompile.save_pretrained import attach
 from qcompile.storage import Parameter, packed_parameters, packed_tensor, put
-from qcompile.stores import ActivationRounding
+from qcompile.stores import ActivationRounding, CacheScales
 
 
 def plan(model: nn.Module, config: Any = None, example: Mapping[str, Any] | None = None, **options: Any) -> Plan:
@@ -94,7 +95,11 @@ def explain(model: nn.Module, reference: nn.Module | None = None, inputs: Mappin
     numerics = None if reference is None else _numerics(model, reference, inputs)
     device = str(next(iter([*model.parameters(), *model.buffers()])).device)
     outcomes, config = runner.outcomes(), runner.config.to_dict()
-    return Report(type(model).__name__, config, device, runner.plan, outcomes, runner.eager, numerics, runner.recalled)
+    cached = cache_codes(model, runner.config.kv_cache) if hasattr(type(model), "generate") else None
+    return Report(
+        type(model).__name__, config, device, runner.plan, outcomes, runner.eager, numerics, runner.recalled,
+        None if cached is None else str(cached),
+    )  # fmt: skip
 
 
 def dump(model: nn.Module) -> str:
@@ -111,7 +116,7 @@ def dequantize(model: nn.Module | str) -> dict[str, Tensor]:
         model = load(model, dtype=torch.float32, quantize_inputs=False)
     packed, apart = {}, set()
     for prefix, module in model.named_modules(remove_duplicate=False):  # siblings may share a rounding
-        if isinstance(module, ActivationRounding):
+        if isinstance(module, ActivationRounding | CacheScales):
             apart.update(f"{prefix}.{name}" for name in module.state_dict())
         for name, slot in packed_parameters(module).items():
             path = f"{prefix}.{name}" if prefix else name

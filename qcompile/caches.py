@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import gc
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qcompile import _torch, calls
 from qcompile.errors import UnsupportedError
+from qcompile.stores import CACHE_SCALES
 
 # Key/value heads, key width, value width of one layer.
 Heads = tuple[int, int, int]
@@ -37,9 +39,10 @@ def heads_of(model: nn.Module, forward: Callable[..., Any]) -> list[Heads]:
 
 def static_cache(
     heads: list[Heads], length: int, batch: int, dtype: torch.dtype, device: torch.device,
-    codes: torch.dtype | None = None,
+    codes: torch.dtype | None = None, scales: Sequence[tuple[Tensor, Tensor]] | None = None,
 ) -> Any:  # fmt: skip
-    """A cache of `length` tokens for every layer, of numbers or `codes` (see quantized_layer).
+    """A cache of `length` tokens for every layer, of numbers or `codes`, by `scales` of each layer's keys and values
+    where these are given (see quantized_layer).
 
     Layers with a sliding window get the full length too: their mask is the window, and where they stand is a tensor,
     where transformers' own sliding layer counts in Python and would need a new graph every step.
@@ -48,7 +51,8 @@ def static_cache(
 
     from qcompile.quantized_layer import QuantizedStaticLayer
 
-    layers: list[Any] = [QuantizedStaticLayer(length, codes) if codes else StaticLayer(length) for _ in heads]
+    fixed = scales or [None] * len(heads)
+    layers: list[Any] = [QuantizedStaticLayer(length, codes, each) if codes else StaticLayer(length) for each in fixed]
     cache = Cache(layers=layers)
     allocate(cache, heads, batch, dtype, device)
     return cache
@@ -60,6 +64,29 @@ def allocate(cache: Any, heads: list[Heads], batch: int, dtype: torch.dtype, dev
         if not layer.is_initialized:
             key = torch.empty((batch, count, 0, key_width), dtype=dtype, device=device)
             layer.lazy_initialization(key, key.new_empty((batch, count, 0, value_width)))
+
+
+@dataclass(frozen=True)
+class CacheCodes:
+    """What generate() caches keys and values as: codes of `element`, one of CODES in ops/row_codes.py, by these scales
+    of each layer's keys and values, or with one for each token and head."""
+
+    element: str
+    scales: tuple[tuple[Tensor, Tensor], ...] | None = None
+
+    def __str__(self) -> str:
+        return f"{self.element}, {'a scale for each token and head' if self.scales is None else 'static scales'}"
+
+
+def cache_codes(model: nn.Module, kv_cache: str | None) -> CacheCodes | None:
+    """What `kv_cache` of the Config says or, where it is None, the checkpoint. None: the numbers as they are."""
+    if kv_cache is not None:
+        return None if kv_cache == "none" else CacheCodes(kv_cache)
+    owners = [(m.layer_idx, getattr(m, CACHE_SCALES)) for m in model.modules() if CACHE_SCALES in m._modules]
+    if len({scales.element for _, scales in owners}) != 1:
+        return None
+    owners.sort(key=lambda owner: owner[0])  # type: ignore[arg-type]
+    return CacheCodes(owners[0][1].element, tuple((scales.key, scales.value) for _, scales in owners))
 
 
 class KeptCaches:
@@ -75,11 +102,11 @@ class KeptCaches:
 
     def take(
         self, heads: list[Heads], length: int, batch: int, dtype: torch.dtype, device: torch.device,
-        codes: torch.dtype | None = None,
+        codes: torch.dtype | None = None, scales: Sequence[tuple[Tensor, Tensor]] | None = None,
     ) -> Any:  # fmt: skip
         """An empty cache of `length` tokens or, on a GPU, of up to twice as many: there it saves recording the steps
         anew, and attention reads no more than is filled."""
-        form, stream = (heads, batch, dtype, device, codes), _stream(device)
+        form, stream = (heads, batch, dtype, device, codes, bool(scales)), _stream(device)
         longest = length * (2 if device.type == "cuda" else 1)
         with self.lock:
             free = [kept for of, kept in self.kept if of == stream and _form(kept) == form]
@@ -89,12 +116,12 @@ class KeptCaches:
             cache.reset()
             return cache
         try:
-            return _lasting(heads, length, batch, dtype, device, codes)
+            return _lasting(heads, length, batch, dtype, device, codes, scales)
         except torch.OutOfMemoryError:
             if not self.kept:
                 raise
             self.release()
-            return _lasting(heads, length, batch, dtype, device, codes)
+            return _lasting(heads, length, batch, dtype, device, codes, scales)
 
     def give(self, cache: Any, most: int) -> None:
         """Keep a cache, and of the others so many that there are at `most` this many."""
@@ -115,7 +142,14 @@ def _length(cache: Any) -> int:
 def _form(cache: Any) -> tuple[Any, ...]:
     heads = [(layer.keys.shape[1], layer.keys.shape[-1], layer.values.shape[-1]) for layer in cache.layers]
     first = cache.layers[0]
-    return heads, len(first.keys), first.dtype, first.device, getattr(first, "codes", None)
+    return (
+        heads,
+        len(first.keys),
+        first.dtype,
+        first.device,
+        getattr(first, "codes", None),
+        getattr(first, "fixed", False),
+    )
 
 
 def _stream(device: torch.device) -> Any:

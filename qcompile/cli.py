@@ -16,7 +16,7 @@ import torch
 from qcompile import api, cli_checkpoint, demo, doctor, models
 from qcompile.algorithms import ALGORITHMS
 from qcompile.chat import Chat
-from qcompile.config import Config
+from qcompile.config import KV_CACHES, Config
 from qcompile.errors import QCompileError, StrictError
 from qcompile.evaluate import throughput
 from qcompile.explain import parameters_text, size
@@ -85,6 +85,7 @@ examples:
   qcompile generate MODEL "What is the capital of France?"
   echo "Once upon a time" | qcompile generate MODEL - --raw --max-new-tokens 100
   qcompile generate MODEL "Hello" --weights none   the float model, compiled
+  qcompile generate MODEL "Hello" --kv-cache i8    keys and values of the text in 8 bits
 """,
     **cli_checkpoint.EXAMPLES,
     "doctor": """
@@ -238,6 +239,7 @@ def _config(options: argparse.Namespace, packed: bool) -> Config:
         exclude=tuple(options.exclude),
         specs={pattern: _spec(spec) for pattern, _, spec in pairs},
         activations=options.activations,
+        kv_cache=options.kv_cache,
         strict=options.strict,
         dump=options.dump,
     )
@@ -352,6 +354,7 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
         "--weights", metavar="SPEC", help=f"default: {WEIGHTS}, or what is quantized already; none: quantize nothing"
     )
     group.add_argument("--activations", metavar="SPEC", help="of what linears read, such as i8/token/dynamic")
+    group.add_argument("--kv-cache", choices=KV_CACHES, help="hold keys and values in 8 bits, or as they are")
     group.add_argument("--algorithm", choices=sorted(ALGORITHMS), help="default: hqq where it knows the spec, else rtn")
     group.add_argument(
         "--include", action="append", default=[], metavar="PATTERN", help="quantize what is usually kept"

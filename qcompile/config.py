@@ -24,6 +24,9 @@ KEEP = VECTORS | {"lm_head", "embedding", "router", "tiny", "conv", "other"}
 ROLES = KEEP | {"linear", "experts", "unused"}
 
 
+KV_CACHES = (*CODES, "none")
+
+
 @dataclass(frozen=True, eq=False)
 class Config:
     """Which weights become what, and what is fused.
@@ -37,7 +40,8 @@ class Config:
                  where the checkpoint does not say; None leaves it as it is. With weights of "i8/row/sym", or fp8_e4m3
                  for both, codes are multiplied by codes
     kv_cache     "fp8_e4m3" or "i8": the cache of model.generate() holds keys and values as codes of 8 bits, with a
-                 scale for each token and head; None holds them as they are
+                 scale for each token and head; "none" holds them as they are; None does what the checkpoint says, with
+                 its own static scales if it has some
     keep         roles that stay dense: a subset of ROLES
     strict       raise StrictError if something is left behind unexpectedly
     dump         folder for the text of the graph after each pass
@@ -82,8 +86,8 @@ class Config:
 
         put("weights", _spec("weights", self.weights))
         put("activations", _activations(self.activations))
-        if self.kv_cache not in (None, *CODES):
-            raise ConfigError(f"kv_cache={self.kv_cache!r} is none of {', '.join(CODES)}")
+        if self.kv_cache not in (None, *KV_CACHES):
+            raise ConfigError(f"kv_cache={self.kv_cache!r}; known: {', '.join(KV_CACHES)}")
         for name in ("include", "exclude"):
             put(name, checks.names(name, getattr(self, name)))
         if not isinstance(self.specs, Mapping):

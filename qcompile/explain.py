@@ -19,6 +19,7 @@ class Report:
 
     `numerics` is {"sqnr_db": {parameter: dB}, "kl": mean KL divergence of the logits in nats} where a reference was
     given, else None. `eager` counts the calls that ran uncompiled, by reason; `recalled` programs were on disk.
+    `kv_cache` says what generate() caches keys and values as, if not as they are.
     """
 
     model: str
@@ -29,6 +30,7 @@ class Report:
     eager: Mapping[str, int]
     numerics: Mapping[str, Any] | None = None
     recalled: int = 0
+    kv_cache: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -68,6 +70,7 @@ class Report:
             # A forward is captured whole or not at all: what would break a graph is a call that ran uncompiled.
             "eager": dict(self.eager),
             "programs_from_disk": self.recalled,
+            "kv_cache": self.kv_cache,
             "numerics": None if self.numerics is None else dict(self.numerics),
         }
 
@@ -95,6 +98,7 @@ class Report:
             f"qcompile report   {self.model}   {specs}   on {self.device}\n"
             f"weights     {len(quantized)} of {len(plan.entries)} parameters quantized; "
             f"{size(plan.before)} -> {size(plan.after)}; roles from {plan.source}"
+            + (f"\nkv cache    keys and values as {self.kv_cache}" if self.kv_cache else "")
         )
 
     def _sqnr(self) -> Mapping[str, float]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from qcompile.caches import KeptCaches
+from qcompile.caches import KeptCaches, cache_codes
 from qcompile.decode import decode
 from qcompile.errors import ConfigError
 from qcompile.ops.row_codes import CODES
@@ -95,15 +96,20 @@ class Generate:
         batch, prompt = tokens.shape
         new = setting("max_new_tokens")
         needed = prompt + new if new is not None else max(setting("max_length", 20), prompt + 20)
-        step = max(LENGTH_STEP, 1 << needed.bit_length() - 4)
+        step = max(LENGTH_STEP, (1 << needed.bit_length()) >> 4)
         length = -(-needed // step) * step
         if (limit := runner.config.fuse_max_seq_len) is not None:
             if needed > limit:
                 raise ConfigError(f"{prompt} prompt and {needed - prompt} new tokens exceed fuse_max_seq_len={limit}")
             length = limit
         batch *= setting("num_return_sequences", 1)
-        codes = None if runner.config.kv_cache is None else CODES[runner.config.kv_cache]
-        return self.caches.take(runner.heads, length, batch, self.model.dtype, self.model.device, codes)
+        form = (runner.heads, length, batch, self.model.dtype, self.model.device)
+        said = cache_codes(self.model, runner.config.kv_cache)
+        if said is not None and said.scales is not None and len(said.scales) != len(runner.heads):
+            why = f"the checkpoint has scales for {len(said.scales)} caches, the model has {len(runner.heads)}"
+            warnings.warn(f"qcompile: keys and values are cached as they are: {why}", stacklevel=4)
+            said = None
+        return self.caches.take(*form) if said is None else self.caches.take(*form, CODES[said.element], said.scales)
 
     def _with_stop_strings(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Arguments with a criterion made of stop strings: transformers gives no tokenizer to a `custom_generate`."""

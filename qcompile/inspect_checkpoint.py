@@ -14,7 +14,7 @@ from qcompile import formats, models
 from qcompile.errors import LoadError
 from qcompile.explain import size, without_numbers
 from qcompile.files.checkpoint import Checkpoint, open_checkpoint
-from qcompile.formats import Dense, Ignored, Stored
+from qcompile.formats import CacheCodes, Dense, Ignored, Stored
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def inspect_checkpoint(name: str) -> Inspection:
     checkpoint.shapes = _Shapes(path)
     rows, taken = [], set()
     for entry in method.weights(checkpoint) if method else ():
-        taken.update(entry.tensors if isinstance(entry, Stored | Ignored) else ())
+        taken.update(entry.tensors if isinstance(entry, Stored | Ignored | CacheCodes) else ())
         if isinstance(entry, Stored):
             nbytes = sum(checkpoint.tensors[tensor].nbytes for tensor in entry.tensors)
             inputs, outputs = (side.spec if side else "" for side in (entry.input, entry.output))

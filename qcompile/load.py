@@ -22,13 +22,13 @@ from qcompile import _torch, formats, models
 from qcompile.conversion import convert
 from qcompile.errors import CheckpointError, FormatError, SpecError
 from qcompile.files.checkpoint import Checkpoint, open_checkpoint
-from qcompile.formats import Dense, Entry, Gguf, Ignored, Stored
+from qcompile.formats import CacheCodes, Dense, Entry, Gguf, Ignored, Stored
 from qcompile.formats.stored import Joined, Rounding
 from qcompile.kernels._cpp import compile_ahead
 from qcompile.quant.activation import ActivationSpec
 from qcompile.save_pretrained import attach
 from qcompile.storage import INPUT_ROUNDING, OUTPUT_ROUNDING, Parameter, put, put_rounding
-from qcompile.stores import ActivationRounding, ScaledActivation
+from qcompile.stores import CACHE_SCALES, ActivationRounding, CacheScales, ScaledActivation
 
 
 def load(
@@ -65,6 +65,7 @@ def load(
         stored = list(method.weights(checkpoint)) if method else []
     _scale_activations(model, checkpoint)
     known = {*model.state_dict(), *(name for name, _ in model.named_buffers())}
+    known |= {name for name, _ in model.named_modules()}
     stored = convert(model, checkpoint, stored, known)
     filler = Filler(model, checkpoint, stored, torch.device(device), quantize_inputs, keep_dtypes=dtype == "stored")
     with tqdm(total=len(filler.places), desc="load", disable=not progress, leave=False) as bar, torch.no_grad():
@@ -142,6 +143,8 @@ class Filler:
             bar.set_postfix_str(weight.path, refresh=False)
             if isinstance(weight, Stored):
                 self.pack(weight)
+            elif isinstance(weight, CacheCodes):
+                self._cache(weight)
             else:
                 self._set(weight)
             bar.update()
@@ -213,6 +216,24 @@ class Filler:
                     "quantize_inputs=False loads it without"
                 )
             put_rounding(module, name, self._shared(owner.rpartition(".")[0], spec, scale, zero))
+
+    def _cache(self, entry: CacheCodes) -> None:
+        """Let generate() know how the keys and values of a module are cached."""
+        module = dict(self.model.named_modules()).get(entry.path)
+        if not isinstance(getattr(module, "layer_idx", None), int):
+            raise CheckpointError(f"{entry.tensors[0]} is of {entry.path}; the model has no such attention")
+        config: Any = self.model.config
+        heads = getattr(config.get_text_config(), "num_key_value_heads", None)
+        scales = []
+        for name in entry.tensors:
+            scale = self._read(name).to(torch.float32).flatten()
+            if len(scale) not in (1, heads) or not (scale.isfinite() & (scale > 0)).all():
+                found = scale[:4].tolist()
+                raise CheckpointError(f"{name} is {found}, not one positive float, nor one for each of {heads} heads")
+            scales.append(scale if len(scale) == 1 else scale[:, None, None])
+        assert module is not None
+        module._modules[CACHE_SCALES] = CacheScales(entry.element, *scales)
+        self.unread.difference_update(entry.tensors)
 
     def _shared(
         self, place: str, spec: ActivationSpec, scale: Tensor | None, zero: Tensor | None

@@ -8,19 +8,22 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import StaticLayer
 
-from qcompile.ops.row_codes import SCALE, dequantize_rows, quantize_rows
+from qcompile.ops.row_codes import SCALE, dequantize_rows, quantize_rows, quantize_rows_by
 
 
 class QuantizedStaticLayer(StaticLayer):
     """Keys and values as codes of the dtype `codes` (see row_codes), with a scale for each token and head.
 
     keys, values (batch, heads, max_cache_len, …), key_scales, value_scales (batch, heads, max_cache_len). What is new
-    is quantized when it comes, and attention gets all of it back from the codes.
+    is quantized when it comes, and attention gets all of it back from the codes. Where `scales` are given, of the keys
+    and of the values one number or one a head, they are those of all tokens.
     """
 
-    def __init__(self, max_cache_len: int, codes: torch.dtype):
+    def __init__(self, max_cache_len: int, codes: torch.dtype, scales: tuple[Tensor, Tensor] | None = None):
         super().__init__(max_cache_len)
         self.codes = codes
+        self.fixed = scales is not None
+        self.scales = scales  # until there is memory for them
         self.key_scales: Any = None
         self.value_scales: Any = None
 
@@ -30,6 +33,9 @@ class QuantizedStaticLayer(StaticLayer):
         shape = (self.batch_size, self.num_heads, self.max_cache_len)
         self.key_scales = torch.zeros(shape, dtype=SCALE, device=self.device)
         self.value_scales = torch.zeros_like(self.key_scales)
+        for own, given in zip((self.key_scales, self.value_scales), self.scales or ()):
+            own.copy_(given.reshape(-1, 1))
+        self.scales = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
@@ -38,22 +44,25 @@ class QuantizedStaticLayer(StaticLayer):
         positions = torch.arange(length, device=self.device) + self.cumulative_length
         self.cumulative_length.add_(length)
         return (
-            _update(key_states, self.keys, self.key_scales, positions),
-            _update(value_states, self.values, self.value_scales, positions),
+            _update(key_states, self.keys, self.key_scales, positions, self.fixed),
+            _update(value_states, self.values, self.value_scales, positions, self.fixed),
         )
 
     def reset(self) -> None:
         super().reset()
-        if self.is_initialized:  # what is no number would be none times zero
+        if self.is_initialized and not self.fixed:  # what is no number would be none times zero
             self.key_scales.zero_()
             self.value_scales.zero_()
 
 
-def _update(states: Tensor, codes: Tensor | None, scales: Tensor, positions: Tensor) -> Tensor:
+def _update(states: Tensor, codes: Tensor | None, scales: Tensor, positions: Tensor, fixed: bool) -> Tensor:
     assert codes is not None
-    new, scale = quantize_rows(states, codes.dtype)
+    if fixed:
+        new = quantize_rows_by(states, scales.index_select(2, positions), codes.dtype)
+    else:
+        new, scale = quantize_rows(states, codes.dtype)
+        scales.index_copy_(2, positions, scale)
     codes.index_copy_(2, positions, new)
-    scales.index_copy_(2, positions, scale)
     return dequantize_rows(codes, scales, states.dtype)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,8 +26,8 @@ from qcompile.storage import (
     packed_tensor,
     roundings,
 )
-from qcompile.stores import ScaledActivation
-from qcompile.writers import ActivationRounding, Contents, Weight, Writer
+from qcompile.stores import CACHE_SCALES, CacheScales, ScaledActivation
+from qcompile.writers import ActivationRounding, CacheCodes, Contents, Weight, Writer
 
 LARGEST_SHARD = 2 << 30
 
@@ -58,6 +59,9 @@ def save(
     writer = writers.find(format)
     contents = _contents(model)
     writer.check(contents)
+    if contents.caches and not writer.cache_scales:
+        why = f"{writer.name} cannot say how keys and values are cached, and leaves out the scales of the checkpoint"
+        warnings.warn(f"qcompile: {why}", stacklevel=2)
     _check_modules(model, writer)
     if writer.in_a_file:
         contents = replace(contents, tokenizer=tokenizer or _tokenizer(model.config))
@@ -121,6 +125,7 @@ def _contents(model: nn.Module) -> Contents:
         slots = [name for name, slot in packed_parameters(module).items() if not slot.bias]
         taken.update(f"{prefix}.{name}." if prefix else f"{name}." for name in slots)
         taken.update(f"{prefix}.{name}." for name in roundings(module))
+        taken.update([f"{prefix}.{CACHE_SCALES}."] if CACHE_SCALES in module._modules else [])
     dense: dict[str, Tensor] = {}
     seen: set[Any] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -144,7 +149,13 @@ def _contents(model: nn.Module) -> Contents:
     ]
     if said.get("tie_word_embeddings") and _heads(model) and _untied(model):
         said["tie_word_embeddings"] = False
-    return Contents(said, weights, dense, linears)
+    scales = ((path.rpartition(".")[0], module) for path, module in model.named_modules())
+    caches = [
+        CacheCodes(owner, module.element, module.key, module.value)
+        for owner, module in scales
+        if isinstance(module, CacheScales)
+    ]
+    return Contents(said, weights, dense, linears, caches)
 
 
 def _rounding(given: storage.ActivationRounding | None) -> ActivationRounding | None:

@@ -173,6 +173,30 @@ class ActivationRounding(nn.Module):
         return self.spec
 
 
+# The name under which an attention module has its CacheScales, if it has any.
+CACHE_SCALES = "cache_scales"
+
+
+class CacheScales(nn.Module):
+    """How generate() caches the keys and values of an attention module: as codes of `element`, one of CODES in
+    ops/row_codes.py, by a static scale of the keys and one of the values, f32[1] or f32[heads, 1, 1]."""
+
+    key: Tensor
+    value: Tensor
+
+    def __init__(self, element: str, key: Tensor, value: Tensor):
+        super().__init__()
+        self.element = element
+        self.register_buffer("key", key)
+        self.register_buffer("value", value)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CacheScales:
+        return super()._apply(_keeping_dtype(fn), recurse)
+
+    def extra_repr(self) -> str:
+        return self.element
+
+
 class ScaledActivation(nn.Module):
     """An activation whose output is divided channel by channel."""
 

@@ -174,15 +174,13 @@ def test_explain_reports(tiny_chat: Path, tmp_path: Path, capsys: pytest.Capture
 
 
 def test_generate_streams_the_reply(tiny_chat: Path, uncompiled: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
-    assert (
-        cli.main(["generate", str(tiny_chat), "Hi", "--max-new-tokens", "8", "--weights", "u2/g64/asym", "--verbose"])
-        == 0
-    )
+    options = ["--max-new-tokens", "8", "--weights", "u2/g64/asym", "--kv-cache", "i8", "--verbose"]
+    assert cli.main(["generate", str(tiny_chat), "Hi", *options]) == 0
     shown = capsys.readouterr()
     chat = Chat(models.load(models.find(str(tiny_chat))), models.load_tokenizer(models.find(str(tiny_chat))), 8)
     assert shown.out == chat.reply("Hi").text + "\n"
     assert re.search(r"^\d tokens in [\d.]+ s", shown.err, re.M)
-    assert str(uncompiled[0].weights) == "u2/g64/asym"
+    assert str(uncompiled[0].weights) == "u2/g64/asym" and uncompiled[0].kv_cache == "i8"
 
 
 def test_generate_reads_standard_input(

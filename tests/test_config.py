@@ -162,5 +162,5 @@ def test_canonical_form() -> None:
 
 def test_kv_cache() -> None:
     assert Config(kv_cache="i8").to_dict()["kv_cache"] == "i8" and Config.of({"kv_cache": "fp8_e4m3"}) != Config()
-    with pytest.raises(ConfigError, match="kv_cache='fp8' is none of i8, fp8_e4m3"):
+    with pytest.raises(ConfigError, match="kv_cache='fp8'; known: i8, fp8_e4m3, none"):
         Config(kv_cache="fp8")

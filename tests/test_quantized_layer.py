@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import qcompile
-from qcompile.ops.row_codes import CODES, dequantize_rows, quantize_rows
+from qcompile.ops.row_codes import CODES, dequantize_rows, quantize_rows, quantize_rows_by
 from qcompile.quantized_layer import QuantizedStaticLayer
 
 each_code = pytest.mark.parametrize("element", CODES)
@@ -29,6 +29,20 @@ def test_update(element: str, dtype: torch.dtype) -> None:
     for got, parts in zip((keys, values), zip(*seen)):
         want = dequantize_rows(*quantize_rows(torch.cat(parts, 2), CODES[element]), dtype)
         assert torch.equal(got[:, :, :7], want) and not got[:, :, 7:].any()
+
+
+@each_code
+@pytest.mark.parametrize("shape", [(1,), (3, 1, 1)])
+def test_static_scales(element: str, shape: tuple[int, ...]) -> None:
+    scales = torch.rand(shape) + 0.01, torch.rand(shape) + 0.01
+    layer = QuantizedStaticLayer(12, CODES[element], scales)
+    for _ in "ab":
+        given = [torch.randn(2, 3, 5, width) * 300 for width in (16, 8)]
+        for got, x, scale in zip(layer.update(*given), given, scales):
+            scale = scale.reshape(1, -1, 1).expand(2, 3, 5)
+            want = dequantize_rows(quantize_rows_by(x, scale, CODES[element]), scale, x.dtype)
+            assert torch.equal(got[:, :, :5], want) and not got[:, :, 5:].any()
+        layer.reset()
 
 
 def test_reset_forgets_what_was_no_number() -> None:

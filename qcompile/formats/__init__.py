@@ -19,7 +19,7 @@ from qcompile.formats.mxfp4 import Mxfp4
 from qcompile.formats.native import Native
 from qcompile.formats.quanto import Quanto
 from qcompile.formats.quark import Quark
-from qcompile.formats.stored import Dense, Entry, Format, Ignored, Stored
+from qcompile.formats.stored import CacheCodes, Dense, Entry, Format, Ignored, Stored
 from qcompile.formats.torchao import TorchAO
 from qcompile.formats.vptq import Vptq
 
@@ -61,4 +61,4 @@ def find(checkpoint: Checkpoint) -> Format | None:
     return None
 
 
-__all__ = ["FORMATS", "Dense", "Entry", "Format", "Gguf", "Ignored", "Stored", "find"]
+__all__ = ["FORMATS", "CacheCodes", "Dense", "Entry", "Format", "Gguf", "Ignored", "Stored", "find"]

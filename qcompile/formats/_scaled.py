@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from qcompile.errors import CheckpointError
 from qcompile.files.checkpoint import Checkpoint
 from qcompile.formats._bits import fields
-from qcompile.formats.stored import Ignored, Read, Rounding, Stored, finite
+from qcompile.formats.stored import CacheCodes, Entry, Ignored, Read, Rounding, Stored, finite
 from qcompile.quant.element import Element
 from qcompile.quant.granularity import Granularity, PerBlock, PerGroup, PerRow, PerTensor
 from qcompile.quant.spec import QSpec, Zero
@@ -26,7 +26,12 @@ FLOAT8 = {torch.float8_e4m3fn: "fp8_e4m3", torch.float8_e5m2: "fp8_e5m2"}
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 POWERS = (torch.uint8, torch.float8_e8m0fnu)
 
-# Outputs of k_proj and v_proj are what a KV cache holds.
+# Outputs of k_proj and v_proj are what a KV cache holds: keys are rounded behind their rope by the same scale.
+CACHE_SCALES = (
+    ("k_scale", "v_scale"),
+    ("k_proj.k_scale", "v_proj.v_scale"),
+    ("k_proj.output_scale", "v_proj.output_scale"),
+)
 CACHE = re.compile(r"\.[qkv](_cache)?_(scale|zero_point|global_scale)$|\.\w*output_(scale|zero_point)$")
 
 _POWERS = QSpec.parse("e8m0/tensor/sym")
@@ -36,13 +41,26 @@ _FLOATS = QSpec.parse("fp8_e4m3/tensor/sym")
 Codes = Callable[[Tensor, int, int], Tensor]
 
 
-def cache_scales(checkpoint: Checkpoint) -> Ignored:
-    """Scales of KV caches, which no weight needs. Says that they are not used."""
-    names = tuple(name for name in checkpoint.tensors if CACHE.search(name))
-    if names:
-        why = f"has {len(names)} scales of a quantized KV cache, which are not used; kv_cache='fp8_e4m3' makes its own"
+def cache_scales(checkpoint: Checkpoint, element: str | None) -> Iterator[Entry]:
+    """Scales of KV caches, which no weight needs. Says which are not used: without the `element` of the codes, those of
+    queries, of keys without values, and zero points that are not zero."""
+    names = {name for name in checkpoint.tensors if CACHE.search(name)}
+    zeros = {name for name in names if name.endswith("zero_point") and not checkpoint.read(name).any()}
+    found: dict[str, tuple[str, str]] = {}
+    for of_keys, of_values in CACHE_SCALES if element else ():
+        for key in names:
+            module = key.removesuffix(f".{of_keys}")
+            value = f"{module}.{of_values}"
+            points = {name.removesuffix("scale") + "zero_point" for name in (key, value)}
+            if module != key and value in names and names.isdisjoint(points - zeros):
+                found.setdefault(module, (key, value))
+    used = {name for pair in found.values() for name in pair}
+    if left := names - used - zeros:
+        why = f"has {len(left)} scales of a quantized KV cache, which are not used; kv_cache='fp8_e4m3' makes its own"
         warnings.warn(f"qcompile: {checkpoint.folder} {why}", stacklevel=2)
-    return Ignored(names)
+    for module, pair in sorted(found.items()):
+        yield CacheCodes(module, str(element), pair)
+    yield Ignored(tuple(sorted(names - used)))
 
 
 def float8(weight: Tensor, start: int, stop: int) -> Tensor:

@@ -8,6 +8,8 @@
     mxfp8            weight float8, weight_scale uint8 (out, in/32), powers of two
     mxfp4, nvfp4     weight_packed uint8 (out, in/2), the first code in the low half; weight_scale uint8 (out, in/32),
                      or float8 (out, in/16), to be divided by weight_global_scale
+    kv_cache_scheme  in the configuration; of attention modules k_scale and v_scale (1,) or (heads, 1, 1), or, before
+                     2025, k_proj.output_scale and v_proj.output_scale. Queries that have a scale are not rounded
 
 Codes are signed, stored with half their range added where they are packed. Of 3, 5, 6 and 7 bits old releases put
 32 // bits into a word, later ones write a continuous stream; the number of words tells which. Modules find their scheme
@@ -63,13 +65,20 @@ class CompressedTensors:
                     f"{name} has scales and is {info.dtype}: the checkpoint was saved before its weights were packed; "
                     "save it with save_compressed=True"
                 )
-        yield cache_scales(checkpoint)
+        yield from cache_scales(checkpoint, _cached(part(config, "kv_cache_scheme")))
 
 
 def _config(checkpoint: Checkpoint) -> Scheme:
     says = checkpoint.quantization
     deeper = says.get("quantization_config")  # where sparseml put it
     return deeper if isinstance(deeper, dict) else says
+
+
+def _cached(scheme: Scheme) -> str | None:
+    """The codes of a KV cache with static scales."""
+    if scheme.get("num_bits") != 8 or scheme.get("dynamic") or scheme.get("symmetric") is False:
+        return None
+    return {"float": "fp8_e4m3", "int": "i8"}.get(str(scheme.get("type")))
 
 
 def _refuse(checkpoint: Checkpoint, config: Scheme) -> None:

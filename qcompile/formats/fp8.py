@@ -43,7 +43,7 @@ class Fp8:
                 raise CheckpointError(f"{name} is 8-bit floats without a scale; {name}_scale_inv was expected")
             if scale and (info.dtype in FLOAT8 or info.dtype == torch.int8):
                 yield _weight(checkpoint, name, scale)
-        yield cache_scales(checkpoint)
+        yield from cache_scales(checkpoint, "fp8_e4m3")
 
 
 def _weight(checkpoint: Checkpoint, name: str, scale: str) -> Stored:

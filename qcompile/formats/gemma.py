@@ -38,7 +38,7 @@ class Gemma:
             yield _integers(checkpoint, module, "weight", "weight_scale")
         for module in checkpoint.modules("embedding_quantized"):
             yield _integers(checkpoint, module, "embedding_quantized", "embedding_scale")
-        yield cache_scales(checkpoint)
+        yield from cache_scales(checkpoint, None)
 
 
 def _integers(checkpoint: Checkpoint, module: str, codes_name: str, scale_name: str) -> Stored:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from qcompile.errors import CheckpointError, SpecError
 from qcompile.files.checkpoint import Checkpoint
-from qcompile.formats.stored import Read, Rounding, Stored, finite
+from qcompile.formats._scaled import cache_scales
+from qcompile.formats.stored import Entry, Read, Rounding, Stored, finite
 from qcompile.quant.codebook import CodebookTensor
 from qcompile.quant.spec import QSpec, Zero
 from qcompile.quant.tensor import QTensor
@@ -25,7 +26,7 @@ class Native:
     def claims(self, checkpoint: Checkpoint) -> bool:
         return checkpoint.quantization.get("quant_method") == "qcompile"
 
-    def weights(self, checkpoint: Checkpoint) -> Iterator[Stored]:
+    def weights(self, checkpoint: Checkpoint) -> Iterator[Entry]:
         said = checkpoint.quantization
         if said.get("version") != VERSION:
             raise CheckpointError(f"quantization_config: version {said.get('version')!r}; this reads {VERSION}")
@@ -43,6 +44,7 @@ class Native:
             for name in names:
                 checkpoint.need(name)
             yield Stored(path, spec, shape, tuple(names), _reader(path, spec, shape, order), *sides)
+        yield from cache_scales(checkpoint, said.get("kv_cache"))
 
 
 def _mapping(said: Mapping[str, Any], key: str) -> Mapping[str, Any]:

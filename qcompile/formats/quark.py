@@ -58,7 +58,19 @@ class Quark:
                 )
             checkpoint.need(scale)
             yield _weight(checkpoint, module, config)
-        yield cache_scales(checkpoint)
+        yield from cache_scales(checkpoint, _cached(config))
+
+
+def _cached(config: Config) -> str | None:
+    """The codes of a KV cache with static scales: what outputs of k_proj and v_proj are rounded to."""
+    says = [_part(own, "output_tensors") for own in _part(config, "kv_cache_quant_config").values() if own]
+    known = {"fp8_e4m3": "fp8_e4m3", "int8": "i8"}
+    static = [
+        known.get(str(own.get("dtype")))
+        for own in says
+        if own.get("qscheme") == "per_tensor" and not own.get("is_dynamic") and own.get("symmetric") is not False
+    ]
+    return static[0] if static and len(static) == len(says) and len(set(static)) == 1 else None
 
 
 def _weight(checkpoint: Checkpoint, module: str, config: Config) -> Stored:

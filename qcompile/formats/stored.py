@@ -88,7 +88,21 @@ class Joined:
     read: Callable[[Read], Tensor]
 
 
-Entry = Stored | Dense | Joined | Ignored
+@dataclass(frozen=True)
+class CacheCodes:
+    """How a checkpoint wants the keys and values of an attention module to be cached.
+
+    path     the module
+    element  what their codes are, one of CODES in ops/row_codes.py
+    tensors  with the scale of the keys, and of the values: one number, or one for each head
+    """
+
+    path: str
+    element: str
+    tensors: tuple[str, str]
+
+
+Entry = Stored | Dense | Joined | Ignored | CacheCodes
 
 
 class Format(Protocol):

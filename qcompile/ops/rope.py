@@ -7,7 +7,7 @@ from torch import Tensor
 
 from qcompile.ops.precision import wide
 from qcompile.ops.registry import op_with_fake
-from qcompile.ops.row_codes import quantize_rows
+from qcompile.ops.row_codes import quantize_rows, quantize_rows_by
 
 
 @op_with_fake(lambda x, cos, sin: torch.empty_like(x))
@@ -30,16 +30,19 @@ def _turned(query: Tensor, *others: Tensor) -> Tensor:
 @op_with_fake(_turned, writes=("keys", "values", "key_scales", "value_scales"))
 def rope_into_cache(
     query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor,
-    positions: Tensor, key_scales: Tensor | None = None, value_scales: Tensor | None = None,
+    positions: Tensor, key_scales: Tensor | None = None, value_scales: Tensor | None = None, fixed: bool = False,
 ) -> Tensor:  # fmt: skip
     """rope(query); rope(key) and value are written to keys and values, at these positions of dimension 2.
 
     query (batch, heads, length, n), key and value (batch, kv_heads, length, n or another width), keys and values
     (batch, kv_heads, capacity, …), positions (length,) integers below the capacity, no two the same. With scales
-    (batch, kv_heads, capacity), keys and values are codes, see row_codes.
+    (batch, kv_heads, capacity), keys and values are codes, see row_codes: by the scales that are there where these are
+    `fixed`, else with new ones.
     """
     for new, rows, scales in ((rope.meaning(key, cos, sin), keys, key_scales), (value, values, value_scales)):
-        if scales is not None:
+        if scales is not None and fixed:
+            new = quantize_rows_by.meaning(new, scales.index_select(2, positions), rows.dtype)
+        elif scales is not None:
             new, scale = quantize_rows.meaning(new, rows.dtype)
             scales.index_copy_(2, positions, scale)
         rows.index_copy_(2, positions, new)

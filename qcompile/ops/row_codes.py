@@ -23,10 +23,20 @@ def quantize_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Codes (…, n) of `dtype`, one of CODES, and scales (…) of x (…, n): the largest magnitude of a row by the largest
     number. A row is about number * scale. What is no number makes a scale that is none.
     """
-    y, largest = wide(x), _LARGEST[dtype]
-    scale = (y.abs().amax(-1) / largest).clamp_min(torch.finfo(SCALE).smallest_normal).to(SCALE)
-    y = (y / wide(scale)[..., None]).clamp(-largest, largest)
-    return (y.round().to(dtype) if dtype == torch.int8 else y.to(torch.float8_e4m3fn).view(dtype)), scale
+    largest = wide(x).abs().amax(-1) / _LARGEST[dtype]
+    scale = largest.clamp_min(torch.finfo(SCALE).smallest_normal).to(SCALE)
+    return quantize_rows_by.meaning(x, scale, dtype), scale
+
+
+@op
+def quantize_rows_by(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Codes (…, n) of `dtype`, one of CODES, of x (…, n) by scales (…) that are given. What lies beyond the largest
+    code becomes that one."""
+    largest = _LARGEST[dtype]
+    y = wide(x) / wide(scale)[..., None]
+    if dtype == torch.int8:
+        return y.round().clamp(-largest - 1, largest).to(dtype)
+    return y.clamp(-largest, largest).to(torch.float8_e4m3fn).view(dtype)
 
 
 @op

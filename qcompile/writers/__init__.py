@@ -3,7 +3,7 @@
 from qcompile.errors import ConfigError
 from qcompile.writers.awq import Awq
 from qcompile.writers.compressed_tensors import CompressedTensors
-from qcompile.writers.contents import ActivationRounding, Contents, Weight, Writer
+from qcompile.writers.contents import ActivationRounding, CacheCodes, Contents, Weight, Writer
 from qcompile.writers.float import Float
 from qcompile.writers.gguf import Gguf
 from qcompile.writers.gptq import Gptq
@@ -21,4 +21,4 @@ def find(name: str) -> Writer:
     raise ConfigError(f"unknown format {name!r}; known: {', '.join(writer.name for writer in WRITERS)}")
 
 
-__all__ = ["WRITERS", "ActivationRounding", "Contents", "Weight", "Writer", "find"]
+__all__ = ["WRITERS", "ActivationRounding", "CacheCodes", "Contents", "Weight", "Writer", "find"]

@@ -35,7 +35,7 @@ from qcompile.writers._integers import (
     powers_of_two,
     shared_by,
 )
-from qcompile.writers.contents import Contents, Tensors, Weight, Writer, same, write_folder
+from qcompile.writers.contents import Contents, Tensors, Weight, Writer, cache_tensors, same, write_folder
 
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 Args = dict[str, Any]
@@ -53,6 +53,7 @@ class Layout:
 
 class CompressedTensors(Writer):
     name = "compressed-tensors"
+    cache_scales = True
 
     def refuses(self, weight: Weight) -> str | None:
         try:
@@ -86,9 +87,17 @@ class CompressedTensors(Writer):
             "format": formats.pop() if len(formats) == 1 else "mixed-precision",
             "config_groups": {f"group_{number}": group for number, group in enumerate(groups)},
             "ignore": list(contents.dense_linears),
-            "kv_cache_scheme": None,
+            "kv_cache_scheme": _cache(contents),
         }
-        write_folder(contents, folder, tensors, said, largest_shard)
+        write_folder(contents, folder, tensors | cache_tensors(contents), said, largest_shard)
+
+
+def _cache(contents: Contents) -> Args | None:
+    if not contents.caches:
+        return None
+    kind = {"fp8_e4m3": "float", "i8": "int"}[contents.caches[0].element]
+    by_head = any(len(scale) > 1 for cache in contents.caches for scale in (cache.key, cache.value))
+    return _args(8, kind, "attn_head" if by_head else "tensor", None)
 
 
 def _layout(weight: Weight) -> Layout:

@@ -52,6 +52,17 @@ class Weight:
 
 
 @dataclass(frozen=True)
+class CacheCodes:
+    """How the keys and values of an attention module are cached: codes of `element` by the scales key and value, f32[1]
+    or f32[heads, 1, 1]."""
+
+    module: str
+    element: str
+    key: Tensor
+    value: Tensor
+
+
+@dataclass(frozen=True)
 class Contents:
     """A model as it is to be written.
 
@@ -59,6 +70,7 @@ class Contents:
     weights        its quantized weights
     dense          its other tensors, each once
     dense_linears  the linear modules whose weight is among those
+    caches         static scales of quantized key/value caches
     tokenizer      of transformers, or the .gguf file that has one, for formats that keep it in their file
     """
 
@@ -66,6 +78,7 @@ class Contents:
     weights: Sequence[Weight]
     dense: Mapping[str, Tensor] = field(default_factory=dict)
     dense_linears: Sequence[str] = ()
+    caches: Sequence[CacheCodes] = ()
     tokenizer: Any = None
 
 
@@ -75,12 +88,14 @@ class Writer(Protocol):
     scales              the dtype that scales have in it, None for any
     in_a_file           whether it is one file with the configuration and the tokenizer in it
     scaled_activations  whether its readers know activations that are divided by `scales`
+    cache_scales        whether it can say how keys and values are cached
     """
 
     name: str
     scales: torch.dtype | None = None
     in_a_file: bool = False
     scaled_activations: bool = False
+    cache_scales: bool = False
 
     def check(self, contents: Contents) -> None:
         """Raises UnsupportedError for a model that this format cannot say, however its weights are quantized."""
@@ -112,6 +127,12 @@ def same(tensor: Tensor) -> Callable[[], Tensor]:
 def dense_tensors(contents: Contents) -> Tensors:
     """The tensors that every format stores as they are."""
     return {name: same(tensor) for name, tensor in contents.dense.items()}
+
+
+def cache_tensors(contents: Contents) -> Tensors:
+    """Scales of caches under the names that most readers know."""
+    sides = ((cache.module, side, getattr(cache, side)) for cache in contents.caches for side in ("key", "value"))
+    return {f"{module}.{side[0]}_scale": same(scale) for module, side, scale in sides}
 
 
 def write_folder(

@@ -1,9 +1,11 @@
 """qcompile's own format, which holds every spec: packed codes, scales and zero points as they lie in memory.
 
     model.safetensors   <parameter>.data, .scale, .zero, .order; of quantized scales .scale.data, .scale.scale, …;
-                        <module>.input_rounding.scale, .zero; all other tensors under their own names
+                        <module>.input_rounding.scale, .zero; <attention module>.k_scale, .v_scale of its cache;
+                        other tensors under their own names
     config.json         quantization_config: {"quant_method": "qcompile", "version": 1,
-                        "weights": {parameter: {"spec", "shape"}}, "inputs": {module: activation spec}, "outputs": {…}}
+                        "weights": {parameter: {"spec", "shape"}}, "inputs": {module: activation spec}, "outputs": {…},
+                        "kv_cache": element}
 
 How the bytes lie: qcompile/quant/packing.py.
 """
@@ -16,7 +18,16 @@ from torch import Tensor
 
 from qcompile.quant.spec import QSpec
 from qcompile.quant.tensor import QTensor
-from qcompile.writers.contents import ActivationRounding, Contents, Tensors, Weight, Writer, same, write_folder
+from qcompile.writers.contents import (
+    ActivationRounding,
+    Contents,
+    Tensors,
+    Weight,
+    Writer,
+    cache_tensors,
+    same,
+    write_folder,
+)
 
 VERSION = 1
 
@@ -24,6 +35,7 @@ VERSION = 1
 class Native(Writer):
     name = "qcompile"
     scaled_activations = True
+    cache_scales = True
 
     def check(self, contents: Contents) -> None:
         return
@@ -52,8 +64,9 @@ class Native(Writer):
                 for weight in contents.weights
             },
             **{key: value for key, value in roundings.items() if value},
+            **({"kv_cache": contents.caches[0].element} if contents.caches else {}),
         }
-        write_folder(contents, folder, tensors, said, largest_shard)
+        write_folder(contents, folder, tensors | cache_tensors(contents), said, largest_shard)
 
 
 def pieces(tensor: QTensor) -> dict[str, Tensor]:

@@ -28,7 +28,7 @@ def test_a_cache_may_have_scales(tmp_path: Path) -> None:
     for name in ("k_scale", "v_scale", "k_proj.output_scale"):
         tensors[f"model.layers.0.self_attn.{name}"] = torch.ones(())
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    with pytest.warns(UserWarning, match="has 3 scales of a quantized KV cache, which are not used"):
+    with pytest.warns(UserWarning, match="has 1 scales of a quantized KV cache, which are not used"):
         load(str(folder), progress=False)
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from qcompile.ops.row_codes import CODES, SCALE, dequantize_rows, quantize_rows
+from qcompile.ops.row_codes import CODES, SCALE, dequantize_rows, quantize_rows, quantize_rows_by
 
 each_code = pytest.mark.parametrize("dtype", CODES.values(), ids=CODES)
 each_float = pytest.mark.parametrize("floats", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -34,6 +34,27 @@ def test_rows_of_all_sizes(dtype, floats):
     assert ((x - y).abs() <= bound * (1 + 2**-9) + x.abs() * 2**-11).all()
     largest = codes.abs().amax(-1) if dtype == torch.int8 else codes.view(torch.float8_e4m3fn).double().abs().amax(-1)
     assert (largest == (127 if dtype == torch.int8 else 448)).all()
+
+
+@each_code
+@each_float
+def test_by_scales_that_are_given(dtype, floats):
+    """The nearest codes: all numbers that have a code get it, and what lies beyond them the last one."""
+    every = torch.arange(256, dtype=torch.uint8).view(dtype)
+    every = every[dequantize_rows(every[:, None], torch.ones(256), torch.float64)[:, 0].isfinite()]
+    scale = torch.tensor([0.25, 4.0])
+    numbers = dequantize_rows(every.expand(2, -1).contiguous(), scale, floats)
+    assert torch.equal(quantize_rows_by(numbers, scale, dtype), every.expand(2, -1))
+    torch.library.opcheck(quantize_rows_by.overload, (numbers, scale, dtype))
+    beyond = torch.tensor([[-1e4, 1e4, -math.inf, math.inf]]).to(floats)
+    last = dequantize_rows(quantize_rows_by(beyond, scale[:1], dtype), torch.ones(1), torch.float64)
+    assert last.tolist() == [[-128, 127] * 2 if dtype == torch.int8 else [-448, 448] * 2]
+
+
+def test_what_is_no_number_shows_in_fp8():
+    assert dequantize_rows(
+        quantize_rows_by(torch.tensor([[math.nan]]), torch.ones(1), torch.uint8), torch.ones(1), torch.float32
+    ).isnan()
 
 
 @each_code

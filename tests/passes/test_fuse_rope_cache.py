@@ -9,7 +9,7 @@ from torch import nn
 
 from qcompile.normal import normalizing_passes
 from qcompile.ops.rope import rope, rope_into_cache
-from qcompile.ops.row_codes import dequantize_rows, quantize_rows
+from qcompile.ops.row_codes import dequantize_rows, quantize_rows, quantize_rows_by
 from qcompile.passes.fuse_attention import FuseAttention
 from qcompile.passes.fuse_attention_codes import FuseAttentionCodes
 from qcompile.passes.fuse_rope import FuseRope
@@ -117,6 +117,36 @@ def test_a_quantized_cache(graph):
     result = g.apply(FuseRopeCache())
     assert len(result.rewrites) == g.count(rope_into_cache.overload) == 1 and not result.misses
     assert not {"rope", "index_copy_", "quantize_rows", "getitem"} & set(g.ops())
+
+
+def fixed(q, k, v, cos, sin, keys, values, at, key_scales, value_scales):
+    rows = []
+    for new, codes, scales in ((turned(k, cos, sin), keys, key_scales), (v, values, value_scales)):
+        codes.index_copy_(2, at, quantize_rows_by(new, scales.index_select(2, at), codes.dtype))
+        rows.append(dequantize_rows(codes, scales, q.dtype))
+    return attended(turned(q, cos, sin), *rows, at)
+
+
+def other_scales(q, k, v, cos, sin, keys, values, at, key_scales, value_scales):
+    codes = (quantize_rows_by(new, value_scales.index_select(2, at), torch.int8) for new in (turned(k, cos, sin), v))
+    for cache, new in zip((keys, values), codes):
+        cache.index_copy_(2, at, new)
+    rows = (dequantize_rows(keys, key_scales, q.dtype), dequantize_rows(values, value_scales, q.dtype))
+    return attended(turned(q, cos, sin), *rows, at)
+
+
+def test_fixed_scales(graph):
+    g = graph(Step(fixed), *quantized_inputs())
+    g.prepare(*normalizing_passes(), FuseRope(), FuseAttention(), FuseAttentionCodes())
+    result = g.apply(FuseRopeCache())
+    assert len(result.rewrites) == g.count(rope_into_cache.overload) == 1 and not result.misses
+    assert not {"rope", "index_copy_", "quantize_rows_by", "index_select"} & set(g.ops())
+
+
+def test_codes_by_scales_that_attention_does_not_read(graph):
+    g = graph(Step(other_scales), *quantized_inputs())
+    g.prepare(*normalizing_passes(), FuseRope(), FuseAttention(), FuseAttentionCodes())
+    assert not g.apply(FuseRopeCache()).rewrites
 
 
 def two_angles(q, k, v, cos, sin, keys, values, at):
