@@ -256,7 +256,7 @@ def check_w8a8(case: Row) -> float:
     q = random_weight(spec, n, k, torch.float32)
     x, bias = random_inputs(case)
     x_scale = torch.tensor(0.03, device=DEVICE) if "static" in case["rounding"] else None
-    args = (x_scale, case["rounding"], q.data, q.scale, bias, spec, case["activation"])
+    args = (x_scale, case["rounding"], q.data, q.scale, None, bias, spec, case["activation"])
     must_not_refuse(linear_w8a8_cuda.refuses(x, *args))  # type: ignore[arg-type]
     got = linear_w8a8_cuda.linear_w8a8_cuda(x, *args)  # type: ignore[arg-type]
     codes, step = activation_codes(x, x_scale, ActivationSpec.parse(case["rounding"]))

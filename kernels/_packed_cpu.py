@@ -20,7 +20,16 @@ from qcompile.quant.packing import row_bytes
 from qcompile.quant.spec import QSpec, Zero
 
 # Put together into one text, in this order.
-SOURCES = ("vectors.h", "team.h", "codes.h", "dequantize.h", "few_rows_dot.h", "few_rows.h", "many_rows.h")
+SOURCES = (
+    "vectors.h",
+    "team.h",
+    "codes.h",
+    "dequantize.h",
+    "few_rows_dot.h",
+    "few_rows.h",
+    "many_rows.h",
+    "many_codes.h",
+)
 
 # enum Kind in codes.h
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
@@ -76,7 +85,9 @@ def library(defines: str) -> ctypes.CDLL:
     found.dequantize.argtypes, found.dequantize.restype = [*weight, pointer, number, number], None
     found.few_rows.argtypes, found.few_rows.restype = [*weight, *x_and_y], None
     found.many_rows.argtypes, found.many_rows.restype = [*weight, *x_and_y], None
+    found.many_codes.argtypes, found.many_codes.restype = [*weight, pointer, pointer, size, *x_and_y[3:]], None
     found.has_many_rows.argtypes, found.has_many_rows.restype = [], number
+    found.has_many_codes.argtypes, found.has_many_codes.restype = [], number
     found.has_dot.argtypes, found.has_dot.restype = [size, size], number
     return found
 
@@ -87,6 +98,7 @@ class Reader:
 
     share_few_rows  few_rows as C++ calls it, in each thread of a team
     many_rows   None where this processor has no such kernel
+    many_codes  the same for rows of codes
     has_dot     does few_rows multiply numbers of 16 bits as integers?
     group       inputs that share a scale
     height      rows that share their scales
@@ -99,6 +111,7 @@ class Reader:
     few_rows: Callable[..., None]
     share_few_rows: Callable[..., None]
     many_rows: Callable[..., None] | None
+    many_codes: Callable[..., None] | None
     has_dot: bool
     columns: int
     group: int
@@ -120,6 +133,7 @@ class Reader:
             few_rows=found.few_rows,
             share_few_rows=found.share_few_rows,
             many_rows=found.many_rows if found.has_many_rows() else None,
+            many_codes=found.many_codes if found.has_many_codes() else None,
             has_dot=bool(found.has_dot(columns, columns // groups)),
             columns=columns,
             group=columns // groups,

@@ -16,12 +16,13 @@ def refuses(
     rounding: str,
     data: Tensor,
     scale: Tensor,
+    zero: Tensor | None,
     bias: Tensor | None,
     spec: str,
     activation: str | None,
 ) -> str | None:
     """Why linear has no kernel for this weight, or None."""
-    choice = linear.choose(x, data, scale, None, bias, spec, activation)
+    choice = linear.choose(x, data, scale, zero, bias, spec, activation)
     if choice.name != MEANING:
         return None
     return "; ".join(f"{name}: {reason}" for name, reason in choice.refusals)
@@ -34,10 +35,11 @@ def linear_rounded(
     rounding: str,
     data: Tensor,
     scale: Tensor,
+    zero: Tensor | None,
     bias: Tensor | None,
     spec: str,
     activation: str | None,
 ) -> Tensor:
-    choice = linear.choose(x, data, scale, None, bias, spec, activation)
+    choice = linear.choose(x, data, scale, zero, bias, spec, activation)
     rounded = round_activation.meaning(x, x_scale, None, rounding)
-    return choice.function(rounded, data, scale, None, bias, spec, activation)
+    return choice.function(rounded, data, scale, zero, bias, spec, activation)

@@ -37,12 +37,15 @@ def refuses(
     rounding: str,
     data: Tensor,
     scale: Tensor,
+    zero: Tensor | None,
     bias: Tensor | None,
     spec: str,
     activation: str | None,
 ) -> str | None:
     """Why this kernel cannot run the call, or None."""
-    if reason := linear_cuda.refuses(x, data, scale, None, bias, spec, activation):
+    if not spec.endswith(("/row/sym", "/tensor/sym")) or not spec.startswith(("i8", "fp8_e4m3")):
+        return f"{spec}: multiplies codes of i8 and fp8_e4m3 with a scale per row or for all"
+    if reason := linear_cuda.refuses(x, data, scale, zero, bias, spec, activation):
         return reason
     if not spec.startswith("fp8"):
         return None
@@ -100,6 +103,7 @@ def linear_w8a8_cuda(
     rounding: str,
     data: Tensor,
     scale: Tensor,
+    zero: Tensor | None,
     bias: Tensor | None,
     spec: str,
     activation: str | None,

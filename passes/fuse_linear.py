@@ -16,7 +16,6 @@ the ops apart are faster.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,12 +26,10 @@ from qcompile.graph.alias import is_written_between
 from qcompile.graph.match import Miss, aten, is_call, is_input, only_user, same_type, value
 from qcompile.graph.rewrite import Rewriter
 from qcompile.ops.activation import gated_act
-from qcompile.ops.fused_linear import fused_linear
+from qcompile.ops.fused_linear import fused_linear, has_few_rows
 from qcompile.ops.linear import linear
 from qcompile.ops.norm import layer_norm, rms_norm
 from qcompile.ops.registry import MEANING, known
-
-FEW_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -122,8 +119,7 @@ def _arguments(node: Any) -> dict[str, Any] | None:
     else:
         return None
     x = value(given["x"])
-    sizes = [known(size) or 0 for size in x.shape[:-1]]
-    if not 0 < math.prod(sizes) <= FEW_ROWS or not fused_linear.serves(x.device):
+    if not has_few_rows(x) or not fused_linear.serves(x.device):
         return None
     return _DEFAULTS | given
 

@@ -9,6 +9,7 @@
 #include <cstring>
 #include <omp.h>
 #include <type_traits>
+#include <vector>
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #define HAS_AVX512 1
 #endif

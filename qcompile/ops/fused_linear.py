@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import Tensor
@@ -9,7 +10,14 @@ from torch import Tensor
 from qcompile.ops.activation import gated_act
 from qcompile.ops.linear import linear
 from qcompile.ops.norm import rms_norm
-from qcompile.ops.registry import op_with_fake
+from qcompile.ops.registry import known, op_with_fake
+
+FEW_ROWS = 8
+
+
+def has_few_rows(x: Tensor) -> bool:
+    """Are the rows of x (…, n) known, and so few that the ops around a linear matter?"""
+    return 0 < math.prod(known(size) or 0 for size in x.shape[:-1]) <= FEW_ROWS
 
 
 def _empty(

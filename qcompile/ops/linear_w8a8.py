@@ -1,4 +1,4 @@
-"""Linear maps of 8-bit codes by 8-bit codes (W8A8)."""
+"""Linear maps of codes by codes of up to 8 bits (W8A8, W4A8)."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ def linear_w8a8(
     rounding: str,
     data: Tensor,
     scale: Tensor,
+    zero: Tensor | None,
     bias: Tensor | None,
     spec: str,
     activation: str | None,
 ) -> Tensor:
     """act(x' @ W.T + bias), where x' is x rounded to the codes of `rounding`, an ActivationSpec by token or tensor,
-    and W a weight of the same element, i8 or fp8_e4m3, with a scale per row or for all: the codes can be
-    multiplied as they are.
+    and W a weight whose codes can be multiplied by them as they are: integers of up to 8 bits by i8, fp8_e4m3 with a
+    scale per row or for all by fp8_e4m3.
 
     `x_scale` is the static scale of x', or None; the others are those of `linear`.
     """
     rounded = round_activation.meaning(x, x_scale, None, rounding)
-    return linear.meaning(rounded, data, scale, None, bias, spec, activation)
+    return linear.meaning(rounded, data, scale, zero, bias, spec, activation)

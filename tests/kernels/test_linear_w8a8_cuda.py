@@ -34,7 +34,7 @@ def test_meaning(
     q, x = random_weight(spec, outputs, columns, torch.float32), random_tensor(rows, columns)
     x_scale = torch.tensor(0.03, device=x.device) if "static" in rounding else None
     bias = random_tensor(outputs) if rows % 2 else None
-    args = (x_scale, rounding, q.data, q.scale, bias, spec, "relu" if rows % 3 else None)
+    args = (x_scale, rounding, q.data, q.scale, None, bias, spec, "relu" if rows % 3 else None)
     if reason := kernel.refuses(x, *args):
         pytest.skip(reason)
     got = kernel.linear_w8a8_cuda(x, *args)
@@ -53,7 +53,7 @@ def test_slabs_and_more_dimensions(
 ) -> None:
     monkeypatch.setattr(_tuning, "SLAB_ELEMENTS", 64 * 20)
     q, x = random_weight("i8/row/sym", 48, 64, torch.float32), random_tensor(5, 7, 64)
-    args = (None, "i8/token/dynamic", q.data, q.scale, random_tensor(48), "i8/row/sym", "silu")
+    args = (None, "i8/token/dynamic", q.data, q.scale, None, random_tensor(48), "i8/row/sym", "silu")
     got = kernel.linear_w8a8_cuda(x, *args)
     assert_close(got, linear_w8a8.meaning(x, *args).double(), rounded=True)
 
@@ -63,12 +63,12 @@ def test_extremes_are_summed_exactly(device: str, random_weight: Callable[..., Q
     q.data.zero_()
     q.scale.fill_(1)
     x, x_scale = torch.full((32, 4096), -1.0, device=device), torch.tensor(1 / 128, device=device)
-    got = kernel.linear_w8a8_cuda(x, x_scale, "i8/tensor/static", q.data, q.scale, None, "i8/row/sym", None)
+    got = kernel.linear_w8a8_cuda(x, x_scale, "i8/tensor/static", q.data, q.scale, None, None, "i8/row/sym", None)
     assert (got == 4096 * 128).all()
 
 
 def test_refuses_other_devices(random_weight: Callable[..., QTensor], device: str) -> None:
     q = random_weight("i8/row/sym", 16, 64, torch.float32)
     x = torch.randn(2, 64, device="meta")
-    reason = kernel.refuses(x, None, "i8/token/dynamic", q.data, q.scale, None, "i8/row/sym", None)
+    reason = kernel.refuses(x, None, "i8/token/dynamic", q.data, q.scale, None, None, "i8/row/sym", None)
     assert reason == "needs cuda, x is on meta"

@@ -17,13 +17,16 @@ BEFORE = (*normalizing_passes(), QuantizeLinear())
 
 @pytest.fixture
 def rounded(graph, side_by_side):
-    """`rounded("i8/token/dynamic", "i8/row/sym")`: a linear of rounded activations, as the passes before leave it."""
+    """`rounded("i8/token/dynamic", "i8/row/sym")`: a linear of rounded activations, as the passes before leave it; of
+    any number of rows, or just so many."""
 
-    def make(rounding, spec, scale=None):
+    def make(rounding, spec, scale=None, rows=None):
         module = nn.Linear(64, 8)
         side_by_side(module, spec=spec)
         put_rounding(module, INPUT_ROUNDING, ActivationRounding(ActivationSpec.parse(rounding), scale))
-        return graph(module, torch.randn(3, 64)).prepare(*BEFORE)
+        if rows is None:
+            return graph(module, torch.randn(3, 64)).prepare(*BEFORE)
+        return graph(nn.Sequential(nn.Unflatten(0, (rows, 1)), module), torch.randn(rows, 64)).prepare(*BEFORE)
 
     return make
 
@@ -51,10 +54,23 @@ def test_quantized(rounded, rounding, granularity, scale):
     assert g.ops() == ["linear_w8a8"] and g.count(linear_w8a8.overload) == 1 and not result.misses
 
 
+@pytest.mark.parametrize("spec", ["u4/g64/asym", "u3/g32/shift", "i8/g64/sym", "u8/row/asym_int"])
+def test_quantized_where_rows_are_many(rounded, spec):
+    for rows in (None, 9):
+        g = rounded("i8/token/dynamic", spec, rows=rows)
+        assert len(g.apply(QuantizeActivation()).rewrites) == 1
+        assert g.count(linear_w8a8.overload) == 1 and "round_activation" not in g.ops()
+    for rows in (1, 8):
+        result = rounded("i8/token/dynamic", spec, rows=rows).apply(QuantizeActivation())
+        assert not result.rewrites and not result.misses
+    assert rounded("i8/token/dynamic", "i8/row/sym", rows=1).apply(QuantizeActivation()).rewrites
+
+
 @pytest.mark.parametrize(
     ("rounding", "spec"),
     [
-        ("i8/token/dynamic", "u4/g64/asym"),
+        ("i8/token/dynamic", "nf4/g64/sym"),
+        ("fp8_e4m3/token/dynamic", "u4/g64/asym"),
         ("u8/token/dynamic", "i8/row/sym"),
         ("fp8_e4m3/token/dynamic", "i8/row/sym"),
         ("i8/token/dynamic", "fp8_e4m3/row/sym"),

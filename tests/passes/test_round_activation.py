@@ -67,4 +67,4 @@ def test_model(tiny_llama, interpreted, spec):
     assert 1e-4 < (exact - want).norm() / want.norm() < 0.1
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
     lowered = {low.op for low in qcompile.explain(rounded).outcomes[-1].lowered}
-    assert ("linear_w8a8" in lowered) == (spec == "i8/row/sym")
+    assert "linear_w8a8" in lowered
