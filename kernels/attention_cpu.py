@@ -1,7 +1,7 @@
 """Attention of few query rows on the CPU, as in decoding, in C++ of our own (kernels/cpu/attention.h).
 
-Keys and values are read once for all heads that share them, and only where the mask lets anyone attend: of a static
-cache, what is filled.
+Keys and values, numbers or codes, are read once for all heads that share them, and only where the mask lets anyone
+attend: of a static cache, what is filled.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from qcompile.kernels._cpp import load_cpp, text_of
 from qcompile.kernels._packed_cpu import FLOATS
 from qcompile.ops.attention import attention
 from qcompile.ops.registry import known, opaque
+from qcompile.ops.row_codes import CODES
 
 MAX_LENGTH = 8
+CODED = {*CODES.values()}
 
 
 def refuses(
@@ -25,8 +27,9 @@ def refuses(
     """Why this kernel cannot run the call, or None."""
     if query.device.type != "cpu":
         return f"needs cpu, got {query.device.type}"
-    if query.dtype not in FLOATS or key.dtype != query.dtype or value.dtype != query.dtype:
-        return f"handles float32, bfloat16 and float16, not {query.dtype}, {key.dtype} and {value.dtype}"
+    cached = {key.dtype, value.dtype}
+    if query.dtype not in FLOATS or not (cached == {query.dtype} if key_scale is None else cached < CODED):
+        return f"handles float32, bfloat16, float16 and codes, not {query.dtype}, {key.dtype} and {value.dtype}"
     length, width, value_width = (known(size) for size in (query.shape[2], query.shape[3], value.shape[3]))
     if length is None or length > MAX_LENGTH:
         return f"handles up to {MAX_LENGTH} query rows, not {query.shape[2]}"
@@ -34,6 +37,8 @@ def refuses(
         return f"handles heads of multiples of 16 columns, not {query.shape[3]} and {value.shape[3]}"
     if any(known(tensor.stride(3)) != 1 for tensor in (query, key, value)):
         return "the columns of query, key or value are not neighbours"
+    if any(scale is not None and known(scale.stride(2)) != 1 for scale in (key_scale, value_scale)):
+        return "the scales of a head are not neighbours"
     if is_causal:
         return "handles a mask, not is_causal"
     if mask is not None and known(mask.shape[-1]) != 1 and known(mask.stride(-1)) not in (0, 1):
@@ -45,7 +50,7 @@ def refuses(
 def missing() -> str | None:
     """Why the library cannot be had, or None. Compiles it where that was never done (seconds)."""
     try:
-        load_cpp(text_of("op.h", "vectors.h", "team.h", "attention.h", "attention_op.cpp"))
+        load_cpp(text_of("op.h", "vectors.h", "team.h", "cache_rows.h", "attention.h", "attention_op.cpp"))
     except RuntimeError as error:
         return f"C++ does not compile here: {error}"
     return None
@@ -53,10 +58,11 @@ def missing() -> str | None:
 
 @opaque(lambda query, key, value, *others: query.new_empty((*query.shape[:3], value.shape[3])))
 def attend_cpu(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, softcap: float | None
-) -> Tensor:
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, softcap: float | None,
+    key_scale: Tensor | None, value_scale: Tensor | None,
+) -> Tensor:  # fmt: skip
     missing()  # after this call attention_op.cpp takes this one's place
-    return attention.meaning(query, key, value, mask, False, scale, softcap)
+    return attention.meaning(query, key, value, mask, False, scale, softcap, key_scale, value_scale)
 
 
 @attention.implementation("cpu_decode", refuses)
@@ -66,4 +72,4 @@ def attention_cpu(
 ) -> Tensor:  # fmt: skip
     if mask is not None:
         mask = mask.expand(*query.shape[:3], key.shape[2])
-    return attend_cpu(query, key, value, mask, scale, softcap)
+    return attend_cpu(query, key, value, mask, scale, softcap, key_scale, value_scale)

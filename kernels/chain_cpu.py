@@ -10,7 +10,7 @@ from torch import Tensor
 from qcompile import _torch
 from qcompile.kernels import attention_cpu, fused_linear_cpu, linear_cpu
 from qcompile.kernels._packed_cpu import FLOATS
-from qcompile.ops.chain import Result, Step, chain, run
+from qcompile.ops.chain import CACHE, Result, Step, chain, run
 from qcompile.ops.registry import OPS, opaque
 from qcompile.ops.rope import rope_into_cache
 
@@ -24,7 +24,10 @@ class _Refused(Exception):
     """Why a step cannot run."""
 
 
-def refuses(tensors: Sequence[Tensor], keys: Tensor, values: Tensor, steps: str) -> str | None:
+def refuses(
+    tensors: Sequence[Tensor], keys: Tensor, values: Tensor, steps: str, key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
+) -> str | None:  # fmt: skip
     """Why this kernel cannot run the steps, or None."""
     if any(tensor.device.type != "cpu" for tensor in tensors):
         return f"needs cpu, got {', '.join(sorted({tensor.device.type for tensor in tensors}))}"
@@ -41,14 +44,18 @@ def refuses(tensors: Sequence[Tensor], keys: Tensor, values: Tensor, steps: str)
         return _torch.call_on_fakes(OPS[op].fake, *arguments)
 
     try:
-        run(tensors, keys, values, steps, call)
+        run(tensors, (keys, values, key_scales, value_scales), steps, call)
     except _Refused as refused:
         return str(refused)
     return None if linear_cpu.without_python() else "the C++ that torch calls does not compile here"
 
 
-def _refuses_rope(query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, *cache: Tensor) -> str | None:
-    if any(tensor.dtype != query.dtype or tensor.dtype not in FLOATS for tensor in (query, key, value, *cache[:2])):
+def _refuses_rope(
+    query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor,
+    positions: Tensor, key_scales: Tensor | None = None, *rest: Any,
+) -> str | None:  # fmt: skip
+    numbers = (query, key, value, *((keys, values) if key_scales is None else ()))
+    if any(tensor.dtype != query.dtype or tensor.dtype not in FLOATS for tensor in numbers):
         return f"handles queries, keys and values of one of float32, bfloat16 and float16, not {query.dtype}"
     if query.shape[2] > attention_cpu.MAX_LENGTH:
         return f"handles up to {attention_cpu.MAX_LENGTH} query rows, not {query.shape[2]}"
@@ -73,17 +80,27 @@ _CALLS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-@opaque(chain.fake, writes=("keys", "values"))
-def chain_anyhow(tensors: Sequence[Tensor], keys: Tensor, values: Tensor, steps: str) -> Tensor:
-    return run(tensors, keys, values, steps, lambda op, arguments: _CALLS[op](*arguments))
+@opaque(chain.fake, writes=CACHE)
+def chain_anyhow(
+    tensors: Sequence[Tensor], keys: Tensor, values: Tensor, steps: str, key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    cache = (keys, values, key_scales, value_scales)
+    return run(tensors, cache, steps, lambda op, arguments: _CALLS[op](*arguments))
 
 
-@opaque(chain.fake, writes=("keys", "values"))
-def chain_packed(tensors: Sequence[Tensor], keys: Tensor, values: Tensor, steps: str) -> Tensor:
+@opaque(chain.fake, writes=CACHE)
+def chain_packed(
+    tensors: Sequence[Tensor], keys: Tensor, values: Tensor, steps: str, key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     # chain_op.cpp takes this one's place, and gives back what is not for it.
-    return chain_anyhow(tensors, keys, values, steps)
+    return chain_anyhow(tensors, keys, values, steps, key_scales, value_scales)
 
 
 @chain.implementation("cpu", refuses, device="cpu")
-def chain_cpu(tensors: Sequence[Tensor], keys: Tensor, values: Tensor, steps: str) -> Tensor:
-    return chain_packed(tensors, keys, values, steps)
+def chain_cpu(
+    tensors: Sequence[Tensor], keys: Tensor, values: Tensor, steps: str, key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    return chain_packed(tensors, keys, values, steps, key_scales, value_scales)

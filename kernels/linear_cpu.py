@@ -30,6 +30,7 @@ SOURCES = (
     "fused.h",
     "linear.h",
     "linear_op.cpp",
+    "cache_rows.h",
     "rope.h",
     "attention.h",
     "chain_op.cpp",

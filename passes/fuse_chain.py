@@ -26,7 +26,7 @@ from qcompile.graph.alias import aliases, is_written_between
 from qcompile.graph.match import aten, is_call, value
 from qcompile.graph.rewrite import Rewriter
 from qcompile.ops.attention import attention
-from qcompile.ops.chain import KEYS, VALUES, Given, Result, Step, chain
+from qcompile.ops.chain import CACHE, Given, Result, Step, chain
 from qcompile.ops.fused_linear import fused_linear
 from qcompile.ops.linear import linear
 from qcompile.ops.registry import MEANING, known
@@ -109,8 +109,9 @@ def _numbers(args: Any) -> Any:
 
 
 def _caches(links: list[Node]) -> tuple[Any, ...]:
-    """Keys and values that one of the links writes to."""
-    return next((link.args[5:7] for link in links if is_call(link, rope_into_cache.overload)), ())
+    """Keys and values that one of the links writes to, and their scales if they are codes."""
+    args = next((link.args for link in links if is_call(link, rope_into_cache.overload)), ())
+    return (*args[5:7], *args[8:10])
 
 
 def _may_join(links: list[Node], views: Views) -> bool:
@@ -134,7 +135,7 @@ def _may_join(links: list[Node], views: Views) -> bool:
 def _arguments(links: list[Node], views: Views) -> tuple[Any, ...]:
     """Those of chain."""
     given: dict[Node, int] = {}
-    caches = dict(zip(_caches(links), (KEYS, VALUES)))
+    caches = dict(zip(_caches(links), CACHE))
 
     def argument(arg: Any) -> Any:
         if not isinstance(arg, Node) or arg in caches:
@@ -145,7 +146,8 @@ def _arguments(links: list[Node], views: Views) -> tuple[Any, ...]:
         return Given(given.setdefault(arg, len(given)))
 
     steps = [Step(name, tuple(map(argument, args))) for name, args in map(_step, links)]
-    return list(given), *caches, "\n".join(map(str, steps))
+    keys, values, *scales = caches
+    return list(given), keys, values, "\n".join(map(str, steps)), *scales
 
 
 def _step(link: Node) -> tuple[str, tuple[Any, ...]]:

@@ -3,8 +3,6 @@
 // Of each sequence and key/value head the keys from the first to the last that anyone attends to are taken in parts,
 // each in two passes: scores into a buffer, then their exponentials times the values. (Dao et al. 2023, flash-decoding.)
 
-#include <cmath>
-#include <limits>
 #include <tuple>
 #include <utility>
 
@@ -14,13 +12,14 @@ constexpr int64_t PART = 512, SMALLEST_PART = 64;  // keys of a part, of a cache
 
 struct Attention {
     const void *query, *key, *value, *mask;
+    const float *key_scale, *value_scale;  // null, or of each token and head, where keys and values are codes
     void* out;
     int64_t batch, heads, kv_heads, length, keys, width, value_width;
-    int64_t query_strides[3], key_strides[3], value_strides[3], mask_strides[4];
+    int64_t query_strides[3], key_strides[3], value_strides[3], mask_strides[4], scale_strides[2][3];
     int mask_kind;
     float scale;
     float softcap;  // 0: scores are as they are
-    int kind;
+    int kind, cache_kind;  // of query and out, of key and value
     int64_t parts;
     float* memory;  // of each row y of every part, then tops and sums
     Shares shares;
@@ -57,7 +56,7 @@ struct Attention {
 const float NOTHING = -std::numeric_limits<float>::infinity();
 
 INLINE bool attends(const Attention& a, const char* mask, int64_t n) {
-    return load_some(mask, n * a.mask_strides[3], 1, a.mask_kind).piece[0][0] > (a.mask_kind == U8 ? 0 : NOTHING);
+    return load_some(mask, n * a.mask_strides[3], 1, a.mask_kind).piece[0][0] != (a.mask_kind == U8 ? 0 : NOTHING);
 }
 
 // Which keys any row attends to: from the first to the one behind the last.
@@ -68,12 +67,13 @@ std::pair<int64_t, int64_t> attended(const Attention& a, int64_t b, int64_t kv_h
     for (int64_t r = 0; r < a.groups() * a.length; r++) {
         const char* mask = a.mask_row(b, kv_head, r);
         if (mask == std::exchange(before, mask)) continue;
-        const bool skips = a.mask_kind == U8 && a.mask_strides[3] == 1;
-        auto is_empty = [&](int64_t n) { return load<uint64_t>(mask + n) == 0; };
+        const bool skips = a.mask_strides[3] == 1;
+        const uint32_t nothing = a.mask_kind == U8 ? 0 : bits_of<uint32_t>(NOTHING);
+        auto is_empty = [&](int64_t n) { return all_are(bits_of<u32x16>(load16(mask, n, a.mask_kind)), nothing); };
         int64_t low = 0, high = a.keys;
-        while (skips && low + 8 <= first && is_empty(low)) low += 8;
+        while (skips && low + LANES <= first && is_empty(low)) low += LANES;
         while (low < first && !attends(a, mask, low)) low++;
-        while (skips && high - 8 >= last && high >= 8 && is_empty(high - 8)) high -= 8;
+        while (skips && high - LANES >= last && high >= LANES && is_empty(high - LANES)) high -= LANES;
         while (high > last && !attends(a, mask, high - 1)) high--;
         first = std::min(first, low), last = std::max(last, high);
     }
@@ -92,26 +92,34 @@ void multiply_keys(const float* query, const char* key, int64_t stride, int64_t 
                    int64_t room) {
     for (int64_t n = 0; n < count; n++, key += stride * size_of(KIND)) {
         fetch_row(key + AHEAD * stride * size_of(KIND), width * size_of(KIND));
-        f32x16 total[M] = {};
-        for (int64_t c = 0; c < width; c += LANES) {
-            const f32x16 k = load16(key, c, KIND);
-            for (int m = 0; m < M; m++) total[m] = multiply_add(k, load<f32x16>(query + m * width + c), total[m]);
+        f32x16 total[M] = {}, k[4];
+        int64_t c = 0;
+        for (; c + 4 * LANES <= width; c += 4 * LANES) {
+            load64<KIND>(key, c, k);
+            for (int i = 0; i < 4; i++)
+                for (int m = 0; m < M; m++)
+                    total[m] = multiply_add(k[i], load<f32x16>(query + m * width + c + i * LANES), total[m]);
+        }
+        for (; c < width; c += LANES) {
+            k[0] = load_row<KIND>(key, c);
+            for (int m = 0; m < M; m++) total[m] = multiply_add(k[0], load<f32x16>(query + m * width + c), total[m]);
         }
         for (int m = 0; m < M; m++) scores[m * room + n] = sum(total[m]);
     }
 }
 
-// y[m * width + c] = sum over n of shares[m * room + n] times value n, for C vectors of columns
+// y[m * width + c] = sum over n of shares[m * room + n] times value n, for 1 or 4 vectors of columns
 template <int KIND, int M, int C>
 void mix_values(const float* shares, int64_t room, const char* value, int64_t stride, int64_t count, float* y,
                 int64_t width) {
     f32x16 total[M][C] = {};
     for (int64_t n = 0; n < count; n++, value += stride * size_of(KIND)) {
         fetch_row(value + AHEAD * stride * size_of(KIND), C * LANES * size_of(KIND));
-        for (int c = 0; c < C; c++) {
-            const f32x16 v = load16(value, c * LANES, KIND);
-            for (int m = 0; m < M; m++) total[m][c] = multiply_add(v, splat(shares[m * room + n]), total[m][c]);
-        }
+        f32x16 v[C];
+        if constexpr (C == 4) load64<KIND>(value, 0, v);
+        else v[0] = load_row<KIND>(value, 0);
+        for (int c = 0; c < C; c++)
+            for (int m = 0; m < M; m++) total[m][c] = multiply_add(v[c], splat(shares[m * room + n]), total[m][c]);
     }
     for (int m = 0; m < M; m++)
         for (int c = 0; c < C; c++) store(y + m * width + c * LANES, total[m][c]);
@@ -124,8 +132,12 @@ INLINE f32x16 capped(f32x16 score, float softcap) {
     return bits_of<f32x16>(bits_of<u32x16>(high) | (bits_of<u32x16>(score) & 0x80000000u));
 }
 
-// Scores to exponentials of their distance to the largest, which is returned with the sum of them.
-std::pair<float, float> weigh(const Attention& a, float* scores, int64_t count, const char* mask, int64_t first) {
+// Scores to exponentials of their distance to the largest, which is returned with the sum of them. Scales of keys and
+// of values, where there are any, are multiplied to the scores and to what becomes of them.
+std::pair<float, float> weigh(const Attention& a, float* scores, int64_t count, const char* mask, int64_t first,
+                              const float* of_keys, const float* of_values) {
+    for (int64_t n = 0; of_keys && n < count; n += LANES)
+        store(scores + n, load<f32x16>(scores + n) * load_some(of_keys, n, std::min(LANES, count - n), F32));
     for (int64_t n = 0; a.softcap && n < count; n += LANES)
         store(scores + n, capped(load<f32x16>(scores + n), a.softcap));
     std::fill(scores + count, scores + whole(count), NOTHING);
@@ -148,8 +160,9 @@ std::pair<float, float> weigh(const Attention& a, float* scores, int64_t count, 
     // While nothing is attended the top is -inf, and -inf less -inf is no number.
     const f32x16 base = splat(top == NOTHING ? 0 : top);
     for (int64_t n = 0; n < count; n += LANES) {
-        const f32x16 share = exponential(load<f32x16>(scores + n) - base);
+        f32x16 share = exponential(load<f32x16>(scores + n) - base);
         sums = sums + share;
+        if (of_values) share = share * load_some(of_values, n, std::min(LANES, count - n), F32);
         store(scores + n, share);
     }
     return {top, sum(sums)};
@@ -166,15 +179,20 @@ void attend_rows(const Attention& a, int64_t b, int64_t kv_head, int64_t r, int6
     const int64_t size = size_of(KIND), *q = a.query_strides, *k = a.key_strides, *v = a.value_strides;
     for (int m = 0; m < M; m++) {
         const int64_t head = kv_head * a.groups() + (r + m) / a.length, row = (r + m) % a.length;
-        const char* from = (const char*)a.query + (b * q[0] + head * q[1] + row * q[2]) * size;
+        const char* from = (const char*)a.query + (b * q[0] + head * q[1] + row * q[2]) * size_of(a.kind);
         for (int64_t c = 0; c < a.width; c += LANES)
-            store(query + m * a.width + c, load16(from, c, KIND) * splat(a.scale));
+            store(query + m * a.width + c, load16(from, c, a.kind) * splat(a.scale));
     }
     const char* key = (const char*)a.key + (b * k[0] + kv_head * k[1] + first * k[2]) * size;
     multiply_keys<KIND, M>(query, key, k[2], a.width, count, scores, room);
+    auto scales = [&](const float* all, const int64_t* s) {
+        return all ? all + b * s[0] + kv_head * s[1] + first : all;
+    };
+    const float* of_keys = scales(a.key_scale, a.scale_strides[0]);
+    const float* of_values = scales(a.value_scale, a.scale_strides[1]);
     for (int m = 0; m < M; m++) {
         const char* mask = a.mask ? a.mask_row(b, kv_head, r + m) : nullptr;
-        std::tie(top[m], total[m]) = weigh(a, scores + m * room, count, mask, first);
+        std::tie(top[m], total[m]) = weigh(a, scores + m * room, count, mask, first, of_keys, of_values);
     }
     const char* value = (const char*)a.value + (b * v[0] + kv_head * v[1] + first * v[2]) * size;
     int64_t c = 0;
@@ -221,15 +239,17 @@ void attend(Attention& a, int64_t thread) {
             f32x16 y{};
             for (int64_t part = 0; part < parts; part++)
                 y = multiply_add(load<f32x16>(ys + at(part) * a.value_width + c), splat(weight(part) * scale), y);
-            store16(a.out, row * a.value_width + c, KIND, y);
+            store16(a.out, row * a.value_width + c, a.kind, y);
         }
     }
 }
 
 void Attention::run(int64_t thread) {
-    if (kind == F32) attend<F32>(*this, thread);
-    else if (kind == BF16) attend<BF16>(*this, thread);
-    else attend<F16>(*this, thread);
+    if (cache_kind == F32) attend<F32>(*this, thread);
+    else if (cache_kind == BF16) attend<BF16>(*this, thread);
+    else if (cache_kind == F16) attend<F16>(*this, thread);
+    else if (cache_kind == I8) attend<I8>(*this, thread);
+    else attend<E4M3>(*this, thread);
 }
 
 }  // namespace

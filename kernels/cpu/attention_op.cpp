@@ -11,8 +11,10 @@ void set_strides(int64_t* to, const Tensor& t, int count) {
 }
 
 Tensor attend_cpu(Tensor query, Tensor key, Tensor value, std::optional<Tensor> mask, double scale,
-                  std::optional<double> softcap) {
-    Attention a = {query.data_ptr(), key.data_ptr(), value.data_ptr(), mask ? mask->data_ptr() : nullptr, nullptr,
+                  std::optional<double> softcap, std::optional<Tensor> key_scale, std::optional<Tensor> value_scale) {
+    auto floats = [](auto& scale) { return scale ? (const float*)scale->data_ptr() : nullptr; };
+    Attention a = {query.data_ptr(), key.data_ptr(), value.data_ptr(), mask ? mask->data_ptr() : nullptr,
+                   floats(key_scale), floats(value_scale), nullptr,
                    query.size(0), query.size(1), key.size(1), query.size(2), key.size(2), query.size(3), value.size(3)};
     a.scale = scale;
     a.softcap = softcap.value_or(0);
@@ -23,13 +25,16 @@ Tensor attend_cpu(Tensor query, Tensor key, Tensor value, std::optional<Tensor> 
         set_strides(a.mask_strides, *mask, 4);
         a.mask_kind = mask->scalar_type() == ScalarType::Bool ? U8 : kind_of(*mask);
     }
-    const int kind = kind_of(query);
-    if (kind < 0 || kind == U8 || kind != kind_of(key) || kind != kind_of(value) || (mask && a.mask_kind < 0))
-        throw std::runtime_error("attend_cpu: float32, bfloat16, float16 and masks of these or bool are handled");
+    if (key_scale) set_strides(a.scale_strides[0], *key_scale, 3);
+    if (value_scale) set_strides(a.scale_strides[1], *value_scale, 3);
+    a.kind = kind_of(query), a.cache_kind = kind_of_rows(key, a.key_scale);
+    if (a.kind < 0 || a.kind == U8 || a.cache_kind < 0 || a.cache_kind != kind_of_rows(value, a.value_scale) ||
+        (!key_scale && a.kind != a.cache_kind) || (mask && a.mask_kind < 0))
+        throw std::runtime_error("attend_cpu: float32, bfloat16, float16, codes and masks of floats or bool are handled");
     const int64_t shape[] = {a.batch, a.heads, a.length, a.value_width};
     Tensor out = empty(query, shape, 4);
     if (out.numel() == 0) return out;
-    a.out = out.data_ptr(), a.kind = kind;
+    a.out = out.data_ptr();
     static thread_local Scratch scratch;
     const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), 1 + a.work() / WORK_OF_A_THREAD);
     char* memory = scratch.get<char>(a.bytes(threads));

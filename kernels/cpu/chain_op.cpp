@@ -1,6 +1,7 @@
 // chain_packed: steps of few rows in one team of threads, which waits between them and forks and joins once. The text
 // of the steps is taken apart once. What is not for it goes to chain_anyhow, the same in Python (chain_cpu.py).
 
+#include <array>
 #include <atomic>
 #include <deque>
 #include <exception>
@@ -18,7 +19,7 @@ constexpr int64_t MOST_DIMS = 8;
 
 // See Step in qcompile/ops/chain.py.
 struct Argument {
-    enum { NONE, GIVEN, RESULT, KEYS, VALUES, WORD } type = NONE;
+    enum { NONE, GIVEN, RESULT, KEYS, VALUES, KEY_SCALES, VALUE_SCALES, WORD } type = NONE;
     int64_t index = 0, offset = 0, dims = 0, sizes[MOST_DIMS] = {}, strides[MOST_DIMS] = {};
     std::string word;
     double number = 0;
@@ -43,7 +44,10 @@ Argument argument_of(const std::string& word) {
     Argument a;
     a.word = word;
     if (word == "none") return a;
-    a.type = word == "keys" ? Argument::KEYS : word == "values" ? Argument::VALUES : Argument::WORD;
+    a.type = Argument::WORD;
+    const char* caches[] = {"keys", "values", "key_scales", "value_scales"};
+    for (int i = 0; i < 4; i++)
+        if (word == caches[i]) a.type = decltype(a.type)(Argument::KEYS + i);
     if (word[0] == '%') a.type = Argument::GIVEN, a.index = std::stoll(word.substr(1));
     if (word[0] == '#') {
         const size_t at = word.find('@'), sizes = word.find(':'), strides = word.find(':', sizes + 1);
@@ -80,8 +84,10 @@ std::shared_ptr<const Text> text_of(const std::string& steps) {
 // A tensor, or part of what a step makes.
 struct View {
     char* at = nullptr;
-    int kind = -1;
+    int kind = -1, code_kind = -1;  // as numbers, and as codes of a cache
     int64_t dims = 0, sizes[MOST_DIMS], strides[MOST_DIMS];
+
+    int row_kind(bool coded) const { return coded ? code_kind : kind == U8 ? -1 : kind; }
 
     int64_t numel() const {
         int64_t count = 1;
@@ -103,6 +109,7 @@ struct View {
 View view_of(const Tensor& t) {
     View v;
     v.at = (char*)t.data_ptr(), v.kind = t.scalar_type() == ScalarType::Bool ? U8 : kind_of(t), v.dims = t.dim();
+    v.code_kind = kind_of_rows(t, true);
     if (v.dims > MOST_DIMS) throw std::runtime_error("chain: a tensor of more than eight dimensions");
     for (int64_t i = 0; i < v.dims; i++) v.sizes[i] = t.size(i), v.strides[i] = t.stride(i);
     return v;
@@ -114,8 +121,8 @@ using Step = std::variant<Linear, Rope, Attention>;
 // and meanwhile the other threads do the first one's share.
 class Chain {
   public:
-    Chain(const Text& text, const std::vector<Tensor>& tensors, const Tensor& keys, const Tensor& values)
-        : text(text), tensors(tensors), keys(keys), values(values), memory(scratch()) {
+    Chain(const Text& text, const std::vector<Tensor>& tensors, std::array<std::optional<Tensor>, 4> caches)
+        : text(text), tensors(tensors), caches(caches), memory(scratch()) {
         memory.resize(std::max(memory.size(), 2 * text.calls.size()));
         steps.reserve(text.calls.size());
         results.reserve(text.calls.size());
@@ -156,7 +163,7 @@ class Chain {
   private:
     const Text& text;
     const std::vector<Tensor>& tensors;
-    const Tensor &keys, &values;
+    const std::array<std::optional<Tensor>, 4> caches;  // keys and values, and their scales
     std::deque<Scratch>& memory;  // of each step its result, and what it needs
     int64_t threads = 1;
     std::vector<Step> steps;
@@ -169,10 +176,8 @@ class Chain {
     }
 
     std::optional<Tensor> tensor(const Argument& a) const {
-        return a.type == Argument::GIVEN    ? std::optional<Tensor>(tensors.at(a.index))
-               : a.type == Argument::KEYS   ? std::optional<Tensor>(keys)
-               : a.type == Argument::VALUES ? std::optional<Tensor>(values)
-                                            : std::nullopt;
+        if (a.type == Argument::GIVEN) return tensors.at(a.index);
+        return a.type >= Argument::KEYS && a.type < Argument::WORD ? caches[a.type - Argument::KEYS] : std::nullopt;
     }
     bool add() {
         const Call& call = text.calls[steps.size()];
@@ -198,6 +203,10 @@ class Chain {
         v.at += a.offset * size_of(v.kind), v.dims = a.dims;
         std::copy_n(a.sizes, MOST_DIMS, v.sizes), std::copy_n(a.strides, MOST_DIMS, v.strides);
         return v;
+    }
+    static const Argument& or_none(const std::vector<Argument>& a, size_t index) {
+        static const Argument none;
+        return index < a.size() ? a[index] : none;
     }
     static std::optional<std::string> word(const Argument& a) {
         return a.type == Argument::WORD ? std::optional<std::string>(a.word) : std::nullopt;
@@ -247,14 +256,32 @@ class Chain {
         return true;
     }
 
-    // query, key, value, cos, sin, keys, values, positions
+    // Whether keys and values are numbers of this kind, or codes with scales, which go to `floats` and `strides`.
+    static bool take_cache(const View& keys, const View& values, const View (&scales)[2], int kind, int& cache_kind,
+                           float** floats, int64_t (*strides)[3]) {
+        const bool coded = scales[0].dims;
+        cache_kind = keys.row_kind(coded);
+        if (cache_kind < 0 || cache_kind != values.row_kind(coded) || (!coded && cache_kind != kind)) return false;
+        for (int i = 0; i < 2 && coded; i++) {
+            if (scales[i].dims != 3 || scales[i].kind != F32) return false;
+            floats[i] = (float*)scales[i].at, scales[i].copy_strides(strides[i], 3);
+        }
+        return true;
+    }
+
+    // query, key, value, cos, sin, keys, values, positions, key_scales, value_scales, fixed
     bool add_rope(const std::vector<Argument>& a) {
         const View query = view(a[0]), key = view(a[1]), value = view(a[2]), keys = view(a[5]), values = view(a[6]);
-        const View angles[] = {view(a[3]), view(a[4])};
+        const View angles[] = {view(a[3]), view(a[4])}, scales[] = {view(or_none(a, 8)), view(or_none(a, 9))};
         const std::optional<Tensor> positions = tensor(a[7]);
-        Rope rope;
+        Rope rope = {};
         for (const View* each : {&query, &key, &value, &keys, &values})
-            if (each->dims != 4 || each->kind != query.kind || query.kind == U8 || each->strides[3] != 1) return false;
+            if (each->dims != 4 || each->strides[3] != 1) return false;
+        float* floats[2] = {};
+        if (query.kind < 0 || query.kind == U8 || key.kind != query.kind || value.kind != query.kind ||
+            !take_cache(keys, values, scales, query.kind, rope.cache_kind, floats, rope.scale_strides))
+            return false;
+        rope.key_scales = floats[0], rope.value_scales = floats[1], rope.fixed = or_none(a, 10).word == "True";
         rope.kind = query.kind, rope.angle_kind = angles[0].kind;
         rope.batch = query.sizes[0], rope.heads = query.sizes[1], rope.kv_heads = key.sizes[1];
         rope.length = query.sizes[2], rope.width = query.sizes[3], rope.value_width = value.sizes[3];
@@ -284,14 +311,24 @@ class Chain {
         return true;
     }
 
-    // query, key, value, mask, is_causal, scale, softcap
+    // query, key, value, mask, is_causal, scale, softcap, key_scale, value_scale
     bool add_attention(const std::vector<Argument>& a) {
         const View query = view(a[0]), key = view(a[1]), value = view(a[2]), mask = view(a[3]);
+        const View scales[] = {view(or_none(a, 7)), view(or_none(a, 8))};
         for (const View* each : {&query, &key, &value})
-            if (each->dims != 4 || each->kind != query.kind || query.kind == U8 || each->strides[3] != 1) return false;
-        Attention attention = {query.at,       key.at,         value.at,       mask.at,      nullptr,       query.sizes[0],
-                               query.sizes[1], key.sizes[1],   query.sizes[2], key.sizes[2], query.sizes[3], value.sizes[3]};
-        attention.scale = a[5].number, attention.softcap = word(a[6]) ? a[6].number : 0, attention.kind = query.kind;
+            if (each->dims != 4 || each->strides[3] != 1) return false;
+        int cache_kind;
+        float* floats[2] = {};
+        int64_t strides[2][3];
+        if (query.kind < 0 || query.kind == U8 ||
+            !take_cache(key, value, scales, query.kind, cache_kind, floats, strides) ||
+            (scales[0].dims && (scales[0].strides[2] != 1 || scales[1].strides[2] != 1)))
+            return false;
+        Attention attention = {query.at,       key.at,         value.at,       mask.at,       floats[0],      floats[1],
+                               nullptr,        query.sizes[0], query.sizes[1], key.sizes[1],  query.sizes[2], key.sizes[2],
+                               query.sizes[3], value.sizes[3]};
+        attention.cache_kind = cache_kind, std::copy_n(&strides[0][0], 6, &attention.scale_strides[0][0]);
+        attention.scale = a[5].number, attention.softcap = word(or_none(a, 6)) ? a[6].number : 0, attention.kind = query.kind;
         query.copy_strides(attention.query_strides, 3), key.copy_strides(attention.key_strides, 3);
         value.copy_strides(attention.value_strides, 3);
         if (mask.dims) {
@@ -305,9 +342,11 @@ class Chain {
     }
 };
 
-Tensor chain_packed(std::vector<Tensor> tensors, Tensor keys, Tensor values, std::string steps) {
-    const std::optional<Tensor> out = Chain(*text_of(steps), tensors, keys, values).run();
-    return out ? *out : in_python("qcompile_kernels::chain_anyhow", tensors, keys, values, steps);
+Tensor chain_packed(std::vector<Tensor> tensors, Tensor keys, Tensor values, std::string steps,
+                    std::optional<Tensor> key_scales, std::optional<Tensor> value_scales) {
+    const std::optional<Tensor> out = Chain(*text_of(steps), tensors, {keys, values, key_scales, value_scales}).run();
+    return out ? *out
+               : in_python("qcompile_kernels::chain_anyhow", tensors, keys, values, steps, key_scales, value_scales);
 }
 
 }  // namespace

@@ -27,6 +27,12 @@ int kind_of(const Tensor& t) {
     }
 }
 
+// Of what a cache holds: numbers or, where there are scales for it, codes.
+int kind_of_rows(const Tensor& t, bool codes) {
+    if (!codes) return kind_of(t) == 3 ? -1 : kind_of(t);
+    return t.scalar_type() == ScalarType::Char ? 4 : t.scalar_type() == ScalarType::Byte ? 5 : -1;
+}
+
 // A dense tensor of the dtype of `x`. stable::new_empty takes three times as long, 1.5 microseconds.
 Tensor empty(const Tensor& x, const int64_t* sizes, int64_t dims) {
     int64_t strides[16], count = 1;

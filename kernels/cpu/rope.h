@@ -1,4 +1,5 @@
-// Rotary embedding of queries and keys, and the writing of keys and values to a cache, as a team of threads does it.
+// Rotary embedding of queries and keys, and the writing of keys and values to a cache, as a team of threads does it. A
+// cache of codes gets what quantize_rows makes of them or, where its scales are fixed, quantize_rows_by.
 
 namespace {
 
@@ -6,10 +7,13 @@ struct Rope {
     const void *query, *key, *value, *cos, *sin;
     const int64_t* positions;
     void *keys, *values, *out;
+    float *key_scales, *value_scales;  // null, or of each token and head
     int64_t batch, heads, kv_heads, length, width, value_width;
     // Of batch, head and row; angles have no heads.
     int64_t query_strides[3], key_strides[3], value_strides[3], keys_strides[3], values_strides[3], angle_strides[2][2];
-    int kind, angle_kind;
+    int64_t scale_strides[2][3];
+    int kind, cache_kind, angle_kind;
+    bool fixed;
 
     int64_t work() const { return batch * (heads + 2 * kv_heads) * length * width; }
     int64_t bytes(int64_t) const { return 0; }
@@ -20,22 +24,53 @@ struct Rope {
         for (int64_t i = all * thread / threads; i < all * (thread + 1) / threads; i++) {
             const int64_t b = i / length / each, head = i / length % each, row = i % length;
             const int64_t kv_head = (head - heads) % kv_heads;
-            auto at = [&](const void* base, const int64_t* strides, int64_t head, int64_t row) {
+            auto in = [&](const void* base, const int64_t* strides, int64_t head) {
                 return (char*)base + (b * strides[0] + head * strides[1] + row * strides[2]) * size_of(kind);
             };
+            auto cached = [&](auto* base, const int64_t* strides, int64_t size) {
+                return base + (b * strides[0] + kv_head * strides[1] + positions[row] * strides[2]) * size;
+            };
+            auto put = [&](const char* from, int64_t count, char* to, float* scales, const int64_t* strides) {
+                if (scales) encode(from, to, count, cached(scales, strides, 1));
+                else std::memcpy(to, from, count * size_of(kind));
+            };
             auto turn = [&](const char* from, char* to) { this->turn(from, to, b, row); };
-            if (head < heads)
-                turn(at(query, query_strides, head, row), (char*)out + ((b * heads + head) * length + row) * width * size_of(kind));
-            else if (head < heads + kv_heads)
-                turn(at(key, key_strides, kv_head, row), at(keys, keys_strides, kv_head, positions[row]));
-            else
-                std::memcpy(at(values, values_strides, kv_head, positions[row]), at(value, value_strides, kv_head, row),
-                            value_width * size_of(kind));
+            if (head < heads) {
+                turn(in(query, query_strides, head), (char*)out + ((b * heads + head) * length + row) * width * size_of(kind));
+            } else if (head < heads + kv_heads) {
+                static thread_local Scratch turned;
+                char* to = turned.get<char>(width * size_of(kind));
+                turn(in(key, key_strides, kv_head), to);
+                put(to, width, cached((char*)keys, keys_strides, size_of(cache_kind)), key_scales, scale_strides[0]);
+            } else {
+                put(in(value, value_strides, kv_head), value_width,
+                    cached((char*)values, values_strides, size_of(cache_kind)), value_scales, scale_strides[1]);
+            }
         }
     }
 
   private:
     int64_t threads;
+
+    // Numbers to codes, by their scale or one that is made.
+    void encode(const char* from, char* to, int64_t count, float* scale) const {
+        if (!fixed) {
+            f32x16 top{}, nothing{};  // what is no number shows in the sum, not in the maximum
+            each_columns(count, [&](int64_t i, int64_t some) {
+                const f32x16 v = read(from, i, some, kind);
+                top = max(top, max(v, splat(0) - v)), nothing = nothing + v * 0;
+            });
+            float each[LANES];
+            store(each, top);
+            const float largest = *std::max_element(each, each + LANES) + sum(nothing);
+            const float made = largest / (cache_kind == I8 ? 127.0f : 448.0f);
+            *scale = made < std::numeric_limits<float>::min() ? std::numeric_limits<float>::min() : made;
+        }
+        each_columns(count, [&](int64_t i, int64_t some) {
+            const f32x16 v = read(from, i, some, kind) / splat(*scale);
+            store_bytes(to + i, some, cache_kind == I8 ? to_i8(v) : to_e4m3(v));
+        });
+    }
 
     void turn(const char* from, char* to, int64_t b, int64_t row) const {
         const int64_t half = width / 2;

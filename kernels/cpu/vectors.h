@@ -135,6 +135,17 @@ INLINE float sum(f32x16 v) {
 #endif
 }
 
+INLINE bool all_are(u32x16 v, uint32_t x) {
+#ifdef HAS_AVX512
+    return _mm512_cmpneq_epi32_mask(bits_of<__m512i>(v), _mm512_set1_epi32(x)) == 0;
+#else
+    uint32_t each[LANES], others = 0;
+    store(each, v);
+    for (uint32_t one : each) others |= one ^ x;
+    return others == 0;
+#endif
+}
+
 // e^x of numbers that are not positive; what float32 cannot hold is 0.
 INLINE f32x16 exponential(f32x16 x) {
     constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to an integer
@@ -151,9 +162,9 @@ INLINE f32x16 exponential(f32x16 x) {
 
 // ---- number formats ----
 
-enum Kind : int { F32 = 0, BF16 = 1, F16 = 2, U8 = 3 };
+enum Kind : int { F32 = 0, BF16 = 1, F16 = 2, U8 = 3, I8 = 4, E4M3 = 5 };
 
-constexpr int64_t size_of(int kind) { return kind == F32 ? 4 : kind == U8 ? 1 : 2; }
+constexpr int64_t size_of(int kind) { return kind == F32 ? 4 : kind >= U8 ? 1 : 2; }
 
 INLINE i32x16 widen(u8x16 v) {
 #if defined(HAS_AVX512)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from qcompile.ops.registry import OPS, op_with_fake
 
-KEYS, VALUES = "keys", "values"
+# What a cache is in the text of a step.
+KEYS, VALUES, KEY_SCALES, VALUE_SCALES = CACHE = ("keys", "values", "key_scales", "value_scales")
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Step:
-    """A call of the op of this name. Its arguments are Given, Result, KEYS, VALUES and plain values.
+    """A call of the op of this name. Its arguments are Given, Result, those of CACHE and plain values.
 
     Its text is the name and the arguments with blanks in between, as in `attention #1@0:1,9,1,64:576,64,64,1 keys
     values %8 False 0.125 none`.
@@ -73,13 +74,13 @@ def _argument(word: str) -> Any:
 
 def run(
     tensors: Sequence[Tensor],
-    keys: Tensor,
-    values: Tensor,
+    cache: Sequence[Tensor | None],
     steps: str,
     call: Callable[[str, list[Any]], Tensor],
 ) -> Tensor:
-    """The last of the results of `call(op, arguments)` for all steps."""
-    caches, results = {KEYS: keys, VALUES: values}, list[Tensor]()
+    """The last of the results of `call(op, arguments)` for all steps; `cache` in the order of CACHE."""
+    caches: dict[str, Tensor | None] = dict(zip(CACHE, cache, strict=True))
+    results: list[Tensor] = []
 
     def value(argument: Any) -> Any:
         if isinstance(argument, Given):
@@ -93,12 +94,20 @@ def run(
     return results[-1]
 
 
-def _fake(tensors: Sequence[Tensor], keys: Tensor, values: Tensor, steps: str) -> Tensor:
-    return run(tensors, keys, values, steps, lambda op, arguments: OPS[op].fake(*arguments))
+def _fake(
+    tensors: Sequence[Tensor], keys: Tensor, values: Tensor, steps: str, key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    cache = (keys, values, key_scales, value_scales)
+    return run(tensors, cache, steps, lambda op, arguments: OPS[op].fake(*arguments))
 
 
-@op_with_fake(_fake, writes=("keys", "values"))
-def chain(tensors: Sequence[Tensor], keys: Tensor, values: Tensor, steps: str) -> Tensor:
-    """What the last of `steps` makes: calls of ops, one a line (see Step), of `tensors`, keys and values of a cache,
-    which a step may write to, and of what earlier steps made."""
-    return run(tensors, keys, values, steps, lambda op, arguments: OPS[op].meaning(*arguments))
+@op_with_fake(_fake, writes=CACHE)
+def chain(
+    tensors: Sequence[Tensor], keys: Tensor, values: Tensor, steps: str, key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """What the last of `steps` makes: calls of ops, one a line (see Step), of `tensors`, of a cache, which a step may
+    write to, and of what earlier steps made."""
+    cache = (keys, values, key_scales, value_scales)
+    return run(tensors, cache, steps, lambda op, arguments: OPS[op].meaning(*arguments))

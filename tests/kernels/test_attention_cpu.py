@@ -13,6 +13,7 @@ from torch import Tensor
 from qcompile.kernels import attention_cpu
 from qcompile.ops.attention import attention
 from qcompile.ops.registry import MEANING
+from qcompile.ops.row_codes import CODES, dequantize_rows, quantize_rows
 
 # Where there is a compiler, sources that do not compile are no reason to skip.
 if not any(map(shutil.which, ("g++", "clang++"))):
@@ -39,6 +40,7 @@ MASKS: dict[str, Callable[[int, int, int, int], tuple[int, ...]]] = {
     "one for all keys": lambda b, h, q, n: (b, h, q, 1),
 }
 each_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+each_code = pytest.mark.parametrize("codes", CODES.values(), ids=CODES)
 each_float = pytest.mark.parametrize("dtype", FLOATS, ids=str)
 
 
@@ -85,6 +87,40 @@ def test_soft_capping(shape: Any, dtype: torch.dtype) -> None:
     for cap in (0.5, 50.0):
         check(q, k, v, None, 0.3, cap)
         check(q, k, v, mask, 0.3, cap)
+
+
+@each_shape
+@each_float
+@each_code
+def test_codes(shape: Any, dtype: torch.dtype, codes: torch.dtype) -> None:
+    """Keys and values as codes with a scale a row, which are not rounded to the dtype of the queries."""
+    q, *rows = (x.to(dtype) for x in heads(*shape))
+    (k, of_keys), (v, of_values) = (quantize_rows(x * torch.rand(x.shape[:3])[..., None], codes) for x in rows)
+    mask = torch.rand(shape[0], 1, 1, shape[4]) < 0.6
+    mask[..., -1] = True
+    for arguments in ((None, False, 0.2), (mask, False, 0.2, 0.5)):
+        arguments = (*arguments, None)[:4]
+        choice = attention.choose(q, k, v, *arguments, of_keys, of_values)
+        assert choice.name == "cpu_decode"
+        got = choice.function(q, k, v, *arguments, of_keys, of_values)
+        want = attention.meaning(q.double(), k, v, *arguments, of_keys, of_values)
+        assert got.dtype == q.dtype and (got - want).norm() <= ROUNDING[dtype] * want.norm()
+
+
+@pytest.mark.parametrize("width", [16, 64])
+def test_every_code(width: int) -> None:
+    """Each one alone; in fp8 one of 256 is no number for each sign."""
+    for codes in CODES.values():
+        v = torch.arange(256, dtype=torch.uint8).view(codes).reshape(1, 256 // width, 1, width)
+        q, k, scale = (
+            torch.zeros(1, v.shape[1], 1, 16),
+            torch.zeros(*v.shape[:3], 16, dtype=codes),
+            torch.ones(v.shape[:3]),
+        )
+        want = dequantize_rows(v, scale * 3, torch.float32)
+        for _ in range(2):
+            got = attention_cpu.attention_cpu(q, k, v, None, False, 1.0, None, scale, scale * 3)
+            torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
 
 
 def test_it_compiles() -> None:
@@ -165,8 +201,9 @@ def test_threads_do_not_change_the_result() -> None:
 def test_opcheck() -> None:
     q, k, v = heads(1, 6, 2, 1, 37, 16, 32)
     mask = (torch.rand(1, 1, 1, 37) < 0.6).expand(1, 6, 1, 37)
-    torch.library.opcheck(attention_cpu.attend_cpu, (q, k, v, mask, 0.2, None))
-    torch.library.opcheck(attention_cpu.attend_cpu, (q, k, v, mask, 0.2, 0.5))
+    torch.library.opcheck(attention_cpu.attend_cpu, (q, k, v, mask, 0.2, None, None, None))
+    (k, of_keys), (v, of_values) = (quantize_rows(x, torch.int8) for x in (k, v))
+    torch.library.opcheck(attention_cpu.attend_cpu, (q, k, v, mask, 0.2, 0.5, of_keys, of_values))
 
 
 def test_refusals() -> None:

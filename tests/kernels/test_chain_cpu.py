@@ -13,8 +13,9 @@ from torch import Tensor
 
 from qcompile.algorithms import quantize
 from qcompile.kernels.chain_cpu import chain_anyhow, chain_packed
-from qcompile.ops.chain import KEYS, VALUES, Given, Result, Step, chain
+from qcompile.ops.chain import CACHE, KEYS, VALUES, Given, Result, Step, chain
 from qcompile.ops.registry import MEANING
+from qcompile.ops.row_codes import CODES, dequantize_rows, quantize_rows
 from qcompile.quant.spec import QSpec
 
 # Where there is a compiler, sources that do not compile are no reason to skip.
@@ -32,6 +33,7 @@ class Layer:
     def __init__(
         self, dtype: torch.dtype, batch: int = 1, length: int = 1, heads: int = 4, kv: int = 2, width: int = 32,
         spec: str = "u4/g32/asym", mask: tuple[int, ...] | None = (1, 1), angles: int = 3,
+        codes: torch.dtype | None = None, fixed: bool = False,
     ):  # fmt: skip
         self.dtype, self.tensors, self.steps = dtype, list[Tensor](), list[Step]()
         wide = (heads + 2 * kv) * width
@@ -47,13 +49,16 @@ class Layer:
         self.steps.append(
             Step(
                 "rope_into_cache",
-                (part(0, heads), part(heads, kv), part(heads + kv, kv), cos, sin, KEYS, VALUES, self.positions),
+                (
+                    *(part(0, heads), part(heads, kv), part(heads + kv, kv), cos, sin, KEYS, VALUES, self.positions),
+                    *((*CACHE[2:], fixed) if codes else ()),
+                ),
             )
         )
         shape = batch, heads, length, width
         q = Result(1, 0, shape, tuple(torch.empty(shape).stride()))
         hides = None if mask is None else self.give(torch.arange(CAPACITY).expand(*mask, length, CAPACITY) < 20)
-        self.steps.append(Step("attention", (q, KEYS, VALUES, hides, False, 0.2, None)))
+        self.steps.append(Step("attention", (q, KEYS, VALUES, hides, False, 0.2, None, *(CACHE[2:] if codes else ()))))
         if length == 1:
             columns = heads * width
             a = Result(2, 0, (batch, 1, columns), (columns, columns, 1))
@@ -61,6 +66,9 @@ class Layer:
             h = self.linear(o, 2 * 64, HIDDEN, spec, norm=True, gated=True)
             self.linear(h, HIDDEN, 64, spec, residual=o)
         self.caches = [torch.randn(batch, kv, CAPACITY, width).to(dtype) for _ in range(2)]
+        if codes:
+            pairs = [quantize_rows(cache, codes) for cache in self.caches]
+            self.caches = [side for sides in zip(*pairs) for side in sides]
 
     def give(self, tensor: Tensor) -> Given:
         self.tensors.append(tensor.to(self.dtype) if tensor.is_floating_point() else tensor)
@@ -82,7 +90,8 @@ class Layer:
 
     @property
     def arguments(self) -> tuple[Any, ...]:
-        return self.tensors, *(cache.clone() for cache in self.caches), "\n".join(map(str, self.steps))
+        keys, values, *scales = (cache.clone() for cache in self.caches)
+        return self.tensors, keys, values, "\n".join(map(str, self.steps)), *scales
 
 
 def check(layer: Layer) -> None:
@@ -116,6 +125,64 @@ def test_other_sizes(dtype: torch.dtype) -> None:
     check(Layer(dtype, length=4))
     check(Layer(dtype, batch=2, length=2, heads=3, kv=1, width=48, mask=(2, 3), angles=4))
     check(Layer(dtype, heads=9, kv=3, width=64, mask=None, angles=2))
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("codes", CODES.values(), ids=CODES)
+@pytest.mark.parametrize("fixed", [False, True], ids=["", "fixed"])
+def test_a_quantized_cache(dtype: torch.dtype, codes: torch.dtype, fixed: bool) -> None:
+    """Codes of numbers that are not quite the same differ by one now and then."""
+    for sizes in ({}, dict(batch=2, length=2, heads=3, kv=1, width=48, angles=4), dict(heads=9, kv=3, width=64)):
+        layer = Layer(dtype, codes=codes, fixed=fixed, **sizes)
+        choice = chain.choose(*layer.arguments)
+        assert (choice.name, choice.refusals) == ("cpu", ())
+        exact = layer.arguments
+        wide = [t.double() if t.is_floating_point() else t for t in layer.tensors]
+        want = chain.meaning(wide, *exact[1:])
+        chain_packed(*layer.arguments)
+        for run in (choice.function, chain_anyhow):
+            given = layer.arguments
+            got = run(*given)
+            step = {torch.int8: 2e-2, torch.uint8: 5e-2}[codes]
+            assert got.dtype == dtype and (got - want).norm() <= (step + 2 * ROUNDING[dtype]) * want.norm()
+            for i in (1, 2):
+                mine, theirs = (dequantize_rows(side[i], side[i + 3], torch.float64) for side in (given, exact))
+                assert (mine - theirs).norm() <= (step / 10 + ROUNDING[dtype]) * theirs.norm()
+            for i in (4, 5):
+                torch.testing.assert_close(given[i], exact[i], rtol=4 * ROUNDING[dtype] + 1e-6, atol=0)
+                assert torch.equal(given[i], layer.arguments[i]) == fixed
+
+
+@pytest.mark.parametrize("codes", CODES.values(), ids=CODES)
+@pytest.mark.parametrize("fixed", [False, True], ids=["", "fixed"])
+def test_codes(codes: torch.dtype, fixed: bool) -> None:
+    """Those of the op, bit by bit: of all sizes, ties, zeros, and what is no number."""
+    q, k, cos, sin = torch.randn(1, 2, 4, 32), torch.randn(1, 2, 4, 32), torch.ones(4, 32), torch.zeros(4, 32)
+    v = torch.randn(1, 2, 4, 80) * 10.0 ** torch.randint(-9, 4, (1, 2, 4, 80))
+    v[0, 0, 0] = torch.arange(80) * 1.5 - 60
+    v[0, 0, 1] = 0
+    v[0, 1, 0, 5], v[0, 1, 1, 3], v[0, 1, 2, 70] = torch.nan, torch.inf, -torch.inf
+    steps = [
+        Step("rope_into_cache", (*map(Given, range(5)), KEYS, VALUES, Given(5), *CACHE[2:], fixed)),
+        Step("attention", (Given(0), KEYS, VALUES, None, False, 0.2, None, *CACHE[2:])),
+    ]
+    tensors = [q, k, v, cos, sin, torch.tensor([7, 2, 0, 3])]
+    cache = [torch.zeros(1, 2, 8, width, dtype=codes) for width in (32, 80)]
+    scales = [torch.full((1, 2, 8), 1 / 3) for _ in "kv"]
+    given, other = ([*(x.clone() for x in cache), "\n".join(map(str, steps)), *map(torch.clone, scales)] for _ in "ab")
+    for _ in range(2):
+        chain_packed(tensors, *given)
+    chain.meaning(tensors, *other)
+    mine, theirs = (dequantize_rows(side[1], side[4], torch.float32) for side in (given, other))
+    assert torch.equal(given[4], other[4]) or not fixed
+    scaled = other[4].isfinite()
+    assert torch.equal(given[4][scaled], other[4][scaled]) and torch.equal(given[4].isfinite(), scaled)
+    number = v.isfinite().all(-1) if not fixed else v.isfinite()
+    at = tensors[5]
+    assert torch.equal(given[1][:, :, at][number], other[1][:, :, at][number])
+    if not fixed or codes == torch.uint8:
+        assert torch.equal(mine[:, :, at].isnan(), theirs[:, :, at].isnan()) and theirs.isnan().any()
+    assert not given[1][:, :, [1, 4, 5, 6]].any()
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

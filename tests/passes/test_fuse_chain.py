@@ -33,7 +33,7 @@ def served(monkeypatch):
     def sign_up(reason=lambda steps: None):
         monkeypatch.setattr(chain, "implementations", [])
 
-        def refuses(tensors, keys, values, steps):
+        def refuses(tensors, keys, values, steps, key_scales=None, value_scales=None):
             return reason(steps)
 
         chain.implementation("test", refuses, device="cpu")(chain.meaning)
@@ -73,6 +73,17 @@ def layer(data, scale, x, cos, sin, keys, values, at):
 INPUTS = (torch.randn(1, 1, 8), *torch.randn(2, 1, 1, 4), *torch.randn(2, 1, 1, 6, 4), torch.tensor([2]))
 
 
+def coded(data, scale, x, cos, sin, keys, values, at, key_scales, value_scales):
+    y = times(data, scale, x)
+    q, k, v = (y.narrow(-1, first, n).view(1, 1, -1, 4).transpose(1, 2) for first, n in ((0, 8), (8, 4), (12, 4)))
+    q = rope_into_cache(q, k, v, cos, sin, keys, values, at, key_scales, value_scales)
+    a = attention(q, keys, values, None, False, 0.5, None, key_scales, value_scales).transpose(1, 2).reshape(1, 1, 8)
+    return times(data, scale, a, x, 8)
+
+
+CODED = (*INPUTS[:3], *torch.randint(-9, 9, (2, 1, 1, 6, 4), dtype=torch.int8), INPUTS[5], *torch.rand(2, 1, 1, 6))
+
+
 def steps(g):
     return [
         [Step.parse(line).op for line in node.args[3].split("\n")]
@@ -96,6 +107,18 @@ def test_a_layer(chained):
     assert steps(g) == [LAYER] and not result.misses
     assert not {"fused_linear", "rope_into_cache", "attention", "linear"} & set(g.ops())
     assert not g.apply(FuseChain()).rewrites
+
+
+def test_a_quantized_cache(chained):
+    g, _ = chained(coded, *CODED)
+    assert steps(g) == [[*LAYER[:3], "fused_linear"]]
+
+    def scales_are_read(data, scale, x, *cache):
+        y = times(data, scale, x)
+        total = cache[-1].sum()
+        return coded(data, scale, y[..., :8], *cache), total + cache[-2].sum()
+
+    assert steps(chained(scales_are_read, *CODED)[0])
 
 
 def test_a_second_cache_begins_another(chained):
