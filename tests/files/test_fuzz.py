@@ -7,7 +7,6 @@ configuration, or of a tensor, in a file that stays well formed. Hypothesis draw
 import copy
 import json
 import math
-import os
 import random
 import resource
 import shutil
@@ -197,9 +196,9 @@ class Folder:
 
     def write(self, files: dict[str, bytes]) -> None:
         for name, data in files.items():
-            # A new file: tensors of the old one may still be mapped.
-            (self.path / "new").write_bytes(data)
-            os.replace(self.path / "new", self.path / name)
+            # A new file: tensors of the old one may still be mapped. Put in its place, it would be flushed to the disk.
+            (self.path / name).unlink()
+            (self.path / name).write_bytes(data)
 
 
 KINDS = ("json", "json", "header", "tensor", "tensor", "tensor", "bytes")

@@ -1,7 +1,10 @@
 """Where the Triton kernels' tests run: on a GPU, or in Triton's interpreter (see test_interpreter.py)."""
 
+import functools
 import os
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -28,6 +31,20 @@ GPU = torch.cuda.is_available()
 INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
 
 collect_ignore = [] if GPU or INTERPRETER else TRITON_TESTS
+
+if INTERPRETER:
+    from triton.runtime import interpreter
+
+    # A third of the time each: looking for overflows, which show in the numbers, and preparing triton.language anew at
+    # each call of a helper.
+    interpreter.interpreter_builder.options = replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
+    _prepare = functools.cache(interpreter._patch_lang)
+
+    def _call(self: interpreter.InterpretedFunction, *args: Any, **kwargs: Any) -> Any:
+        _prepare(self.fn)
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = _call
 
 # The norm of the error by the norm of the result: the rounding of the result, and of the weight where `rounded`.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-4, torch.bfloat16: 4e-3}
