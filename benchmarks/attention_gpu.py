@@ -38,7 +38,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks._gpu import DEVICE, START, Report, log
-from benchmarks.kernels_gpu import median_us
 from qcompile.kernels import _tuning, attention_codes, attention_decode
 from qcompile.kernels._tuning import AttentionTile
 from qcompile.kernels.attention_decode import attend
@@ -46,6 +45,7 @@ from qcompile.kernels.rope_into_cache import rope_into_cache_cuda
 from qcompile.ops.attention import attention
 from qcompile.ops.rope import rope_into_cache
 from qcompile.ops.row_codes import CODES, SCALE, dequantize_rows, quantize_rows
+from qcompile.timing import median_us
 
 READ_GBPS = 3124  # what an H100 reads
 ROTATE_BYTES = 160e6

@@ -33,8 +33,8 @@ from qcompile.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from qcompile.ops.rope import rope as rope_op
 from qcompile.quant.packing import row_bytes
 from qcompile.quant.spec import QSpec, Zero
+from qcompile.timing import ROTATE_BYTES, median_us
 
-ROTATE_BYTES = 320e6
 # Weights of Llama-3-8B (outputs, inputs).
 SHAPES = {
     "qkv": (6144, 4096),
@@ -102,35 +102,6 @@ def weight_bytes(spec: str, n: int, k: int) -> int:
 
 def random_x(*shape: int) -> Tensor:
     return torch.randn(shape, device=DEVICE, dtype=torch.bfloat16)
-
-
-def median_us(calls: list[Callable[[], Any]], at_least: int = 24) -> float:
-    """Median time of one call, in a graph that makes all of them as often as it takes to have `at_least`."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for call in calls[:2]:
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
-    rounds = max(1, math.ceil(at_least / len(calls)))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(rounds):
-            for call in calls:
-                call()
-    times = []
-    graph.replay()
-    torch.cuda.synchronize()
-    began = time.time()
-    while len(times) < 7 or (len(times) < 40 and time.time() - began < 0.015):
-        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        first.record()
-        graph.replay()
-        last.record()
-        last.synchronize()
-        times.append(first.elapsed_time(last))
-    return sorted(times)[len(times) // 2] * 1e3 / (rounds * len(calls))
 
 
 # The parts

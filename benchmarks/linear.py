@@ -24,8 +24,9 @@ import torch
 
 from benchmarks._gpu import DEVICE, START, Report, Row, in_parallel, log
 from benchmarks._peers import DENSE, Kind, Linear, peers
-from benchmarks.kernels_gpu import SHAPES, copies_for, median_us, random_x, raw_weights, weight_bytes
+from benchmarks.kernels_gpu import SHAPES, copies_for, random_x, raw_weights, weight_bytes
 from qcompile.kernels.linear_cuda import linear_cuda
+from qcompile.timing import median_us
 
 LAYER = {name: shape for name, shape in SHAPES.items() if name != "lm_head"}
 SPECS = ("u4/g64/asym", "i4/g128/sym", "i8/g64/sym", "u3/g64/asym", "u2/g64/asym", "u1/g64/asym")

@@ -7,6 +7,8 @@ import math
 from torch import Tensor
 
 from qcompile.kernels import _gluon, _tuning, linear_cuda
+from qcompile.kernels._tables import choose
+from qcompile.kernels._ways import Product
 from qcompile.kernels._weight import Layout, Weight
 from qcompile.kernels.linear_dot import Around, dot
 from qcompile.ops.fused_linear import fused_linear
@@ -42,8 +44,8 @@ def fused_linear_cuda(
     residual = None if residual is None else residual.contiguous()
     bias = None if bias is None else bias.contiguous()
     around = Around(norm_weight, eps, weight_offset, residual, activation, gated)
-    device = _tuning.Device.of(x.device)
-    tile = _tuning.dot_tile(rows.shape[0], weight.rows, columns, weight.step, weight.layout.bits, device)
+    _, tile = choose(Product(spec, rows.shape[0], weight.rows, columns, rows.dtype, True), x.device)
+    assert isinstance(tile, _tuning.DotTile)
     return dot(rows, weight, bias, around, tile).reshape(*x.shape[:-1], -1)
 
 

@@ -1,4 +1,4 @@
-"""linear on CUDA: the number of rows, known only at the call, decides which way it goes (see _tuning.way).
+"""linear on CUDA: the number of rows, known only at the call, decides which way it goes (see _tables.choose).
 
 A few rows are bound by reading the weight (linear_dot and linear_few for integers, linear_gemv for all), more keep the
 tensor cores busy with codes unpacked on the way (linear_mma for integers, linear_gemm), and many are fastest as a float
@@ -7,16 +7,20 @@ weight, written once and multiplied by cuBLAS.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from qcompile.kernels import _tuning
 from qcompile.kernels._gluon import can_read
+from qcompile.kernels._tables import choose
 from qcompile.kernels._tiles import refuses_device
+from qcompile.kernels._ways import Product
 from qcompile.kernels._weight import Weight, refuses_weight
 from qcompile.kernels.dequantize_gpu import write_weight
 from qcompile.kernels.linear_dot import Around, dot
-from qcompile.kernels.linear_few import can_sum, few
+from qcompile.kernels.linear_few import few
 from qcompile.kernels.linear_gemm import gemm
 from qcompile.kernels.linear_gemv import gemv
 from qcompile.kernels.linear_mma import mma
@@ -46,23 +50,9 @@ def linear_cuda(
     rows = x.reshape(-1, columns).contiguous()
     weight = Weight.of(data, scale, zero, spec, columns)
     bias = None if bias is None else bias.contiguous()
-    device = _tuning.Device.of(x.device)
-    m, n, step = rows.shape[0], weight.rows, weight.step
-    way = _tuning.way(m, can_read(rows, weight), step, device, can_sum(rows.dtype, weight.layout))
-    if way == "dot":
-        around = Around(activation=activation)
-        y = dot(rows, weight, bias, around, _tuning.dot_tile(m, n, columns, step, weight.layout.bits, device))
-    elif way == "few":
-        y = few(rows, weight, bias, activation, _tuning.few_tile(m, n, columns, weight.layout.bits, device))
-    elif way == "mma":
-        y = mma(rows, weight, bias, activation, _tuning.mma_tile(m, n, columns, weight.layout.bits, device))
-    elif way == "gemv":
-        y = gemv(rows, weight, bias, activation, _tuning.gemv_tile(m, n, columns, step))
-    elif way == "gemm":
-        y = gemm(rows, weight, bias, activation, _tuning.gemm_tile(m, n, columns, step, rows.dtype, device))
-    else:
-        y = dequantize_and_multiply(rows, weight, bias, activation)
-    return y.reshape(shape)
+    product = Product(spec, rows.shape[0], weight.rows, columns, rows.dtype, can_read(rows, weight))
+    way, tile = choose(product, rows.device)
+    return KERNELS[way](rows, weight, bias, activation, tile).reshape(shape)
 
 
 @linear.implementation("triton", refuses)
@@ -72,16 +62,22 @@ def linear_triton(
     return linear_cuda(x, data, scale, zero, bias, spec, activation)
 
 
-def dequantize_and_multiply(x: Tensor, weight: Weight, bias: Tensor | None, activation: str | None) -> Tensor:
+def _plain_dot(x: Tensor, weight: Weight, bias: Tensor | None, activation: str | None, tile: _tuning.DotTile) -> Tensor:
+    return dot(x, weight, bias, Around(activation=activation), tile)
+
+
+def dequantize_and_multiply(
+    x: Tensor, weight: Weight, bias: Tensor | None, activation: str | None, tile: _tuning.DequantizeTile
+) -> Tensor:
     """act(x @ W.T + bias) through a float copy of a slab of weight rows at a time, which stays in the L2 cache."""
     out = x.new_empty(x.shape[0], weight.rows)
     height = weight.layout.height
-    slab = _tuning.slab_rows(weight.columns, height)
+    slab = _tuning.slab_rows(weight.columns, height, tile.slabs)
     scratch = x.new_empty(min(slab, weight.rows), weight.columns)
     for first in range(0, weight.rows, slab):
         count = min(slab, weight.rows - first)
         w, y = scratch[:count], out.narrow(1, first, count)
-        write_weight(w, weight.narrow(first, count))
+        write_weight(w, weight.narrow(first, count), tile)
         if bias is None:
             torch.mm(x, w.t(), out=y)
         else:
@@ -89,3 +85,14 @@ def dequantize_and_multiply(x: Tensor, weight: Weight, bias: Tensor | None, acti
     if activation is None:
         return out
     return ACTIVATIONS[activation](wide(out)).to(x.dtype)
+
+
+# What makes a product, by way: kernel(x, weight, bias, activation, tile).
+KERNELS: dict[str, Callable[..., Tensor]] = {
+    "dot": _plain_dot,
+    "few": few,
+    "mma": mma,
+    "gemv": gemv,
+    "gemm": gemm,
+    "dequantize": dequantize_and_multiply,
+}

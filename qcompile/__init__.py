@@ -6,6 +6,7 @@ from qcompile.config import Config
 from qcompile.errors import QCompileError
 from qcompile.quant.spec import QSpec
 from qcompile.quant.tensor import QTensor
+from qcompile.tune import tune
 
 __all__ = [
     "Config",
@@ -19,4 +20,5 @@ __all__ = [
     "optimize",
     "plan",
     "save",
+    "tune",
 ]

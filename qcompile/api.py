@@ -29,6 +29,7 @@ from qcompile.save import save
 from qcompile.save_pretrained import attach
 from qcompile.storage import Parameter, packed_parameters, packed_tensor, put
 from qcompile.stores import ActivationRounding, CacheScales
+from qcompile.tune import account, linears_of
 
 
 def plan(model: nn.Module, config: Any = None, example: Mapping[str, Any] | None = None, **options: Any) -> Plan:
@@ -93,12 +94,12 @@ def explain(model: nn.Module, reference: nn.Module | None = None, inputs: Mappin
     """
     runner = _runner(model)
     numerics = None if reference is None else _numerics(model, reference, inputs)
-    device = str(next(iter([*model.parameters(), *model.buffers()])).device)
+    device = next(iter([*model.parameters(), *model.buffers()])).device
     outcomes, config = runner.outcomes(), runner.config.to_dict()
     cached = cache_codes(model, runner.config.kv_cache) if hasattr(type(model), "generate") else None
     return Report(
-        type(model).__name__, config, device, runner.plan, outcomes, runner.eager, numerics, runner.recalled,
-        None if cached is None else str(cached),
+        type(model).__name__, config, str(device), runner.plan, outcomes, runner.eager, numerics, runner.recalled,
+        None if cached is None else str(cached), account(device, linears_of(runner.plan)),
     )  # fmt: skip
 
 

@@ -20,6 +20,9 @@ from qcompile.config import KV_CACHES, Config
 from qcompile.errors import QCompileError, StrictError
 from qcompile.evaluate import throughput
 from qcompile.explain import parameters_text, size
+from qcompile.plan import Plan
+from qcompile.quant.spec import QSpec
+from qcompile.tune import LASTS, find_gpu, linears_of, tune
 
 OK, LEFT, FAILED = 0, 1, 2
 
@@ -50,6 +53,7 @@ examples:
   qcompile generate MODEL "Why is the sky blue?"       stream an answer from the 4-bit model
   qcompile inspect MODEL                               how a checkpoint stores each parameter
   qcompile convert SRC DST --to gptq                   a quantized checkpoint in another library's format
+  qcompile tune MODEL                                  measure the fastest kernels for its linears on this GPU
   qcompile doctor                                      which kernels run on this machine, and why others do not
 
 `qcompile COMMAND --help` explains each one. Exit status: 0 fine; 1 something was left behind (--strict), or a kernel
@@ -88,6 +92,15 @@ examples:
   qcompile generate MODEL "Hello" --kv-cache i8    keys and values of the text in 8 bits
 """,
     **cli_checkpoint.EXAMPLES,
+    "tune": """
+examples:
+  qcompile tune MODEL                                          its linears at u4/g64/asym, or as its checkpoint has them
+  qcompile tune MODEL --weights i4/g128/sym --rows 1-64        a decoding step of up to 64 texts
+  qcompile tune --shape 4096 14336 --spec u4/g64/asym --spec i8/row/sym
+
+Takes some minutes. What is faster than the formulas' choices is kept in ~/.cache/qcompile/tuned, or in QCOMPILE_CACHE,
+for this GPU and these versions; every program of yours uses it. With --shape, a SPEC is that of the shapes.
+""",
     "doctor": """
 Kernels are asked in order, and the first one that does not refuse runs. MEANING is plain torch.
 """,
@@ -153,11 +166,7 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    source = models.find(options.model)
-    packed = _packed(options)
-    config = _config(options, packed)
-    model = _open(options, packed) if packed else models.skeleton(source, options.dtype, options.device)
-    plan = api.plan(model, config)
+    plan = _dry_run(options)
     if options.json:
         _write(json.dumps(plan.to_dict(), indent=1) + "\n")
     else:
@@ -167,9 +176,17 @@ def _plan(options: argparse.Namespace) -> int:
             f"{quantized} of {len(plan.entries)} parameters quantized; {size(plan.before)} -> {size(plan.after)}, "
             f"{plan.before / max(plan.after, 1):.2f} times smaller; roles from {plan.source}\n"
         )
-    if config.strict:
+    if options.strict:
         plan.insist()
     return OK
+
+
+def _dry_run(options: argparse.Namespace) -> Plan:
+    packed = _packed(options)
+    config = _config(options, packed)
+    if packed:
+        return api.plan(_open(options, packed), config)
+    return api.plan(models.skeleton(models.find(options.model), options.dtype, options.device), config)
 
 
 def _explain(options: argparse.Namespace) -> int:
@@ -209,6 +226,25 @@ def _generate(options: argparse.Namespace) -> int:
     _write("\n")
     if options.verbose:
         print(f"{reply.tokens} tokens in {reply.seconds:.1f} s, compilation included", file=sys.stderr)
+    return OK
+
+
+def _tune(options: argparse.Namespace) -> int:
+    gpu = find_gpu(options.device)
+    if (options.model is None) == (not options.shape):
+        raise QCompileError("give a MODEL, or --shape OUTPUTS INPUTS")
+    if options.shape:
+        specs = [str(QSpec.parse(spec)) for spec in options.spec or [options.weights or WEIGHTS]]
+        linears = [(spec, *shape) for spec in specs for shape in options.shape]
+    else:
+        packed = _packed(options)
+        config = _config(options, packed)
+        skeleton = (
+            _open(options, packed) if packed else models.skeleton(models.find(options.model), options.dtype, str(gpu))
+        )
+        linears = linears_of(api.plan(skeleton, config))
+    tuning = tune(linears=linears, rows=options.rows, device=gpu, progress=sys.stderr.isatty())
+    _write((json.dumps(tuning.to_dict(), indent=1) if options.json else str(tuning)) + "\n")
     return OK
 
 
@@ -332,6 +368,17 @@ def _parser() -> argparse.ArgumentParser:
     ):
         cli_checkpoint.add_arguments(name, command(name, run, summary))
 
+    made = command("tune", _tune, "measure which kernels and tiles are the fastest for linears on this GPU")
+    made.add_argument("model", nargs="?", metavar="MODEL", help=MODEL_HELP)
+    sizes: dict[str, Any] = {"nargs": 2, "type": _count, "metavar": ("OUTPUTS", "INPUTS")}
+    made.add_argument("--shape", action="append", default=[], **sizes, help="a weight, instead of a model's")
+    made.add_argument(
+        "--rows", type=_span, default=(1, LASTS[-1]), metavar="N-M", help=f"tokens in a batch (1-{LASTS[-1]})"
+    )
+    _add_config(made)
+    _add_device(made)
+    made.add_argument("--json", action="store_true", help="print JSON")
+
     made = command("doctor", _doctor, "show versions, devices, the compiler, and which kernel runs which spec")
     made.add_argument("specs", nargs="*", metavar="SPEC", help="specs to ask about (default: a selection)")
     made.add_argument("--json", action="store_true", help="print JSON")
@@ -378,3 +425,11 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
     return int(text)
+
+
+def _span(text: str) -> tuple[int, int]:
+    first, _, last = text.partition("-")
+    span = _count(first), _count(last or first)
+    if span[0] > span[1]:
+        raise argparse.ArgumentTypeError(f"{text!r} ends before it begins")
+    return span

@@ -6,7 +6,7 @@ import importlib.metadata
 import os
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from qcompile.models import fast_dtype
 from qcompile.ops.registry import MEANING, OPS
 from qcompile.quant.spec import QSpec
 from qcompile.quant.tensor import QTensor
+from qcompile.tune import account
 
 PACKAGES = ("qcompile", "torch", "triton", "transformers", "hqq", "safetensors", "gguf")
 SPECS = (
@@ -44,13 +45,14 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Findings:
-    """What was found. `asked` is whether the user named the specs."""
+    """What was found. `asked` is whether the user named the specs; `tiles` says where those of linears come from."""
 
     versions: dict[str, str]
     devices: dict[str, str]
     compiler: str | None
     kernels: tuple[Kernel, ...]
     asked: bool = False
+    tiles: dict[str, str] = field(default_factory=dict)
 
     @property
     def slow(self) -> list[Kernel]:
@@ -68,7 +70,8 @@ class Findings:
         return {**asdict(self), "ok": self.ok}
 
     def __str__(self) -> str:
-        rows = [*self.versions.items(), *self.devices.items(), ("C++ compiler", self.compiler or "found")]
+        tiles = [(f"{name} tiles", text) for name, text in self.tiles.items()]
+        rows = [*self.versions.items(), *self.devices.items(), *tiles, ("C++ compiler", self.compiler or "found")]
         kernels = tabulate(
             [
                 [k.spec, k.device, k.one, k.many, "; ".join(f"{n}: {why}" for n, why in k.refusals)]
@@ -91,7 +94,9 @@ def examine(specs: Sequence[str] = ()) -> Findings:
     names = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     compiler = _torch.compiler_available()
     kernels = tuple(_kernel(spec, name) for name in names for spec in specs or SPECS)
-    return Findings(versions(), {name: describe_device(name) for name in names}, compiler, kernels, bool(specs))
+    devices = {name: describe_device(name) for name in names}
+    tiles = {name: text for name in names if (text := account(torch.device(name))) is not None}
+    return Findings(versions(), devices, compiler, kernels, bool(specs), tiles)
 
 
 def versions() -> dict[str, str]:

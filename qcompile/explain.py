@@ -20,6 +20,7 @@ class Report:
     `numerics` is {"sqnr_db": {parameter: dB}, "kl": mean KL divergence of the logits in nats} where a reference was
     given, else None. `eager` counts the calls that ran uncompiled, by reason; `recalled` programs were on disk.
     `kv_cache` says what generate() caches keys and values as, if not as they are.
+    `tuning` says where the tiles of linears on a GPU come from.
     """
 
     model: str
@@ -31,6 +32,7 @@ class Report:
     numerics: Mapping[str, Any] | None = None
     recalled: int = 0
     kv_cache: str | None = None
+    tuning: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -71,6 +73,7 @@ class Report:
             "eager": dict(self.eager),
             "programs_from_disk": self.recalled,
             "kv_cache": self.kv_cache,
+            "tuning": self.tuning,
             "numerics": None if self.numerics is None else dict(self.numerics),
         }
 
@@ -79,6 +82,8 @@ class Report:
         for outcome in self.outcomes:
             parts += [f"program     {outcome.inputs}", _passes(outcome), _misses(outcome)]
             parts += [_kernels(outcome)]
+        if self.tuning is not None:
+            parts.append(f"tiles       {self.tuning}")
         if self.recalled:
             parts.append(f"cache       {self.recalled} of {len(self.outcomes)} programs were on disk")
         if self.eager:

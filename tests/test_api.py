@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -211,6 +212,8 @@ def test_report(tiny_llama: Make, interpreted: None) -> None:
     sites = {op["module"] for op in data["programs"][0]["ops"]}
     assert sites <= {name for name, _ in reference.named_modules()}
     assert "q_proj+k_proj+v_proj" in text and "kept: lm_head" in text and "fuse_siblings" in text
+    assert data["tuning"] is None and "tiles" not in text  # there are none to choose on a CPU
+    assert "tiles       measured" in str(replace(report, tuning="measured"))
 
 
 def test_dumps_are_byte_stable_and_show_every_step(tiny_llama: Make, interpreted: None, tmp_path) -> None:

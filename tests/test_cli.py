@@ -12,7 +12,7 @@ from qcompile import api, cli, demo, doctor, models
 from qcompile.chat import Chat
 from qcompile.evaluate import Speed
 
-COMMANDS = ["demo", "plan", "explain", "optimize", "generate", "inspect", "convert", "doctor"]
+COMMANDS = ["demo", "plan", "explain", "optimize", "generate", "inspect", "convert", "tune", "doctor"]
 
 
 @pytest.fixture

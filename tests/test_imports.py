@@ -17,7 +17,7 @@ LAYERS = [
     {"passes", "kernels", "formats", "writers", "algorithms"},
     # what is to happen, how it is stored, and the account of it
     {"installed"},
-    {"checks", "patterns", "pinned"},
+    {"checks", "patterns", "pinned", "timing"},
     {"fusing", "transformers_config", "fingerprint"},
     {"shelf"},
     {"config", "normal", "quantized_layer"},
@@ -38,7 +38,7 @@ LAYERS = [
     {"backend", "generate", "models", "conversion"},
     {"save"},
     {"save_pretrained"},
-    {"load"},
+    {"load", "tune"},
     {"api"},
     {"transformers_quantizer"},
     {"__init__"},

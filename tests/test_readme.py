@@ -66,6 +66,7 @@ def test_commands_parse() -> None:
         "generate",
         "inspect",
         "convert",
+        "tune",
         "doctor",
     }
     for words in found:

@@ -212,11 +212,13 @@ def dots(gpu: int, device: _tuning.Device) -> dict[str, Any]:
         ("eight bits", EIGHT_BITS, 1, 14336, alone),
         ("normed and gated", FOUR_BITS, 2, 4096, alone | {"GATED": True, "NORM": True}),
         ("long", FOUR_BITS, 1, 14336, alone),
+        ("wide", FOUR_BITS, 2, 4096, alone | {"GATED": True, "NORM": True}),
     )
     for name, layout, rows, columns, around in some:
         if name != "one row" and gpu not in WIDELY:
             continue
-        tile = _tuning.dot_tile(rows, 4096, columns, 16 * layout.fields, layout.bits, device)
+        outputs = 28672 if name == "wide" else 4096
+        tile = _tuning.dot_tile(rows, outputs, columns, 16 * layout.fields, layout.bits, device)
         groups = columns // layout.group if layout.group else 1
         sizes = {"ROWS": rows, "OUTPUTS": tile.outputs, "SPLIT": tile.split, "STEPS": tile.steps, "AHEAD": tile.ahead}
         lengths = {
@@ -246,7 +248,7 @@ def on_tensor_cores(gpu: int, device: _tuning.Device) -> dict[str, Any]:
         sizes |= {"ACTIVATION": "silu", "W": layout, "EVEN": layout is not THREE_BITS}
         name = f"few, {layout.bits} bits, {rows} rows"
         found[name] = compiled(linear_few._few, gpu, absent, few.warps, registers=registers, **sizes)
-    some = [(FOUR_BITS, rows) for rows in (16, 30, 64, 80, 112, 160, 256, 300)]
+    some = [(FOUR_BITS, rows) for rows in (16, 30, 48, 64, 80, 112, 160, 256, 300)]
     for layout, rows in (*some, (TWO_BITS, 16), (THREE_BITS, 200), (EIGHT_BITS, 64), (EIGHT_BITS, 160)):
         if (layout, rows) != (FOUR_BITS, 16) and gpu not in WIDELY:
             continue

@@ -1,6 +1,7 @@
 """Many rows against the meaning of `linear`, and the choice between the ways."""
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from qcompile.kernels import _tuning, linear_cuda
 from qcompile.kernels._tuning import GemmTile
+from qcompile.kernels._ways import Choice, tile_of
 from qcompile.kernels._weight import Weight
 from qcompile.kernels.linear_gemm import gemm
 from qcompile.ops.activation import ACTIVATIONS
@@ -100,7 +102,8 @@ def test_every_way_gives_the_meaning(
     assert_close: Callable[..., None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(_tuning, "way", lambda *_: way)
+    tile = partial(tile_of, way, device=_tuning.Device())
+    monkeypatch.setattr(linear_cuda, "choose", lambda product, device: Choice(way, tile(product)))
     monkeypatch.setattr(_tuning, "SLAB_ELEMENTS", 64 * 3)
     spec = "u4/g32/asym"
     q, x, bias = random_weight(spec, 7, 64, dtype), random_tensor(2, 3, 64).transpose(0, 1), random_tensor(7)
