@@ -5,14 +5,16 @@
 The text's documents are separated by blank lines. Windows of 512 tokens, the first 40 of them. For `hqq` every linear
 layer that we quantize gets the weight that hqq.core.quantize.Quantizer makes and dequantizes, in the eager model; the
 two columns should agree to the last digit or so. All in float32. Below, inputs of the same linears are rounded as well:
-`WEIGHTS+ACTIVATIONS`.
+`WEIGHTS+ACTIVATIONS`; or keys and values lie in a quantized cache, as those of generate() do: `WEIGHTS,KV_CACHE`.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from tabulate import tabulate
@@ -21,9 +23,12 @@ from torch import nn
 import qcompile
 from benchmarks.record import device_slug, record
 from qcompile import models
+from qcompile.caches import static_cache
 from qcompile.evaluate import document_tokens, perplexity
+from qcompile.ops.row_codes import CODES
 
 ROUNDED = ["i8/row/sym+i8/token/dynamic", "u4/g64/asym+i8/token/dynamic", "fp8_e4m3/row/sym+fp8_e4m3/token/dynamic"]
+CACHED = ["none,i8", "none,fp8_e4m3", "u4/g64/asym,i8"]
 
 
 def main() -> None:
@@ -32,6 +37,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--bits", type=int, nargs="+", default=[8, 4, 3, 2])
     parser.add_argument("--rounded", nargs="*", default=ROUNDED, metavar="WEIGHTS+ACTIVATIONS")
+    parser.add_argument("--cached", nargs="*", default=CACHED, metavar="WEIGHTS,KV_CACHE")
     parser.add_argument("--group", type=int, default=64)
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--windows", type=int, default=40)
@@ -43,8 +49,8 @@ def main() -> None:
     tokens = document_tokens(options.text.read_text("utf-8"), models.load_tokenizer(source))
     model = models.load(source, options.dtype)
 
-    def measure(candidate: nn.Module, device: str) -> str:
-        found = perplexity(candidate.to(device), tokens, options.window, options.windows)
+    def measure(candidate: nn.Module, device: str, cache: Callable[[], Any] | None = None) -> str:
+        found = perplexity(candidate.to(device), tokens, options.window, options.windows, cache)
         print(f"{device} {found:.4f}", flush=True)
         return f"{found:.2f}"
 
@@ -61,6 +67,12 @@ def main() -> None:
         weights, _, activations = both.partition("+")
         print(both, flush=True)
         rows.append([both, "", *(compiled(model, weights, device, measure, activations) for device in options.device)])
+    for both in options.cached:
+        weights, _, element = both.partition(",")
+        print(both, flush=True)
+        spec = None if weights == "none" else weights
+        name = f"{'float' if spec is None else spec}, {element} cache"
+        rows.append([name, "", *(over_cache(model, spec, d, measure, element, options.window) for d in options.device)])
     headers = ["weights", f"hqq, eager on {first}", *(f"qcompile on {device}" for device in options.device)]
     body = tabulate(rows, headers, tablefmt="github", disable_numparse=True)
     note = f"Perplexity over {options.windows} windows of {options.window} tokens, {options.dtype}."
@@ -77,6 +89,12 @@ def main() -> None:
 def compiled(model: nn.Module, spec: str | None, device: str, measure, activations: str | None = None) -> str:
     ours = qcompile.optimize(copy.deepcopy(model).to(device), spec, activations=activations)
     return measure(ours, device)
+
+
+def over_cache(model: nn.Module, spec: str | None, device: str, measure, element: str, window: int) -> str:
+    ours: Any = qcompile.optimize(copy.deepcopy(model).to(device), spec, kv_cache=element)
+    heads, codes = ours.forward.heads, CODES[element]
+    return measure(ours, device, lambda: static_cache(heads, window, 1, ours.dtype, ours.device, codes))
 
 
 def with_hqq_weights(model: nn.Module, spec: str, bits: int, group: int) -> nn.Module:

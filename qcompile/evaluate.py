@@ -6,7 +6,7 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,13 +27,18 @@ def document_tokens(text: str, tokenizer: Any, begin: int | None = None) -> Tens
 
 @torch.no_grad()
 def perplexity(
-    model: nn.Module, token_ids: Tensor | Sequence[int], window: int = 512, windows: int | None = None
+    model: nn.Module,
+    token_ids: Tensor | Sequence[int],
+    window: int = 512,
+    windows: int | None = None,
+    cache: Callable[[], Any] | None = None,
 ) -> float:
     """exp of the mean negative log-likelihood of a token, in float32.
 
     The row of tokens is read in consecutive windows, the first `windows` of them or all. Of each window's tokens, every
     one predicts its successor, which for the last one is the first token of the next window. So `windows` windows need
-    windows * window + 1 tokens, and every token counts once.
+    windows * window + 1 tokens, and every token counts once. `cache` makes an empty key/value cache for each window,
+    through which its tokens see one another.
     """
     ids = torch.as_tensor(token_ids).flatten()
     count = (len(ids) - 1) // window
@@ -45,7 +50,8 @@ def perplexity(
     total = 0.0
     for start in range(0, (windows or count) * window, window):
         x = ids[start : start + window + 1].to(device)
-        logits = model(input_ids=x[None, :-1], use_cache=False).logits[0].float()
+        cached = {"use_cache": False} if cache is None else {"past_key_values": cache()}
+        logits = model(input_ids=x[None, :-1], **cached).logits[0].float()
         total += float(nn.functional.cross_entropy(logits, x[1:], reduction="sum"))
     return math.exp(total / ((windows or count) * window))
 

@@ -43,6 +43,19 @@ def test_perplexity_of_a_known_distribution() -> None:
     assert perplexity(Successor(0.25), surprise, window=8, windows=2) == pytest.approx(mixed)
 
 
+def test_each_window_has_a_cache_of_its_own() -> None:
+    seen: list[Any] = []
+
+    class Cached(Successor):
+        def forward(self, input_ids: torch.Tensor, use_cache: bool = True, past_key_values: Any = None) -> Any:
+            seen.append(past_key_values)
+            return super().forward(input_ids, use_cache=True)
+
+    made = iter("abc")
+    assert perplexity(Cached(0.25), torch.arange(25) % 8, window=8, cache=lambda: next(made)) == pytest.approx(4)
+    assert seen == ["a", "b", "c"]
+
+
 def test_every_window_needs_its_tokens() -> None:
     assert perplexity(Successor(0.5), torch.arange(17) % 8, window=8, windows=2) == pytest.approx(2)
     with pytest.raises(ValueError, match="2 windows of 8 need 17 tokens, got 16"):
