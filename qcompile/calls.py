@@ -24,12 +24,14 @@ PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device, type)
 
 @dataclass
 class Flat:
-    """The tensors of a call, the key of everything else, and its caches; `cached` says which tensors are of caches."""
+    """The tensors of a call, the key of everything else, and its caches; `cached` says which tensors are of caches, and
+    `layers` which of each layer of them, with the key of its rest."""
 
     tensors: list[Tensor] = field(default_factory=list)
     key: list[Hashable] = field(default_factory=list)
     caches: list[Any] = field(default_factory=list)
     cached: set[int] = field(default_factory=set)
+    layers: list[tuple[range, list[Hashable]]] = field(default_factory=list)
 
 
 def flatten(value: Any) -> tuple[Flat, Callable[[Sequence[Any]], Any]]:
@@ -79,6 +81,7 @@ def _take_cache(cache: Any, flat: Flat) -> Callable[[Sequence[Any]], Any]:
     flat.key.append((type(cache), len(cache.layers)))
     layers, first = [], len(flat.tensors)
     for layer in cache.layers:
+        tensors, key = len(flat.tensors), len(flat.key)
         flat.key.append(type(layer))
         attributes = {}
         for name, item in sorted(vars(layer).items()):
@@ -87,6 +90,7 @@ def _take_cache(cache: Any, flat: Flat) -> Callable[[Sequence[Any]], Any]:
             flat.key.append(name)
             attributes[name] = _take(item, flat)
         layers.append((layer, attributes))
+        flat.layers.append((range(tensors, len(flat.tensors)), flat.key[key:]))
     flat.cached.update(range(first, len(flat.tensors)))
 
     def rebuild(tensors: Sequence[Any]) -> Any:
@@ -129,6 +133,11 @@ def why_not_traceable(cache: Any) -> str | None:
 def is_unallocated(cache: Any) -> bool:
     """Whether this is a static cache that has not been given its memory yet."""
     return any(type(layer) in _static_layers() and not layer.is_initialized for layer in cache.layers)
+
+
+def is_static(cache: Any) -> bool:
+    """Whether a call writes to this cache's own memory, and changes nothing else of it."""
+    return bool(cache.layers) and all(type(layer) in _static_layers() for layer in cache.layers)
 
 
 def _static_layers() -> tuple[type, ...]:

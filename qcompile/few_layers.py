@@ -6,6 +6,7 @@ import copy
 import functools
 from collections import Counter, OrderedDict
 from collections.abc import Collection
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
@@ -20,9 +21,9 @@ _CONTENTS = ("_parameters", "_buffers", "_modules", _NUMBER)
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 
 
-def few_layers(model: nn.Module) -> tuple[nn.Module, dict[str, str]]:
-    """A copy of the modules, over the same tensors, whose lists keep the first and the last layer of each kind, under
-    their names; and for the path of each layer that is left out that of the first of its kind.
+def few_layers(model: nn.Module, first: int = 1) -> tuple[nn.Module, dict[str, str]]:
+    """A copy of the modules, over the same tensors, whose lists keep so many `first` layers of each kind and the last,
+    under their names; and for the path of each layer that is left out that of the first of its kind.
 
     Layers are of one kind whose modules have the same classes, equal attributes and the same types of parameters:
     plain data is equal by value, all else is equal only to itself. A list stays whole unless code shows that its layers
@@ -31,12 +32,12 @@ def few_layers(model: nn.Module) -> tuple[nn.Module, dict[str, str]]:
     twins: dict[str, str] = {}
     if any("forward" in vars(module) for module in model.modules()):  # bound to this model
         return model, twins
-    return _Thinner(model, twins).copied(model, ""), twins
+    return _Thinner(model, twins, first).copied(model, ""), twins
 
 
 class _Thinner:
-    def __init__(self, model: nn.Module, twins: dict[str, str]):
-        self._twins = twins
+    def __init__(self, model: nn.Module, twins: dict[str, str], first: int):
+        self._twins, self._first = twins, first
         self._modules = list(model.modules())
         uses = Counter(id(x) for _, x in model.named_parameters(remove_duplicate=False))
         self._tied = {x for x, times in uses.items() if times > 1}
@@ -60,7 +61,7 @@ class _Thinner:
         kinds: dict[Any, list[str]] = {}
         for (key, layer), layer_type in zip(layers._modules.items(), types, strict=True):
             kinds.setdefault((layer_type, _kind(layer, self._tied)), []).append(key)
-        out = {key: first for first, *others in kinds.values() for key in others[:-1]}
+        out = {key: keys[0] for keys in kinds.values() for key in keys[self._first : -1]}
         if not out:
             return owner
         self._twins |= {f"{path}.{key}": f"{path}.{first}" for key, first in out.items()}
@@ -116,4 +117,6 @@ def _value(x: Any) -> Any:
         return type(x), frozenset(map(_value, x))
     if type(x) is functools.partial:
         return type(x), id(x.func), _value(x.args), _value(x.keywords)
+    if is_dataclass(x) and hasattr(x, "__dict__"):
+        return type(x), _value(vars(x))
     return type(x), id(x)

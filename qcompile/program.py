@@ -17,7 +17,8 @@ from qcompile.launches import Launch, compiled_meanwhile, launches
 from qcompile.pipeline import Outcome, Pipeline
 from qcompile.regions import Parts, cut
 from qcompile.replay import Form, Replay
-from qcompile.step import Forward, capture_call
+from qcompile.step import Forward
+from qcompile.unroll import capture_unrolled
 
 # Where a module keeps a tensor: the dictionary of its parameters or buffers, and the name.
 Place = tuple[dict[str, Any], str]
@@ -88,7 +89,7 @@ class Draft:
 
 def draft_call(model: nn.Module, forward: Forward, kwargs: Mapping[str, Any], pipeline: Pipeline) -> Draft:
     """Capture and transform `forward(**kwargs)`. Raises CaptureError or UnsupportedError where it cannot."""
-    captured, _, build = capture_call(model, forward, kwargs)
+    captured, _, build = capture_unrolled(model, forward, kwargs)
     given = [each.constant if each.path is None else each.path for each in captured.inputs]
     weights = [each for each in given if each is not None]
     # torch.export lists weights first and the caller's tensors last, in the order they were given.
@@ -123,7 +124,7 @@ def _ties(model: nn.Module) -> list[tuple[Place, Place]]:
 
 def preview_call(model: nn.Module, forward: Forward, kwargs: Mapping[str, Any], pipeline: Pipeline) -> Outcome:
     """What the passes make of `forward(**kwargs)`, without compiling it."""
-    captured, _, _ = capture_call(model, forward, kwargs)
+    captured, _, _ = capture_unrolled(model, forward, kwargs)
     fakes = [fake for given, fake in zip(captured.inputs, captured.fakes, strict=True) if given.user is not None]
     return pipeline.transform(captured.gm, describe(kwargs, fakes))
 

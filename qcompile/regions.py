@@ -21,6 +21,9 @@ from qcompile.graph.alias import storage, writers
 from qcompile.graph.match import is_input, value
 from qcompile.graph.repeat import Stretch, externals, find_repeat
 
+# Each symbol among the inputs' sizes and strides: how to ask an input for it, and its number.
+Symbols = dict[Any, tuple[str, torch.SymInt]]
+
 
 @dataclass(frozen=True)
 class Region:
@@ -82,7 +85,7 @@ def cut(gm: GraphModule, fakes: Sequence[Any]) -> Parts:
     return Parts(graphs, _driver(gm, regions, sizes), constants)
 
 
-def _regions(graph: Graph, sizes: dict[Any, tuple[Node, int]]) -> list[Region]:
+def _regions(graph: Graph, sizes: Symbols) -> list[Region]:
     stretches = find_repeat(graph)
     if not stretches:
         return []
@@ -107,7 +110,7 @@ def _seen_outside(part: Stretch) -> list[int]:
     return [i for i, node in enumerate(part) if any(user not in inside for user in node.users)]
 
 
-def _stands_alone(region: Region, sizes: dict[Any, tuple[Node, int]]) -> bool:
+def _stands_alone(region: Region, sizes: Symbols) -> bool:
     """Whether tensors and numbers pass in and out, of sizes that the inputs tell, and what it writes to is one whole
     input."""
     inside, passed = set(region.nodes), [value(node) for node in (*region.inputs, *region.outputs)]
@@ -122,17 +125,19 @@ def _stands_alone(region: Region, sizes: dict[Any, tuple[Node, int]]) -> bool:
     )
 
 
-def _symbols(graph: Graph, fakes: Sequence[Any]) -> dict[Any, tuple[Node, int]]:
-    """Each symbolic size with an input and the dimension where it is found."""
-    found: dict[Any, tuple[Node, int]] = {}
+def _symbols(graph: Graph, fakes: Sequence[Any]) -> Symbols:
+    found: Symbols = {}
     for node, fake in zip(graph.find_nodes(op="placeholder"), fakes, strict=True):
-        for dim, size in enumerate(fake.shape if isinstance(fake, Tensor) else ()):
-            if isinstance(size, torch.SymInt) and size.node.expr.is_symbol:
-                found.setdefault(size.node.expr, (node, dim))
+        if isinstance(fake, Tensor):
+            given = [(f"{node.name}.shape[{dim}]", size) for dim, size in enumerate(fake.shape)]
+            given += [(f"{node.name}.stride({dim})", stride) for dim, stride in enumerate(fake.stride())]
+            for text, number in given:
+                if isinstance(number, torch.SymInt) and number.node.expr.is_symbol:
+                    found.setdefault(number.node.expr, (text, number))
     return found
 
 
-def _free(part: Stretch, sizes: dict[Any, tuple[Node, int]]) -> list[Any]:
+def _free(part: Stretch, sizes: Symbols) -> list[Any]:
     """The symbols among the sizes of all that a stretch reads and makes."""
     used = {symbol for number in _sizes(part) for symbol in number.node.expr.free_symbols}
     return [symbol for symbol in sizes if symbol in used]
@@ -153,14 +158,11 @@ def _numbers(val: Any) -> Iterator[Any]:
             yield from _numbers(part)
 
 
-def _module(
-    gm: GraphModule, region: Region, sizes: dict[Any, tuple[Node, int]], mode: Any
-) -> tuple[GraphModule, list[Any]]:
+def _module(gm: GraphModule, region: Region, sizes: Symbols, mode: Any) -> tuple[GraphModule, list[Any]]:
     """The region as a graph of its own, and the types of its inputs: sizes first."""
     graph, types = Graph(), []
     for symbol in region.symbols:
-        node, dim = sizes[symbol]
-        types.append(value(node).shape[dim])
+        types.append(sizes[symbol][1])
         graph.placeholder(_size_name(symbol)).meta["val"] = types[-1]
     twin = {}
     for node in region.inputs:
@@ -195,13 +197,13 @@ def _fresh(val: Any, mode: Any) -> Any:
         return torch.empty_strided(val.shape, val.stride(), dtype=val.dtype, device=val.device)
 
 
-def _driver(gm: GraphModule, regions: Sequence[Region], sizes: dict[Any, tuple[Node, int]]) -> str:
+def _driver(gm: GraphModule, regions: Sequence[Region], sizes: Symbols) -> str:
     """The text of a function that calls the regions one by one, and lets go of values that no later one reads."""
     inputs = gm.graph.find_nodes(op="placeholder")
     last = {node: index for index, region in enumerate(regions) for node in region.inputs}
     (end,) = gm.graph.find_nodes(op="output")
     last |= dict.fromkeys(end.all_input_nodes, len(regions))
-    lines = [f"    {_size_name(symbol)} = {node.name}.shape[{dim}]" for symbol, (node, dim) in sizes.items()]
+    lines = [f"    {_size_name(symbol)} = {text}" for symbol, (text, _) in sizes.items()]
     for index, region in enumerate(regions):
         given = ", ".join([*map(_size_name, region.symbols), *(node.name for node in region.inputs)])
         results = "".join(f"{node.name}, " for node in region.outputs)

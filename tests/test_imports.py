@@ -25,7 +25,7 @@ LAYERS = [
     {"storage"},
     {"layer_loop"},
     {"step", "caches", "few_layers"},
-    {"roles"},
+    {"roles", "unroll"},
     {"plan"},
     {"pipeline"},
     {"explain"},
