@@ -29,7 +29,8 @@ from qcompile.save import save
 from qcompile.save_pretrained import attach
 from qcompile.storage import Parameter, packed_parameters, packed_tensor, put
 from qcompile.stores import ActivationRounding, CacheScales
-from qcompile.tune import account, linears_of
+from qcompile.tune import linears_of
+from qcompile.tuned import account
 
 
 def plan(model: nn.Module, config: Any = None, example: Mapping[str, Any] | None = None, **options: Any) -> Plan:

@@ -18,7 +18,7 @@ from qcompile.models import fast_dtype
 from qcompile.ops.registry import MEANING, OPS
 from qcompile.quant.spec import QSpec
 from qcompile.quant.tensor import QTensor
-from qcompile.tune import account
+from qcompile.tuned import account
 
 PACKAGES = ("qcompile", "torch", "triton", "transformers", "hqq", "safetensors", "gguf")
 SPECS = (

@@ -16,6 +16,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -44,6 +46,8 @@ class Bench:
     def __init__(self, device: torch.device, copies: int | None = None):
         self.device, self.copies = device, copies
         self.held: tuple[Any, list[Weight]] = None, []
+        self.known: dict[Any, bool] = {}  # do kernels compile?
+        self.idle: list[subprocess.Popen[str]] = []  # processes that wait for some
 
     def us(self, product: Product, choice: Choice) -> float:
         """The median time of one product. `dot` has a norm in front every other time, as in a decoding step."""
@@ -82,20 +86,31 @@ class Bench:
         self.held = None, []
         torch.cuda.empty_cache()
 
+    def close(self) -> None:
+        """End the processes that compile."""
+        while self.idle:
+            _end(self.idle.pop())
+
     def compile(self, trials: Sequence[Trial], tick: Callable[[], object]) -> set[Trial]:
         """Those that compile and launch. `tick` is called for each."""
-        alike: dict[Any, list[Trial]] = {}
-        for trial in trials:
-            alike.setdefault(_kernel(*trial), []).append(trial)
-        self.release()
+        new = {key: trial for trial in trials if (key := _kernel(*trial)) not in self.known}
+        self.release()  # its memory is theirs
         free, _ = torch.cuda.mem_get_info(self.device)
-        count = max(1, min(PROCESSES, len(alike), (os.cpu_count() or 2) - 1, free // PROCESS_BYTES))
-        todo: queue.SimpleQueue[list[Trial]] = queue.SimpleQueue()
-        for same in alike.values():
-            todo.put(same)
+        count = max(1, min(PROCESSES, len(new), (os.cpu_count() or 2) - 1, len(self.idle) + free // PROCESS_BYTES))
+        todo: queue.SimpleQueue[tuple[Any, Trial]] = queue.SimpleQueue()
+        for item in new.items():
+            todo.put(item)
         with ThreadPoolExecutor(count) as pool:
-            done = list(pool.map(lambda _: list(_compile_apart(todo, self.device, tick)), range(count)))
-        return {trial for part in done for trial in part}
+            try:
+                for part in pool.map(lambda _: dict(_compile_apart(todo, self.device, self.idle, tick)), range(count)):
+                    self.known |= part
+            finally:  # where somebody interrupts it, nothing more is begun
+                with suppress(queue.Empty):
+                    while True:
+                        todo.get_nowait()
+        for _ in range(len(trials) - len(new)):
+            tick()
+        return {trial for trial in trials if self.known[_kernel(*trial)]}
 
     def _x(self, product: Product) -> Tensor:
         return torch.randn(product.rows, product.inputs, device=self.device, dtype=product.dtype)
@@ -141,7 +156,8 @@ def _random_weights(
     spec: str, rows: int, columns: int, dtype: torch.dtype, device: torch.device, copies: int | None
 ) -> list[Weight]:
     """Equal weights at places of their own, of finite numbers; a row times normal ones is about 1."""
-    parsed = QSpec.parse(spec)
+    # Scales that are quantized themselves are unpacked before the kernel.
+    parsed = replace(QSpec.parse(spec), scale_spec=None, zero_spec=None)
     element, groups, some = parsed.element, parsed.scale_shape(rows, columns), min(rows, 1024)
     numbers = element.decode(torch.arange(element.levels, dtype=torch.uint8, device=device), torch.float32)
     finite = numbers.isfinite()
@@ -182,31 +198,40 @@ def _kernel(product: Product, choice: Choice) -> tuple[Any, ...]:
 
 
 def _compile_apart(
-    todo: queue.SimpleQueue[list[Trial]], device: torch.device, tick: Callable[[], object]
-) -> Iterator[Trial]:
-    """Have a process compile what there is to do; those that it could."""
+    todo: queue.SimpleQueue[tuple[Any, Trial]],
+    device: torch.device,
+    idle: list[subprocess.Popen[str]],
+    tick: Callable[[], object],
+) -> Iterator[tuple[Any, bool]]:
+    """Have a process, an idle one if there is any, compile what there is to do: could it?"""
     process = None
+    while True:
+        try:
+            key, trial = todo.get_nowait()
+        except queue.Empty:
+            break
+        process = process or _any_of(idle) or _start(device)
+        answer = _ask(process, trial)
+        if not answer:  # it has ended
+            _end(process)
+            process = None
+        # What it has no memory for is not what cannot be compiled.
+        yield key, answer in ("compiled", torch.OutOfMemoryError.__name__)
+        tick()
+    if process is not None:
+        idle.append(process)
+
+
+def _any_of(idle: list[subprocess.Popen[str]]) -> subprocess.Popen[str] | None:
     try:
-        while True:
-            try:
-                same = todo.get_nowait()
-            except queue.Empty:
-                return
-            process = process or _start(device)
-            answer = _ask(process, same[0])
-            if not answer:  # it has ended
-                process.kill()
-                process.wait()
-                process = None
-            # What it has no memory for is not what cannot be compiled.
-            if answer in ("compiled", torch.OutOfMemoryError.__name__):
-                yield from same
-            for _ in same:
-                tick()
-    finally:
-        if process is not None:
-            process.kill()
-            process.wait()
+        return idle.pop()
+    except IndexError:
+        return None
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    process.wait()
 
 
 def _start(device: torch.device) -> subprocess.Popen[str]:

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
 import torch
-from tabulate import tabulate
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -30,6 +29,7 @@ from qcompile.plan import Plan, make_plan
 from qcompile.quant.spec import QSpec
 from qcompile.runtime import runner_of
 from qcompile.timing import Bench, Trial
+from qcompile.tuned import Linear, Measured, Tuning, linear_of, name
 
 log = logging.getLogger(__name__)
 
@@ -40,87 +40,8 @@ RANGES = tuple((last + 1, next) for last, next in zip((0, *LASTS), LASTS))
 WORTH = 1.03
 NEAR_ENOUGH = 1.03
 
-# A weight: (spec, outputs, inputs).
-Linear = tuple[str, int, int]
 # The first and last number of rows.
 Range = tuple[int, int]
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Rows `first` to those of the product `last`: µs for both, before and after; and the choice, `changed` if new."""
-
-    last: Product
-    first: int
-    choice: Choice
-    before: tuple[float, float]
-    after: tuple[float, float]
-    changed: bool
-
-    @property
-    def span(self) -> _tables.Span:
-        return self.last.spec, self.last.outputs, self.last.inputs, self.first, self.last.rows
-
-    @property
-    def entry(self) -> Entry | None:
-        if not self.changed:
-            return None
-        return Entry.of(self.last, self.first, self.choice, us=self.after[1], before=self.before[1])
-
-    def to_dict(self) -> dict[str, Any]:
-        spec, outputs, inputs, first, last = self.span
-        way, tile = self.choice
-        return {
-            **{"spec": spec, "outputs": outputs, "inputs": inputs, "rows": [first, last], "way": way},
-            **{"tile": vars(tile), "before_us": self.before, "after_us": self.after, "changed": self.changed},
-        }
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """What was measured on a GPU, which linears were skipped and why, and where the choices lie."""
-
-    gpu: str
-    rows: tuple[Measured, ...]
-    skipped: tuple[tuple[str, str], ...]
-    path: str
-
-    @property
-    def changed(self) -> list[Measured]:
-        return [row for row in self.rows if row.changed]
-
-    @property
-    def steps(self) -> list[tuple[float, Measured, Measured]]:
-        """By how much one row more takes longer where one range meets the next, the largest first."""
-        pairs = [(a, b) for a, b in zip(self.rows, self.rows[1:]) if (*a.span[:3], a.last.rows + 1) == b.span[:4]]
-        return sorted(((b.after[0] / a.after[1], a, b) for a, b in pairs), key=lambda step: -step[0])
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        rows = [row.to_dict() for row in self.rows]
-        return {"gpu": self.gpu, "path": self.path, "skipped": dict(self.skipped), "rows": rows}
-
-    def __str__(self) -> str:
-        headers = ["spec", "shape", "rows", "before µs", "after µs", "gain", "way"]
-        table = tabulate(list(map(_line, self.rows)), headers=headers, disable_numparse=True)
-        lines = [table, "", *(f"{linear}: skipped: {reason}" for linear, reason in self.skipped)]
-        changed = sum(row.changed for row in self.rows)
-        lines.append(f"{changed} of {len(self.rows)} choices changed on {self.gpu}; kept in {self.path}")
-        if self.steps:
-            step, a, b = self.steps[0]
-            where = f"{a.last.rows} to {b.first} rows of {_name(_linear(a.last))}"
-            lines.append(f"the largest step between neighbours: {step:.2f} times, from {where}")
-        return "\n".join(lines)
-
-
-def _line(row: Measured) -> list[str]:
-    spec, outputs, inputs, first, last = row.span
-    before, after = ([f"{us:.1f}" for us in times[first == last :]] for times in (row.before, row.after))
-    gain = f"{sum(row.before) / sum(row.after):.2f}" if row.changed else ""
-    way, tile = row.choice
-    sizes = ", ".join(f"{name} {count}" for name, count in vars(tile).items()) if row.changed else ""
-    rows = f"{first}-{last}" if first < last else str(last)
-    return [spec, f"{outputs}x{inputs}", rows, ", ".join(before), ", ".join(after), gain, f"{way} {sizes}".strip()]
 
 
 class Measures(Protocol):
@@ -170,7 +91,8 @@ def tune(
         raise ConfigError(f"rows={rows}: numbers of rows from 1 to {LASTS[-1]} are measured")
     if _tables.user_path(gpu) is None:
         raise UnsupportedError("QCOMPILE_CACHE is 0: there is no folder to keep what is measured in")
-    return _Tuner(Bench(gpu), gpu, ranges, progress).tune(list(wanted))
+    with closing(Bench(gpu)) as bench:
+        return _Tuner(bench, gpu, ranges, progress).tune(list(wanted))
 
 
 def linears_of(plan: Plan) -> list[Linear]:
@@ -181,17 +103,6 @@ def linears_of(plan: Plan) -> list[Linear]:
         if isinstance(first.spec, QSpec) and first.role != "embedding":
             found[str(first.spec), sum(entry.matrix[0] for entry in group), first.matrix[1]] = None
     return list(found)
-
-
-def account(device: torch.device, linears: Collection[Linear] | None = None) -> str | None:
-    """How many measured choices there are for these linears, or for any, and where; None where nothing can be tuned."""
-    if device.type != "cuda":
-        return None
-    parts = []
-    for table in _tables.tables(device):
-        count = sum(linears is None or (one.spec, one.outputs, one.inputs) in linears for one in table.entries)
-        parts += [f"{count} {'shipped' if table.path.parent == _tables.SHIPPED else f'in {table.path}'}"] * (count > 0)
-    return f"measured choices: {', '.join(parts)}" if parts else "by formula; `qcompile tune` measures"
 
 
 def find_gpu(device: torch.device | str | None) -> torch.device:
@@ -225,52 +136,48 @@ class _Tuner:
         self.able: set[Trial] = set()
 
     def tune(self, linears: Sequence[Linear]) -> Tuning:
-        rivals = self._rivals(linears)
-        self._compile([trial for each in rivals for end in self._ends(each)[:1] for trial in _trials(*end)])
         path, rows = _tables.user_path(self.gpu), []
-        with self.bar(total=len(rivals), desc="compare") as bar:
-            for linear in linears:
-                measured = []
-                with self._skipping(linear):
-                    for each in rivals:
-                        if _linear(each.last) == linear:
-                            measured.append(self._meet(each))
-                            bar.update()
-                # One weight after the other: what was measured before an interruption is there.
-                entries = [entry for row in measured if (entry := row.entry) is not None]
-                path = _tables.keep(entries, [row.span for row in measured], self.gpu)
-                rows += measured
+        for linear in linears:
+            try:
+                measured = self._measure(linear)
+            except torch.OutOfMemoryError as error:
+                self._skip(name(linear), f"out of GPU memory ({str(error).partition('.')[0]})")
+                self.bench.release()
+                continue
+            # One weight after the other: what was measured before an interruption is there.
+            entries = [entry for row in measured if (entry := row.entry) is not None]
+            path = _tables.keep(entries, [row.span for row in measured], self.gpu)
+            rows += measured
         return Tuning(_tables.gpu(self.gpu), tuple(rows), tuple(self.skipped), str(path))
 
-    def _rivals(self, linears: Sequence[Linear]) -> list[_Rivals]:
-        trials: dict[tuple[Linear, Range], list[Trial]] = {}
-        for linear in linears:
-            if reason := _refuses(linear):
-                self.skipped.append((_name(linear), reason))
-                continue
-            for span in self.ranges:
-                product = product_of(linear[0], span[1], *linear[1:], self.dtype)
-                choices = [_tables.untuned(product, self.gpu), *candidates(product, self.device)]
-                trials[linear, span] = [(product, choice) for choice in dict.fromkeys(choices)]
-        self._compile([trial for each in trials.values() for trial in each])
-        found: list[_Rivals] = []
-        with self.bar(total=sum(map(len, trials.values())), desc="measure") as bar:
-            for linear in linears:
-                of_linear = []
-                with self._skipping(linear):
-                    for (of, (first, _)), each in trials.items():
-                        if of == linear:
-                            of_linear += self._fastest(first, each)
-                            bar.update(len(each))
-                    found += of_linear
-        return found
+    def _measure(self, linear: Linear) -> list[Measured]:
+        if reason := _refuses(linear):
+            self._skip(name(linear), reason)
+            return []
+        spec, outputs, inputs = linear
+        lasts = {first: product_of(spec, last, outputs, inputs, self.dtype) for first, last in self.ranges}
+        trials = {first: self._trials(product) for first, product in lasts.items()}
+        self._compile(linear, [trial for each in trials.values() for trial in each])
+        rivals: list[_Rivals] = []
+        with self.bar(total=sum(map(len, trials.values())), desc=f"{name(linear)}: measure") as bar:
+            for first, each in trials.items():
+                rivals += self._fastest(first, each)
+                bar.update(len(each))
+        firsts = [self._ends(each)[0] for each in rivals]
+        self._compile(linear, [(product, choice) for product, *choices in firsts for choice in choices])
+        return [self._meet(each) for each in self.bar(rivals, desc=f"{name(linear)}: compare")]
+
+    def _trials(self, product: Product) -> list[Trial]:
+        """What there is to try, what would be chosen first."""
+        choices = [_tables.untuned(product, self.gpu), *candidates(product, self.device)]
+        return [(product, choice) for choice in dict.fromkeys(choices)]
 
     def _fastest(self, first: int, trials: Sequence[Trial]) -> list[_Rivals]:
         (product, before), *_ = trials
         times = {choice: self._us(product, choice) for _, choice in trials}
         best = min(times, key=times.__getitem__)
         if times[best] == math.inf:
-            self.skipped.append((f"{_name(_linear(product))}, {product.rows} rows", "nothing runs"))
+            self._skip(f"{name(linear_of(product))}, {product.rows} rows", "nothing runs")
             return []
         return [_Rivals(first, product, before, best if times[before] > WORTH * times[best] else before)]
 
@@ -317,25 +224,19 @@ class _Tuner:
         try:
             self.bench.check()
         except Exception as error:
-            where = f"{_name(_linear(product))}, {product.rows} rows, {choice}"
+            where = f"{name(linear_of(product))}, {product.rows} rows, {choice}"
             raise UnsupportedError(
                 f"{where} broke the GPU's context ({error}); what was measured of other weights before is kept"
             ) from error
         return math.inf
 
-    def _compile(self, trials: Sequence[Trial]) -> None:
+    def _compile(self, linear: Linear, trials: Sequence[Trial]) -> None:
         new = [trial for trial in dict.fromkeys(trials) if trial not in self.able]
-        with self.bar(total=len(new), desc="compile") as bar:
+        with self.bar(total=len(new), desc=f"{name(linear)}: compile") as bar:
             self.able |= self.bench.compile(new, bar.update)
 
-    @contextmanager
-    def _skipping(self, linear: Linear) -> Iterator[None]:
-        """Go on with the next weight where there is no memory for this one."""
-        try:
-            yield
-        except torch.OutOfMemoryError as error:
-            self.skipped.append((_name(linear), f"out of GPU memory ({str(error).partition('.')[0]})"))
-            self.bench.release()
+    def _skip(self, what: str, why: str) -> None:
+        self.skipped.append((what, why))
 
 
 def _refuses(linear: Linear) -> str | None:
@@ -347,16 +248,3 @@ def _refuses(linear: Linear) -> str | None:
         return refuses_weight(side, side, spec, inputs)
     except SpecError as error:
         return str(error)
-
-
-def _trials(product: Product, *choices: Choice) -> list[Trial]:
-    return [(product, choice) for choice in choices]
-
-
-def _linear(product: Product) -> Linear:
-    return product.spec, product.outputs, product.inputs
-
-
-def _name(linear: Linear) -> str:
-    spec, outputs, inputs = linear
-    return f"{spec} {outputs}x{inputs}"

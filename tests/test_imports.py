@@ -17,7 +17,7 @@ LAYERS = [
     {"passes", "kernels", "formats", "writers", "algorithms"},
     # what is to happen, how it is stored, and the account of it
     {"installed"},
-    {"checks", "patterns", "pinned", "timing"},
+    {"checks", "patterns", "pinned", "timing", "tuned"},
     {"fusing", "transformers_config", "fingerprint"},
     {"shelf"},
     {"config", "normal", "quantized_layer"},

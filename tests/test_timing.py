@@ -43,14 +43,48 @@ def test_what_does_not_compile_is_left_out(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(timing, "_start", start)
     monkeypatch.setattr(timing, "PATIENCE", 2)
-    todo: queue.SimpleQueue[list[timing.Trial]] = queue.SimpleQueue()
-    for rows in (1, 2, 1, 3, 4, 5, 1):
-        todo.put([trial(rows), trial(rows, outputs=128)])
+    todo: queue.SimpleQueue[tuple[int, timing.Trial]] = queue.SimpleQueue()
+    idle: list[subprocess.Popen[str]] = []
     ticks: list[int] = []
-    able = list(timing._compile_apart(todo, torch.device("cpu"), lambda: ticks.append(1)))
-    assert [product.rows for product, _ in able] == [1, 1, 1, 1, 4, 4, 1, 1]
-    assert len(ticks) == 14
-    assert len(started) == 3 and all(process.poll() is not None for process in started)
+
+    def compiled(*rows: int) -> list[tuple[int, bool]]:
+        for each in rows:
+            todo.put((each, trial(each)))
+        return list(timing._compile_apart(todo, torch.device("cpu"), idle, lambda: ticks.append(1)))
+
+    assert compiled(1, 2, 1, 3, 4, 5, 1) == [
+        (1, True),
+        (2, False),
+        (1, True),
+        (3, False),
+        (4, True),
+        (5, False),
+        (1, True),
+    ]
+    assert len(ticks) == 7 and len(started) == 3 and idle == started[2:]
+    assert compiled(1) == [(1, True)] and len(started) == 3  # the idle one did it
+    assert compiled(2) == [(2, False)] and not idle
+    assert all(process.poll() is not None for process in started)
+
+
+def test_a_kernel_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[timing.Trial] = []
+
+    def ask(process: object, trial: timing.Trial) -> str:
+        asked.append(trial)
+        return "compiled" if trial[0].rows < 10 else "CompilationError"
+
+    monkeypatch.setattr(timing, "_ask", ask)
+    monkeypatch.setattr(timing, "_start", lambda device: subprocess.Popen(["true"]))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (80 << 30, 80 << 30))
+    bench, ticks = timing.Bench(torch.device("cpu")), []
+    trials = [trial(3), trial(5), trial(16), trial(3, splits=2)]
+    assert bench.compile(trials, lambda: ticks.append(1)) == {trials[0], trials[1], trials[3]}
+    assert len(asked) == 3 and len(ticks) == 4
+    assert bench.compile([*trials, trial(7)], lambda: ticks.append(1)) == {trials[0], trials[1], trials[3], trial(7)}
+    assert len(asked) == 3
+    bench.close()
+    assert not bench.idle
 
 
 def test_serving(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -95,7 +129,15 @@ def test_equal_kernels_are_compiled_once() -> None:
 
 @pytest.mark.parametrize(
     "spec",
-    ["u4/g64/asym", "u3/row/asym_int", "i8/tensor/sym", "fp8_e4m3/b128x128/sym", "nf4/g64/sym", "u2/g32/shift"],
+    [
+        "u4/g64/asym",
+        "u3/row/asym_int",
+        "u4/g64/asym/scale(u8/o4/asym)",
+        "i8/tensor/sym",
+        "fp8_e4m3/b128x128/sym",
+        "nf4/g64/sym",
+        "u2/g32/shift",
+    ],
 )
 def test_weights_are_finite_and_of_size_one(spec: str) -> None:
     first, second = timing._random_weights(spec, 1300, 256, torch.float32, torch.device("cpu"), 2)

@@ -16,7 +16,8 @@ from qcompile.errors import QCompileError, UnsupportedError
 from qcompile.kernels import _tables, _ways
 from qcompile.kernels._tuning import Device
 from qcompile.kernels._ways import Choice, Product, by_formula
-from qcompile.tune import RANGES, Linear, Tuning, _Tuner, account, linears_of, tune
+from qcompile.tune import RANGES, _Tuner, linears_of, tune
+from qcompile.tuned import Linear, Tuning, account
 
 GPU = torch.device("cuda", 0)
 LINEAR = "u4/g64/asym", 4096, 4096
@@ -48,6 +49,9 @@ class Clock:
 
     def release(self) -> None:
         self.released += 1
+
+    def close(self) -> None:
+        pass
 
 
 @pytest.fixture
@@ -182,6 +186,7 @@ def test_a_broken_context_ends_it(run: Callable[..., Tuning]) -> None:
     clock = Clock(us)
     with pytest.raises(UnsupportedError, match=r"u4/g64/asym 4096x8192, 32 rows, .* broke the GPU's context"):
         run(clock, [LINEAR, ("u4/g64/asym", 4096, 8192)], [(17, 32)])
+    assert _tables.choose(asked(32), GPU).tile.warps == 8 != by_formula(asked(32), H100).tile.warps
 
 
 def test_weights_without_kernels_are_skipped(run: Callable[..., Tuning]) -> None:
