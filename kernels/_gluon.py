@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 from torch import Tensor
 
-from qcompile.kernels._tiles import INTERPRET, activate, constexpr_function, plane_words
+from qcompile.kernels._tiles import INTERPRET, activate, constexpr_function
 from qcompile.kernels._weight import Layout, Weight
 
 try:
@@ -66,43 +66,6 @@ def pick_bytes(a, b, selector):
     )
 
 
-@constexpr_function
-def pieces(layout: Layout) -> int:
-    """Pieces of 16 bytes in a chunk of the smallest plane and what belongs to it."""
-    return layout.fields * layout.bits // 8
-
-
-@gluon.jit
-def copy_words(ring, index, row, chunk, word, K, W: gl.constexpr):
-    """Begin to copy the words of each plane that belong to a chunk of the smallest one to tiles of shared memory, from
-    `index` on; `words_of` reads them, and `codes` takes them apart."""
-    FIELDS: gl.constexpr = W.fields
-    _copy_plane(ring, index, row, chunk, word, K, FIELDS, W.p0)
-    if W.p1 > 0:
-        row += plane_words(K, W.p0)
-        _copy_plane(ring, index + FIELDS * W.p0 // 8, row, chunk, word, K, FIELDS, W.p1)
-    if W.p2 > 0:
-        row += plane_words(K, W.p1)
-        _copy_plane(ring, index + FIELDS * (W.p0 + W.p1) // 8, row, chunk, word, K, FIELDS, W.p2)
-
-
-@gluon.jit
-def _copy_plane(ring, index, row, chunk, word, K, FIELDS: gl.constexpr, WIDTH: gl.constexpr):
-    COUNT: gl.constexpr = FIELDS * WIDTH // 8
-    for i in gl.static_range(COUNT):
-        at = (chunk * COUNT + i) * 4
-        begin_copy(ring.index(index + i), row + (at + word), mask=at < plane_words(K, WIDTH))
-
-
-@gluon.jit
-def words_of(ring, index, L: gl.constexpr, W: gl.constexpr):
-    """What was copied from `index` on."""
-    words = ()
-    for i in gl.static_range(pieces(W)):
-        words += (ring.index(index + i).load(L),)
-    return words
-
-
 @gluon.jit
 def codes(words, FIELD: gl.constexpr, W: gl.constexpr, IN_PLACE: gl.constexpr = False):
     """Unit FIELD of a chunk in byte form (see _tiles.py); in place, those of a single plane, where they lie in their
@@ -134,17 +97,6 @@ def _field(words, FIRST: gl.constexpr, FIELD: gl.constexpr, WIDTH: gl.constexpr,
 def _signed(word: int) -> int:
     """As a constant of 32 bits that Triton does not widen."""
     return word - (1 << 32) if word >= 1 << 31 else word
-
-
-@gluon.jit
-def load_sides(row, chunk, K, W: gl.constexpr, SHARING: gl.constexpr):
-    """Scales or zero points of a chunk, one for every SHARING units; nothing where the whole row has but one."""
-    FIELDS: gl.constexpr = W.fields
-    sides = ()
-    if W.group != 0:
-        for first in gl.static_range(0, FIELDS, SHARING):
-            sides += (gl.load(row + gl.minimum((chunk * FIELDS + first) * 16, K - 1) // W.group),)
-    return sides
 
 
 @gluon.jit

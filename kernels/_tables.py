@@ -31,8 +31,8 @@ log = logging.getLogger(__name__)
 
 FORMAT = 1
 SHIPPED = Path(__file__).parent / "tables"
-# What goes with the number of rows, also inside an entry's range, and is left to formulas.
-OF_A_CALL = ("tokens", "warp_groups")
+# What goes with the weight or with the number of rows, also inside an entry's range, and is left to formulas.
+OF_A_CALL = ("tokens", "warp_groups", "words", "late")
 
 
 # (spec, outputs, inputs, first number of rows, last).

@@ -130,7 +130,8 @@ def fits(choice: Choice, product: Product, device: Device) -> bool:
     if any(count != power_of_two(count) for name, count in counts.items() if name not in ANY_COUNT):
         return False
     if isinstance(tile, DotTile):
-        row_bytes = cdiv(cdiv(product.inputs, step), 32 * tile.split) * 32 * tile.split * step * layout.bits // 8
+        codes = 32 * tile.split * step * tile.words // 4
+        row_bytes = cdiv(product.inputs, codes) * codes * layout.bits // 8
         held = tile.outputs * row_bytes * min(tile.ahead, tile.steps)
         return tile.split <= tile.warps and tile.ahead <= tile.steps and held <= shared - (16 << 10)
     if isinstance(tile, FewTile):

@@ -221,6 +221,7 @@ def dots(gpu: int, device: _tuning.Device) -> dict[str, Any]:
         tile = _tuning.dot_tile(rows, outputs, columns, 16 * layout.fields, layout.bits, device)
         groups = columns // layout.group if layout.group else 1
         sizes = {"ROWS": rows, "OUTPUTS": tile.outputs, "SPLIT": tile.split, "STEPS": tile.steps, "AHEAD": tile.ahead}
+        sizes |= {"WORDS": tile.words, "LATE": tile.late}
         lengths = {
             "K": columns,
             "DATA_STRIDE": columns * layout.bits // 128,

@@ -38,6 +38,10 @@ CASES = [
         ("u7/tensor/asym", 1, 3, 272),
         ("u4/g32/shift", 2, 3, 160),
         ("u2/row/shift", 1, 3, 208),
+        ("u3/g64/asym_int", 1, 66, 4096),
+        ("u1/g16/asym", 1, 18, 1024),
+        ("u2/g32/asym", 1, 5, 14336),
+        ("u7/g64/asym", 1, 17, 1152),
     ),
 ]
 HALVES = (torch.float16, torch.bfloat16)
@@ -77,6 +81,10 @@ def test_bias_and_activation(
         DotTile(4, 2, 8),
         DotTile(4, 4, 4, 3, 2),
         DotTile(2, 2, 4, 16, 3),
+        DotTile(16, 4, 4, words=1, late=True),
+        DotTile(4, 2, 4, 3, 2, words=1, late=True),
+        DotTile(8, 8, 8, 2, 2, words=2, late=True),
+        DotTile(32, 1, 2, words=2),
     ],
     ids=str,
 )
