@@ -86,6 +86,29 @@ INLINE void fetch_row(const char* at, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i);
 }
 
+// The sum of each vector. Of three and four side by side: one after the other they take 1.06 times as long over a cache
+// of 4096 keys in int8 (32 heads over 8, 64 columns, Zen 4).
+template <int M> INLINE void sums(const f32x16* v, float* to) {
+#ifdef HAS_AVX512
+    if constexpr (M == 3 || M == 4) {
+        __m512 pairs[2];
+        for (int i = 0; i < 2; i++) {
+            const __m512 a = bits_of<__m512>(v[2 * i]), b = bits_of<__m512>(v[std::min(2 * i + 1, M - 1)]);
+            pairs[i] = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+        }
+        const __m512 low = _mm512_shuffle_ps(pairs[0], pairs[1], 0x44), high = _mm512_shuffle_ps(pairs[0], pairs[1], 0xee);
+        const __m512 all = _mm512_add_ps(low, high);
+        const __m256 upper = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(all), 1));
+        const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), upper);
+        float each[4];
+        store(each, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+        std::copy_n(each, M, to);
+        return;
+    }
+#endif
+    for (int m = 0; m < M; m++) to[m] = sum(v[m]);
+}
+
 // scores[m * room + n] = sum of query row m times key n
 template <int KIND, int M>
 void multiply_keys(const float* query, const char* key, int64_t stride, int64_t width, int64_t count, float* scores,
@@ -104,7 +127,9 @@ void multiply_keys(const float* query, const char* key, int64_t stride, int64_t 
             k[0] = load_row<KIND>(key, c);
             for (int m = 0; m < M; m++) total[m] = multiply_add(k[0], load<f32x16>(query + m * width + c), total[m]);
         }
-        for (int m = 0; m < M; m++) scores[m * room + n] = sum(total[m]);
+        float each[M];
+        sums<M>(total, each);
+        for (int m = 0; m < M; m++) scores[m * room + n] = each[m];
     }
 }
 
