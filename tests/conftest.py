@@ -12,6 +12,8 @@ from pathlib import Path
 
 # What torch keeps of operators on fake tensors pays in models of many like layers, not in graphs as small as here.
 os.environ.setdefault("TORCH_FAKE_TENSOR_DISPATCH_CACHE", "0")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers share the cores
 
 import pytest
 import torch

@@ -51,7 +51,7 @@ def test_two_set_ups(monkeypatch: pytest.MonkeyPatch) -> None:
     commands = dict(re.findall(r"^<!-- (\w+) -->\n```bash\n(.*?)\n```$", TEXT, re.M | re.S))
     assert set(commands) == {"demo", "tests"}
     assert commands["demo"].endswith("&& qcompile demo") and models.DEMO_INSTALL in commands["demo"]
-    assert commands["tests"].endswith("&& pytest")
+    assert commands["tests"].endswith("&& pytest -n auto")
     assert all("torch" not in command for command in commands.values())
 
 
