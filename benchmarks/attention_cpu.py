@@ -42,7 +42,8 @@ def main() -> None:
     body = tabulate(rows, ["model", "keys", *times], tablefmt="github", disable_numparse=True)
     if options.record:
         threads = torch.get_num_threads()
-        note = f"The least of {options.rounds} rounds, on a machine that others may share; threads: {threads}; queries in bfloat16, a mask of ones."
+        note = f"The least of {options.rounds} rounds, on a machine that others may share; threads: {threads}; "
+        note += "queries in bfloat16, a mask of ones."
         record(f"attention-cpu-{device_slug('cpu')}", "Attention of one token on the CPU", f"{note}\n\n{body}", "cpu")
     print(body)
 
