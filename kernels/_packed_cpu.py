@@ -27,6 +27,7 @@ SOURCES = (
     "dequantize.h",
     "few_rows_dot.h",
     "few_rows.h",
+    "panels.h",
     "many_rows.h",
     "many_codes.h",
 )

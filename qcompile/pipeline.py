@@ -54,6 +54,7 @@ KERNELS = (
     "attention_into_cache",
     "attention_codes",
     "attention_cpu",
+    "attention_prompt_cpu",
     "chain_cpu",
     "inductor",
     "linear_w8a8_cpu",

@@ -19,6 +19,7 @@ struct Attention {
     int mask_kind;
     float scale;
     float softcap;  // 0: scores are as they are
+    bool is_causal = false;  // of prompts, instead of a mask
     int kind, cache_kind;  // of query and out, of key and value
     int64_t parts;
     float* memory;  // of each row y of every part, then tops and sums
@@ -59,12 +60,12 @@ INLINE bool attends(const Attention& a, const char* mask, int64_t n) {
     return load_some(mask, n * a.mask_strides[3], 1, a.mask_kind).piece[0][0] != (a.mask_kind == U8 ? 0 : NOTHING);
 }
 
-// Which keys any row attends to: from the first to the one behind the last.
-std::pair<int64_t, int64_t> attended(const Attention& a, int64_t b, int64_t kv_head) {
+// Which keys any of the rows r … behind - 1 attends to: from the first to the one behind the last.
+std::pair<int64_t, int64_t> attended(const Attention& a, int64_t b, int64_t kv_head, int64_t r, int64_t behind) {
     if (!a.mask) return {0, a.keys};
     int64_t first = a.keys, last = 0;
     const char* before = nullptr;
-    for (int64_t r = 0; r < a.groups() * a.length; r++) {
+    for (; r < behind; r++) {
         const char* mask = a.mask_row(b, kv_head, r);
         if (mask == std::exchange(before, mask)) continue;
         const bool skips = a.mask_strides[3] == 1;
@@ -233,7 +234,7 @@ void attend(Attention& a, int64_t thread) {
     float *ys = a.memory, *tops = ys + heads * rows * parts * a.value_width, *sums = tops + heads * rows * parts;
     for (int64_t i, behind; a.shares.take(thread, i, behind);) {
         const int64_t head = i / parts, part = i % parts, b = head / a.kv_heads, kv_head = head % a.kv_heads;
-        const auto [low, high] = attended(a, b, kv_head);
+        const auto [low, high] = attended(a, b, kv_head, 0, rows);
         const int64_t each = (std::max<int64_t>(0, high - low) + parts - 1) / parts;
         const int64_t first = std::min(low + part * each, high), last = std::min(first + each, high);
         for (int64_t r = 0; r < rows;) {

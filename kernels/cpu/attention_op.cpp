@@ -1,4 +1,4 @@
-// attend_cpu of attention_cpu.py, called by torch without Python in between.
+// attend_cpu of attention_cpu.py and attend_prompt of attention_prompt_cpu.py, called by torch without Python in between.
 
 #include <stdexcept>
 
@@ -10,8 +10,9 @@ void set_strides(int64_t* to, const Tensor& t, int count) {
     for (int i = 0; i < count; i++) to[i] = t.size(i) == 1 ? 0 : t.stride(i);
 }
 
-Tensor attend_cpu(Tensor query, Tensor key, Tensor value, std::optional<Tensor> mask, double scale,
-                  std::optional<double> softcap, std::optional<Tensor> key_scale, std::optional<Tensor> value_scale) {
+Attention attention_of(const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& mask,
+                       double scale, std::optional<double> softcap, const std::optional<Tensor>& key_scale = {},
+                       const std::optional<Tensor>& value_scale = {}) {
     auto floats = [](auto& scale) { return scale ? (const float*)scale->data_ptr() : nullptr; };
     Attention a = {query.data_ptr(), key.data_ptr(), value.data_ptr(), mask ? mask->data_ptr() : nullptr,
                    floats(key_scale), floats(value_scale), nullptr,
@@ -30,18 +31,65 @@ Tensor attend_cpu(Tensor query, Tensor key, Tensor value, std::optional<Tensor> 
     a.kind = kind_of(query), a.cache_kind = kind_of_rows(key, a.key_scale);
     if (a.kind < 0 || a.kind == U8 || a.cache_kind < 0 || a.cache_kind != kind_of_rows(value, a.value_scale) ||
         (!key_scale && a.kind != a.cache_kind) || (mask && a.mask_kind < 0))
-        throw std::runtime_error("attend_cpu: float32, bfloat16, float16, codes and masks of floats or bool are handled");
+        throw std::runtime_error("attention: float32, bfloat16, float16, codes and masks of floats or bool are handled");
+    return a;
+}
+
+int64_t threads_for(const Attention& a) {
+    return std::min<int64_t>(torch::stable::get_num_threads(), 1 + a.work() / WORK_OF_A_THREAD);
+}
+
+Tensor attend_cpu(Tensor query, Tensor key, Tensor value, std::optional<Tensor> mask, double scale,
+                  std::optional<double> softcap, std::optional<Tensor> key_scale, std::optional<Tensor> value_scale) {
+    Attention a = attention_of(query, key, value, mask, scale, softcap, key_scale, value_scale);
     const int64_t shape[] = {a.batch, a.heads, a.length, a.value_width};
     Tensor out = empty(query, shape, 4);
     if (out.numel() == 0) return out;
     a.out = out.data_ptr();
     static thread_local Scratch scratch;
-    const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), 1 + a.work() / WORK_OF_A_THREAD);
+    const int64_t threads = threads_for(a);
     char* memory = scratch.get<char>(a.bytes(threads));
     as_team(threads, [&](int64_t n) { a.begin(memory, n); }, [&](int64_t thread) { a.run(thread); });
     return out;
 }
 
+#ifdef HAS_AVX512
+// (batch, length, heads, value width)
+Tensor attend_prompt(Tensor query, Tensor key, Tensor value, std::optional<Tensor> mask, bool is_causal, double scale,
+                     std::optional<double> softcap) {
+    Attention a = attention_of(query, key, value, mask, scale, softcap);
+    a.is_causal = is_causal;
+    const int64_t shape[] = {a.batch, a.length, a.heads, a.value_width};
+    Tensor out = empty(query, shape, 4);
+    if (out.numel() == 0) return out;
+    a.out = out.data_ptr();
+    static thread_local Scratch scratch;
+    const int64_t threads = threads_for(a);
+    char* memory = scratch.get<char>(Shares::bytes(threads));
+    Shares shares;
+    int64_t positions;
+    auto begin = [&](int64_t n) {
+        positions = positions_of_piece(a, n);
+        shares.begin(memory, n, a.batch * a.kv_heads * ((a.length + positions - 1) / positions), 1);
+    };
+    as_team(threads, begin, [&](int64_t thread) { attend_pieces(a, shares, positions, thread); });
+    return out;
+}
+#endif
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(qcompile_kernels, CPU, m) { m.impl("attend_cpu", TORCH_BOX(&attend_cpu)); }
+extern "C" int has_prompts() {
+#ifdef HAS_AVX512
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+STABLE_TORCH_LIBRARY_IMPL(qcompile_kernels, CPU, m) {
+    m.impl("attend_cpu", TORCH_BOX(&attend_cpu));
+#ifdef HAS_AVX512
+    m.impl("attend_prompt", TORCH_BOX(&attend_prompt));
+#endif
+}

@@ -9,31 +9,6 @@ namespace {
 constexpr int MR = 8, VR = 3;
 constexpr int64_t TILE = VR * LANES;
 
-INLINE void transpose16(__m512i (&v)[16]) {
-    __m512i t[16];
-    for (int i = 0; i < 16; i += 2) {
-        t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
-        t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4)
-        for (int j = 0; j < 2; j++) {
-            v[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + j + 2]);
-            v[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + j + 2]);
-        }
-    for (int j = 0; j < 4; j++) {
-        t[j] = _mm512_shuffle_i32x4(v[j], v[j + 4], 0x88);
-        t[j + 4] = _mm512_shuffle_i32x4(v[j + 8], v[j + 12], 0x88);
-        t[j + 8] = _mm512_shuffle_i32x4(v[j], v[j + 4], 0xdd);
-        t[j + 12] = _mm512_shuffle_i32x4(v[j + 8], v[j + 12], 0xdd);
-    }
-    for (int j = 0; j < 4; j++) {
-        v[j] = _mm512_shuffle_i32x4(t[j], t[j + 4], 0x88);
-        v[j + 8] = _mm512_shuffle_i32x4(t[j], t[j + 4], 0xdd);
-        v[j + 4] = _mm512_shuffle_i32x4(t[j + 8], t[j + 12], 0x88);
-        v[j + 12] = _mm512_shuffle_i32x4(t[j + 8], t[j + 12], 0xdd);
-    }
-}
-
 // Blocks first … last - 1 of sixteen rows of the weight, as steps of sixteen outputs, written `stride` apart; the first
 // block begins a unit. The codes are transposed, four to a word; then each vector has a code of every row, and the
 // values are computed. Pairs are codes 0 and 2, 1 and 3 of each four.
@@ -95,13 +70,6 @@ void fill_panel(const Weight& w, int64_t n, int64_t first, int64_t last, const f
             }
         }
     }
-}
-
-template <bool PAIRS> INLINE __m512 multiply_step(__m512 sum, __m512i a, __m512i b) {
-#ifdef HAS_BF16_DOT
-    if (PAIRS) return _mm512_dpbf16_ps(sum, bits_of<__m512bh>(a), bits_of<__m512bh>(b));
-#endif
-    return _mm512_fmadd_ps(bits_of<__m512>(a), bits_of<__m512>(b), sum);
 }
 
 template <bool PAIRS, int V, int M>

@@ -148,6 +148,17 @@ INLINE bool all_are(u32x16 v, uint32_t x) {
 
 // e^x of numbers that are not positive; what float32 cannot hold is 0.
 INLINE f32x16 exponential(f32x16 x) {
+#ifdef HAS_AVX512
+    const __m512 v = bits_of<__m512>(x);
+    const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(v, _mm512_set1_ps(1.44269504f)), 0);
+    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693145752f), v);
+    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(1.42860677e-6f), r);
+    __m512 power = _mm512_set1_ps(1 / 720.0f);
+    for (float factor : {1 / 120.0f, 1 / 24.0f, 1 / 6.0f, 0.5f, 1.0f, 1.0f})
+        power = _mm512_fmadd_ps(power, r, _mm512_set1_ps(factor));
+    const __mmask16 is_large = _mm512_cmp_ps_mask(v, _mm512_set1_ps(-87.3365402f), _CMP_NLT_UQ);  // or no number
+    return bits_of<f32x16>(_mm512_maskz_scalef_ps(is_large, power, n));
+#else
     constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to an integer
     // Below ln 2^-126, where the sign makes bits large; beyond those of -inf are what is no number.
     const u32x16 bits = bits_of<u32x16>(x), is_none = (bits > 0xff800000) & 0xffffffff;
@@ -158,6 +169,7 @@ INLINE f32x16 exponential(f32x16 x) {
     for (float factor : {1 / 120.0f, 1 / 24.0f, 1 / 6.0f, 0.5f, 1.0f, 1.0f}) y = multiply_add(y, rest, splat(factor));
     const f32x16 power = bits_of<f32x16>((bits_of<u32x16>(shifted) - 0x4b400000 + 127) << 23);
     return bits_of<f32x16>(bits_of<u32x16>(y * power) & ~is_small);
+#endif
 }
 
 // ---- number formats ----

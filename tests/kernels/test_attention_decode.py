@@ -11,7 +11,6 @@ from torch import Tensor
 from qcompile.kernels import _tuning, attention_decode
 from qcompile.kernels._tuning import AttentionTile
 from qcompile.ops.attention import attention
-from qcompile.ops.registry import MEANING
 
 TILES = [AttentionTile(1, 16, 16, 4, 2), AttentionTile(4, 2, 32, 4, 1)]
 # batch, heads, kv_heads, length, keys, width, value width
@@ -135,10 +134,10 @@ def test_soft_capped_prompts(heads: Callable[..., Any], assert_close: Callable) 
     q, k, v = heads(2, 4, 2, 70, 90, 32, 16)
     mask = torch.ones(70, 90, dtype=torch.bool, device=q.device).tril(10)
     args = (q, k, v, mask, False, 0.3, 2.0)
-    assert attention.choose(*args[:6]).name == MEANING
+    assert "triton_decode" in dict(attention.choose(*args[:6]).refusals)
     choice = attention.choose(*args)
     if q.itemsize > 2:
-        assert choice.name == MEANING
+        assert "triton_decode" in dict(choice.refusals)
     else:
         assert choice.name == "triton_decode"
         assert_close(choice.function(*args), exact(q, k, v, mask, 0.3, 2.0))
