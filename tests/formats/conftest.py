@@ -46,6 +46,12 @@ def check() -> Callable[..., nn.Module]:
 
 
 @pytest.fixture
+def check_optimized(check_compiled: Callable[..., nn.Module], interpreted: None) -> Callable[..., nn.Module]:
+    """`check_compiled` without Inductor, for weights stored as others are."""
+    return check_compiled
+
+
+@pytest.fixture
 def check_compiled(check: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
     """`check`, and then optimize() must give the same logits as the eager model."""
 

@@ -34,8 +34,8 @@ def test_weights_and_logits(check: Callable, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["awq-gemm-g128", "awq-gemvfast-g64"])
-def test_compiled(check_compiled: Callable, name: str) -> None:
-    check_compiled(name, torch.float16)
+def test_optimized(check_optimized: Callable, name: str) -> None:
+    check_optimized(name, torch.float16)
 
 
 def word(codes: list[int]) -> int:

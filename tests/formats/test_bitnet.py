@@ -18,8 +18,8 @@ from qcompile.quant import tensor
 from qcompile.quant.activation import ActivationSpec
 
 
-def test_weights_and_logits(check_compiled: Callable) -> None:
-    check_compiled("bitnet-offline")
+def test_weights_and_logits(check_optimized: Callable) -> None:
+    check_optimized("bitnet-offline")
 
 
 @pytest.mark.parametrize("kind", ["bitlinear", "autobitlinear", None])

@@ -41,9 +41,12 @@ def test_weights_and_logits(check: Callable, name: str) -> None:
     check(name, torch.bfloat16)
 
 
-@pytest.mark.parametrize("name", ["ct-pack-w4-g32-asym", "ct-fp8-block"])
-def test_compiled(check_compiled: Callable, name: str) -> None:
-    check_compiled(name, torch.bfloat16)
+def test_compiled(check_compiled: Callable) -> None:
+    check_compiled("ct-fp8-block", torch.bfloat16)
+
+
+def test_optimized(check_optimized: Callable) -> None:
+    check_optimized("ct-pack-w4-g32-asym", torch.bfloat16)
 
 
 def test_a_configuration_of_the_earliest_releases(tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ from qcompile.formats.eetq import Eetq
 from qcompile.quant import tensor
 
 
-def test_weights_and_logits(check_compiled: Callable) -> None:
-    check_compiled("eetq-int8")
+def test_weights_and_logits(check_optimized: Callable) -> None:
+    check_optimized("eetq-int8")
 
 
 @pytest.mark.parametrize("name", ["weight", "qweight"])

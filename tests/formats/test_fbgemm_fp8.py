@@ -10,8 +10,8 @@ from qcompile.errors import CheckpointError
 CONFIG = {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}
 
 
-def test_weights_and_logits(check_compiled: Callable) -> None:
-    check_compiled("fbgemm-fp8")
+def test_weights_and_logits(check_optimized: Callable) -> None:
+    check_optimized("fbgemm-fp8")
 
 
 def test_inputs_are_rounded_up_to_a_bound(stored_of: Callable) -> None:

@@ -32,8 +32,8 @@ def test_a_cache_may_have_scales(tmp_path: Path) -> None:
         load(str(folder), progress=False)
 
 
-def test_compiled(check_compiled: Callable) -> None:
-    check_compiled("fp8-tensor-dynamic")
+def test_optimized(check_optimized: Callable) -> None:
+    check_optimized("fp8-tensor-dynamic")
 
 
 def floats(*shape: int) -> Tensor:

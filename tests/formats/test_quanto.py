@@ -36,8 +36,8 @@ def test_eight_bits(check: Callable, name: str, dtype: torch.dtype) -> None:
     check(name, dtype)
 
 
-def test_compiled(check_compiled: Callable) -> None:
-    check_compiled("quanto-int8-lmhead", torch.float16)
+def test_optimized(check_optimized: Callable) -> None:
+    check_optimized("quanto-int8-lmhead", torch.float16)
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("quanto-int4-g128", torch.float16), ("quanto-int4-bf16", torch.bfloat16)])

@@ -32,8 +32,8 @@ def test_weights_and_logits(check: Callable, name: str) -> None:
     check(name)
 
 
-def test_compiled(check_compiled: Callable) -> None:
-    check_compiled("quark-uint4-pergroup")
+def test_optimized(check_optimized: Callable) -> None:
+    check_optimized("quark-uint4-pergroup")
 
 
 def config(weight: Any, method: str = "reorder", **more: Any) -> dict[str, Any]:

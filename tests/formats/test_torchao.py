@@ -33,8 +33,8 @@ def test_weights_and_logits(check: Callable, name: str, dtype: torch.dtype) -> N
     check(f"torchao-{name}", dtype)
 
 
-def test_compiled(check_compiled: Callable) -> None:
-    check_compiled("torchao-int8wo", torch.bfloat16)
+def test_optimized(check_optimized: Callable) -> None:
+    check_optimized("torchao-int8wo", torch.bfloat16)
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
