@@ -96,11 +96,11 @@ def tune(
 
 
 def linears_of(plan: Plan) -> list[Linear]:
-    """The weights that a plan's linears multiply by, siblings as one, each once."""
+    """The weights that a plan's linears multiply by, siblings as one, each once; stacks of experts are not among them."""
     found = {}
     for group in plan.groups:
         first = group[0]
-        if isinstance(first.spec, QSpec) and first.role != "embedding":
+        if isinstance(first.spec, QSpec) and first.role != "embedding" and len(first.shape) == 2:
             found[str(first.spec), sum(entry.matrix[0] for entry in group), first.matrix[1]] = None
     return list(found)
 
