@@ -96,7 +96,7 @@ def tune(
 
 
 def linears_of(plan: Plan) -> list[Linear]:
-    """The weights that a plan's linears multiply by, siblings as one, each once; stacks of experts are not among them."""
+    """The weights that a plan's linears multiply by, siblings as one, each once: not embeddings, not experts."""
     found = {}
     for group in plan.groups:
         first = group[0]
