@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qcompile.kernels import _tuning, attention_decode
+from qcompile.kernels._row_codes import SMALLEST, refuses_codes
 from qcompile.kernels._tiles import (
     INTERPRET,
     cdiv,
@@ -36,10 +37,8 @@ from qcompile.kernels.attention_decode import (
 )
 from qcompile.ops.attention import attention
 from qcompile.ops.registry import known, opaque
-from qcompile.ops.row_codes import CODES, SCALE
 
 HAS_ASM = constexpr(not INTERPRET)
-SMALLEST = constexpr(torch.finfo(SCALE).smallest_normal)  # of scales
 
 
 def refuses(
@@ -56,17 +55,6 @@ def refuses(
     if any(width is None or width % 16 for width in (known(key.shape[3]), known(value.shape[3]))):
         return f"handles heads of multiples of 16 columns, not {key.shape[3]} and {value.shape[3]}"
     return attention_decode.refuses_shape(query, value, is_causal)
-
-
-def refuses_codes(codes: Tensor, scale: Tensor) -> str | None:
-    """Why no kernel takes these codes of rows and their scales, or None."""
-    if codes.dtype not in CODES.values() or scale.dtype != SCALE:
-        return f"handles codes of int8 or uint8 with scales of float32, not {codes.dtype} and {scale.dtype}"
-    if codes.dtype == torch.uint8 and not INTERPRET and torch.cuda.get_device_capability(codes.device) < (8, 9):
-        return "fp8 needs a GPU of compute capability 8.9"
-    if known(codes.stride(-1)) != 1 or known(scale.stride(-1)) != 1:
-        return "the columns of codes, or the scales of a head, are not neighbours"
-    return None
 
 
 @opaque(lambda query, key, value, *others: query.new_empty(*query.shape[:3], value.shape[3]))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from qcompile.kernels._row_codes import SMALLEST, refuses_codes
 from qcompile.kernels._tiles import (
     cdiv,
     dependent_launch,
@@ -18,7 +19,6 @@ from qcompile.kernels._tiles import (
     tl,
     triton,
 )
-from qcompile.kernels.attention_codes import SMALLEST, refuses_codes
 from qcompile.ops.registry import known, opaque
 from qcompile.ops.rope import rope_into_cache
 

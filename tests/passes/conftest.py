@@ -150,3 +150,22 @@ def siblings(side_by_side: Callable[..., None]) -> Siblings:
     module = Siblings()
     side_by_side(module.q, module.k)
     return module
+
+
+class Step(nn.Module):
+    """`function(q, k, v, cos, sin, *others)` on 4 query heads and 2 key and value heads of 8 columns."""
+
+    def __init__(self, function: Callable[..., Any]):
+        super().__init__()
+        self.function = function
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, *others: Tensor) -> Any:
+        # Sizes are written down: columns of a projection are no symbols.
+        heads = (x.view(*x.shape[:2], n, 8).transpose(1, 2) for x, n in ((q, 4), (k, 2), (v, 2)))
+        return self.function(*heads, cos.unsqueeze(1), sin.unsqueeze(1), *others)
+
+
+@pytest.fixture
+def step(graph: Callable[..., Graph]) -> Callable[..., Graph]:
+    """`step(function, q, k, v, cos, sin, *others)`: a step of attention, captured, from projections and angles."""
+    return lambda function, *inputs: graph(Step(function), *inputs)

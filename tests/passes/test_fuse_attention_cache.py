@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from qcompile.normal import normalizing_passes
 from qcompile.ops.attention import attention
@@ -15,19 +14,6 @@ from qcompile.passes.fuse_rope import FuseRope
 from qcompile.passes.fuse_rope_cache import FuseRopeCache
 
 BEFORE = (*normalizing_passes(), FuseRope(), FuseAttention(), FuseRopeCache())
-
-
-class Step(nn.Module):
-    """`function(q, k, v, cos, sin, *others)` on 4 query heads and 2 key and value heads of 8 columns."""
-
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, q, k, v, cos, sin, *others):
-        # Sizes are written down: columns of a projection are no symbols.
-        heads = (x.view(*x.shape[:2], n, 8).transpose(1, 2) for x, n in ((q, 4), (k, 2), (v, 2)))
-        return self.function(*heads, cos.unsqueeze(1), sin.unsqueeze(1), *others)
 
 
 def turned(x, cos, sin):
@@ -48,7 +34,7 @@ def inputs(length=1):
 
 
 @pytest.fixture
-def fused(graph, monkeypatch):
+def fused(step, monkeypatch):
     def run(function, length=1, reason=None, device="cpu", more=()):
         monkeypatch.setattr(attention_into_cache, "implementations", [])
 
@@ -56,7 +42,7 @@ def fused(graph, monkeypatch):
             return reason
 
         attention_into_cache.implementation("test", refuses, device=device)(attention_into_cache.meaning)
-        g = graph(Step(function), *inputs(length), *more).prepare(*BEFORE)
+        g = step(function, *inputs(length), *more).prepare(*BEFORE)
         return g, g.apply(FuseAttentionCache())
 
     return run
@@ -66,8 +52,8 @@ def reasons(result):
     return [reason for reason, _ in result.misses]
 
 
-def test_text(fused, graph, golden):
-    before = graph(Step(one), *inputs()).prepare(*BEFORE).text()
+def test_text(fused, step, golden):
+    before = step(one, *inputs()).prepare(*BEFORE).text()
     g, _ = fused(one)
     golden("passes/fuse_attention_cache", f"{before}\nbecomes\n\n{g.text()}")
 

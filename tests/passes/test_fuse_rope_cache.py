@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from qcompile.normal import normalizing_passes
 from qcompile.ops.rope import rope, rope_into_cache
@@ -31,19 +30,6 @@ def llama(q, k, v, cos, sin, keys, values, at):
     return attended(turned(q, cos, sin), keys, values, at)
 
 
-class Step(nn.Module):
-    """`function(q, k, v, cos, sin, *others)` on 4 query heads and 2 key and value heads of 8 columns."""
-
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, q, k, v, cos, sin, *others):
-        # Sizes are written down: columns of a projection are no symbols.
-        heads = (x.view(*x.shape[:2], n, 8).transpose(1, 2) for x, n in ((q, 4), (k, 2), (v, 2)))
-        return self.function(*heads, cos.unsqueeze(1), sin.unsqueeze(1), *others)
-
-
 def inputs(length=1, dtype=torch.float32, batch=2) -> Any:
     q, k, v = (torch.randn(batch, length, 8 * heads) for heads in (4, 2, 2))
     cos, sin = torch.randn(2, batch, length, 8)
@@ -52,18 +38,16 @@ def inputs(length=1, dtype=torch.float32, batch=2) -> Any:
 
 
 @pytest.fixture
-def fused(graph):
+def fused(step):
     def run(function, *tensors, **tolerance):
-        g = graph(Step(function), *(tensors or inputs())).prepare(*normalizing_passes(), FuseRope(), FuseAttention())
+        g = step(function, *(tensors or inputs())).prepare(*normalizing_passes(), FuseRope(), FuseAttention())
         return g, g.apply(FuseRopeCache(), **tolerance)
 
     return run
 
 
-def test_text(graph, golden):
-    g = graph(Step(llama), *inputs(dtype=torch.bfloat16, batch=1)).prepare(
-        *normalizing_passes(), FuseRope(), FuseAttention()
-    )
+def test_text(step, golden):
+    g = step(llama, *inputs(dtype=torch.bfloat16, batch=1)).prepare(*normalizing_passes(), FuseRope(), FuseAttention())
     before = g.text()
     g.apply(FuseRopeCache())
     golden("passes/fuse_rope_cache", f"{before}\nbecomes\n\n{g.text()}")
@@ -111,8 +95,8 @@ def quantized_inputs():
     return [*others, keys, values, at, key_scales, value_scales]
 
 
-def test_a_quantized_cache(graph):
-    g = graph(Step(quantized), *quantized_inputs())
+def test_a_quantized_cache(step):
+    g = step(quantized, *quantized_inputs())
     g.prepare(*normalizing_passes(), FuseRope(), FuseAttention(), FuseAttentionCodes())
     result = g.apply(FuseRopeCache())
     assert len(result.rewrites) == g.count(rope_into_cache.overload) == 1 and not result.misses
@@ -135,16 +119,16 @@ def other_scales(q, k, v, cos, sin, keys, values, at, key_scales, value_scales):
     return attended(turned(q, cos, sin), *rows, at)
 
 
-def test_fixed_scales(graph):
-    g = graph(Step(fixed), *quantized_inputs())
+def test_fixed_scales(step):
+    g = step(fixed, *quantized_inputs())
     g.prepare(*normalizing_passes(), FuseRope(), FuseAttention(), FuseAttentionCodes())
     result = g.apply(FuseRopeCache())
     assert len(result.rewrites) == g.count(rope_into_cache.overload) == 1 and not result.misses
     assert not {"rope", "index_copy_", "quantize_rows_by", "index_select"} & set(g.ops())
 
 
-def test_codes_by_scales_that_attention_does_not_read(graph):
-    g = graph(Step(other_scales), *quantized_inputs())
+def test_codes_by_scales_that_attention_does_not_read(step):
+    g = step(other_scales, *quantized_inputs())
     g.prepare(*normalizing_passes(), FuseRope(), FuseAttention(), FuseAttentionCodes())
     assert not g.apply(FuseRopeCache()).rewrites
 
