@@ -1,12 +1,14 @@
 """Whole models on the CPU: packed ones against torch and llama.cpp, each held against what the memory gives.
 
-    python -m benchmarks.cpu [--shape smollm2 | llama-1b] [--specs u8/g64/asym u4/g64/asym] [--record]
+    python -m benchmarks.cpu [--shape smollm2 | llama-1b] [--specs u8/g64/asym u4/g64/asym] [--activations
+        i8/token/dynamic] [--record]
 
 All have the same weights and the same threads and take turns. The read limit is that of reading 512 MB in pages of
 2 MiB with as many threads, measured between the rounds; a decoded token reads every weight once, so its bytes times
 tokens a second are held against that. llama.cpp takes part where llama-cpp-python is installed, in blocks of 4 and 8
 bits with a scale for 32 inputs; `CMAKE_ARGS=-DGGML_NATIVE=ON pip install llama-cpp-python` builds it for this machine.
 torchao takes part where it is installed: int8 weights, and int8 weights by int8 activations, through torch.compile.
+--activations adds each of qcompile's models once more, with activations rounded so.
 """
 
 from __future__ import annotations
@@ -100,6 +102,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=("smollm2", "llama-1b"), default="smollm2")
     parser.add_argument("--specs", nargs="*", default=SPECS)
+    parser.add_argument("--activations", help="such as i8/token/dynamic")
     parser.add_argument("--prompts", nargs="*", type=int, default=PROMPTS)
     parser.add_argument("--batches", nargs="*", type=int, default=BATCHES)
     parser.add_argument("--rounds", type=int, default=5)
@@ -115,6 +118,9 @@ def main() -> None:
         for spec in options.specs:
             tell(f"quantize to {spec}")
             contenders[f"qcompile {spec}"] = quantized(model, spec)
+            if options.activations:
+                rounded = quantized(model, spec, activations=options.activations)
+                contenders[f"qcompile {spec} × {options.activations.partition('/')[0]}"] = rounded
         if importlib.util.find_spec("llama_cpp") and "llama.cpp" not in options.without:
             contenders |= {f"llama.cpp {kind}": LlamaCpp(model, kind, Path(folder)) for kind in LLAMA_CPP}
         lines = measure(contenders, limit, options.prompts, options.batches, options.rounds)
@@ -162,11 +168,11 @@ def compiled(model: Any) -> nn.Module:
     return model
 
 
-def quantized(model: nn.Module, spec: str, heads: str = HEADS) -> nn.Module:
+def quantized(model: nn.Module, spec: str, heads: str = HEADS, activations: str | None = None) -> nn.Module:
     twin = copy.deepcopy(model)
     tables = [twin.get_input_embeddings(), twin.get_output_embeddings()]  # type: ignore[operator]
     specs = {name: heads for name, module in twin.named_modules() if any(module is table for table in tables)}
-    return qcompile.optimize(twin, spec, specs=specs, algorithm="rtn", progress=False)
+    return qcompile.optimize(twin, spec, specs=specs, algorithm="rtn", activations=activations, progress=False)
 
 
 class LlamaCpp:
