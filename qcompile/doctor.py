@@ -34,12 +34,14 @@ ROWS, COLUMNS = 64, 256
 
 @dataclass(frozen=True)
 class Kernel:
-    """Which implementation of `linear` runs a spec on a device for one token and for many, and who refused and why."""
+    """Which implementation of `linear` runs a spec on a device for one token and for many, and who refused and why; and
+    which one of `linear_w8a8` multiplies many tokens whose activations are rounded to i8."""
 
     spec: str
     device: str
     one: str
     many: str
+    rounded: str
     refusals: tuple[tuple[str, str], ...]
 
 
@@ -74,10 +76,10 @@ class Findings:
         rows = [*self.versions.items(), *self.devices.items(), *tiles, ("C++ compiler", self.compiler or "found")]
         kernels = tabulate(
             [
-                [k.spec, k.device, k.one, k.many, "; ".join(f"{n}: {why}" for n, why in k.refusals)]
+                [k.spec, k.device, k.one, k.many, k.rounded, "; ".join(f"{n}: {why}" for n, why in k.refusals)]
                 for k in self.kernels
             ],
-            headers=["spec of a linear", "device", "one token", "many tokens", "refused"],
+            headers=["spec of a linear", "device", "one token", "many tokens", "of i8 activations", "refused"],
         )
         return f"{tabulate(rows, tablefmt='plain')}\n\n{kernels}\n\n{self._verdict()}"
 
@@ -145,4 +147,6 @@ def _kernel(spec: str, device: str) -> Kernel:
         for rows in (1, 512)
     ]
     refusals = dict(refusal for choice in chosen for refusal in choice.refusals)
-    return Kernel(spec, device, chosen[0].name, chosen[1].name, tuple(refusals.items()))
+    x = torch.zeros(ROWS, COLUMNS, dtype=dtype, device=device)
+    rounded = OPS["linear_w8a8"].choose(x, None, "i8/token/dynamic", *sides, None, spec, None)
+    return Kernel(spec, device, chosen[0].name, chosen[1].name, rounded.name, tuple(refusals.items()))

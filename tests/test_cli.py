@@ -11,6 +11,7 @@ import torch
 from qcompile import api, cli, demo, doctor, models
 from qcompile.chat import Chat
 from qcompile.evaluate import Speed
+from qcompile.kernels import _packed_cpu as packed
 
 COMMANDS = ["demo", "plan", "explain", "optimize", "generate", "inspect", "convert", "tune", "doctor"]
 
@@ -236,13 +237,15 @@ def test_doctor_asks_about_all_kinds_of_specs() -> None:
     found = doctor.examine()
     assert {row.spec for row in found.kernels if row.device == "cpu"} == set(doctor.SPECS)
     nested = doctor.examine(["u4/g64/asym/scale(u8/o4/asym)"]).kernels[0]
+    if packed.Reader.of("u4/g64/asym", 64).many_codes is not None:
+        assert {row.spec: row.rounded for row in found.kernels if row.device == "cpu"}["u4/g64/asym"] == "cpu"
     assert nested.one == found.kernels[list(doctor.SPECS).index("u4/g64/asym")].one
 
 
 def test_verdict_of_the_doctor() -> None:
     fast, slow = (
-        doctor.Kernel("u4/row/asym", "cpu", "k", "k", ()),
-        doctor.Kernel("u4/o8/asym", "cpu", "MEANING", "k", ()),
+        doctor.Kernel("u4/row/asym", "cpu", "k", "k", "k", ()),
+        doctor.Kernel("u4/o8/asym", "cpu", "MEANING", "k", "k", ()),
     )
     assert doctor.Findings({}, {}, None, (fast, slow)).ok
     assert not doctor.Findings({}, {}, None, (fast, slow), asked=True).ok
