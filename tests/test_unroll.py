@@ -89,7 +89,9 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("make", "shape"), [(llama, (1, 1)), (llama, (3, 5)), (qwen3, (3, 1)), (quantized, (1, 5))], ids=str
+    ("make", "shape"),
+    [(llama, (1, 1)), (llama, (3, 5)), (qwen3, (3, 1)), (quantized, (1, 5))],
+    ids=lambda value: getattr(value, "__name__", str(value)),  # without the address, which each process has another of
 )
 def test_the_same_graph(make: Callable[[], nn.Module], shape: tuple[int, int], traced: list[int]) -> None:
     torch.manual_seed(0)
