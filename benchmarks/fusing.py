@@ -40,6 +40,7 @@ def main() -> None:
             row = table_row(one, length)
             log(one.name, row)
             report.add(one.name, **row)
+            report.write()  # a run that is cut off leaves what it had
     report.write()
     print(report.body())
     if options.record:
