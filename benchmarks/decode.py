@@ -100,6 +100,7 @@ def measure(one: Contender, batch: int, stream: float) -> tuple[dict[str, Any], 
     return row, replay
 
 
+@torch.no_grad()
 def kernels(replay: Callable[[], object], repeats: int = 4) -> list[dict[str, Any]]:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for _ in range(repeats):

@@ -49,7 +49,7 @@ def main() -> None:
 
 def table_row(one: Contender, length: int) -> dict[str, Any]:
     on_gpu = DEVICE.type == "cuda"
-    _, prefill = measure(one, length)
+    _, prefill, _ = measure(one, length)
     prompt = torch.randint(0, 500, (1, length), device=DEVICE)
 
     def generate(new: int) -> float:

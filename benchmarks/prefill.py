@@ -4,12 +4,14 @@
 
 Tokens a second of one call that fills a static cache and gives the last token's logits, medians. A spec that ends in
 `+i8` or `+fp8_e4m3` rounds activations by token. The first calls compile and do not count; their time is a column.
+Below, where the time of our longest prompt goes, kernel by kernel: what its sum leaves of a call is Python's.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import torch
 
 from benchmarks._gpu import Report, log
 from benchmarks._models import DEVICE, EAGER, Contender, contenders, seconds, synchronize
+from benchmarks.decode import kernels
 
 
 def main() -> None:
@@ -38,7 +41,7 @@ def main() -> None:
         row: dict[str, Any] = {"model": one.name, "first calls, s": 0.0}
         for length in options.lengths:
             try:
-                first, rate = measure(one, length)
+                first, rate, call = measure(one, length)
             except Exception as failure:  # others' failures are a line of the report, and the rest goes on
                 report.fail(one.name, f"{length} tokens: {type(failure).__name__}: {failure}"[:400])
                 continue
@@ -47,6 +50,9 @@ def main() -> None:
                 base[length] = rate
             times = f" ({rate / base[length]:.2f}×)" if length in base else ""
             row[str(length)] = f"{rate:.0f}{times}"
+            if one.name.startswith("qcompile") and DEVICE.type == "cuda" and length == max(options.lengths):
+                for kernel in kernels(call):
+                    report.add(f"{length} tokens of {one.name}, {1e3 * length / rate:.1f} ms", **kernel)
         log(row)
         report.add("tokens a second (times as fast as eager bf16)", **row)
     report.write()
@@ -56,8 +62,8 @@ def main() -> None:
 
 
 @torch.no_grad()
-def measure(one: Contender, length: int) -> tuple[float, float]:
-    """(seconds of the first call, tokens a second)."""
+def measure(one: Contender, length: int) -> tuple[float, float, Callable[[], object]]:
+    """(seconds of the first call, tokens a second, a call)."""
     prompt = torch.randint(0, 500, (1, length), device=DEVICE)
     cache = one.cache(1, length)
 
@@ -69,7 +75,7 @@ def measure(one: Contender, length: int) -> tuple[float, float]:
     start = time.perf_counter()
     call()
     synchronize()
-    return time.perf_counter() - start, length / seconds(call, 9)
+    return time.perf_counter() - start, length / seconds(call, 9), call
 
 
 if __name__ == "__main__":
