@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import functools
 from collections import Counter, OrderedDict
-from collections.abc import Collection
+from collections.abc import Mapping
 from dataclasses import is_dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -26,8 +27,9 @@ def few_layers(model: nn.Module, first: int = 1) -> tuple[nn.Module, dict[str, s
     under their names; and for the path of each layer that is left out that of the first of its kind.
 
     Layers are of one kind whose modules have the same classes, equal attributes and the same types of parameters:
-    plain data is equal by value, all else is equal only to itself. A list stays whole unless code shows that its layers
-    are called one after the other, each alike, and that their own numbers tell them only their places in a cache.
+    plain data is equal by value, all else, tensors in attributes included, is equal only to itself. A list stays whole
+    unless code shows that its layers are called one after the other, each alike, and that their own numbers tell them
+    only their places in a cache.
     """
     twins: dict[str, str] = {}
     if any("forward" in vars(module) for module in model.modules()):  # bound to this model
@@ -39,8 +41,7 @@ class _Thinner:
     def __init__(self, model: nn.Module, twins: dict[str, str], first: int):
         self._twins, self._first = twins, first
         self._modules = list(model.modules())
-        uses = Counter(id(x) for _, x in model.named_parameters(remove_duplicate=False))
-        self._tied = {x for x, times in uses.items() if times > 1}
+        self._uses = _uses(model)
 
     def copied(self, module: nn.Module, path: str) -> nn.Module:
         """`module` itself where nothing is left out."""
@@ -60,7 +61,7 @@ class _Thinner:
         types = vars(vars(owner)["config"])["layer_types"] if loop.by_type else [None] * len(layers)
         kinds: dict[Any, list[str]] = {}
         for (key, layer), layer_type in zip(layers._modules.items(), types, strict=True):
-            kinds.setdefault((layer_type, _kind(layer, self._tied)), []).append(key)
+            kinds.setdefault((layer_type, _kind(layer, self._uses)), []).append(key)
         out = {key: keys[0] for keys in kinds.values() for key in keys[self._first : -1]}
         if not out:
             return owner
@@ -76,6 +77,8 @@ class _Thinner:
     def _loop(self, owner: nn.Module, name: str, layers: nn.ModuleList) -> Loop | None:
         """How `owner` goes through all these layers, where that is plain to see and nobody else touches them."""
         loop, config = loop_over(type(owner), name), vars(owner).get("config")
+        if owner._forward_hooks or owner._forward_pre_hooks:
+            return None
         if loop is None or any(mentions(type(m), name) for m in self._modules if name not in m._modules):
             return None
         if loop.sliced and (getattr(config, "num_hidden_layers", None) or 0) < len(layers):
@@ -91,22 +94,34 @@ def _with(module: Any, children: dict[str, Any]) -> Any:
     return twin
 
 
-def _kind(layer: nn.Module | None, tied: Collection[int]) -> Any:
+def _uses(module: nn.Module) -> Counter[int]:
+    """By how many names each parameter and buffer is known."""
+    names = (module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
+    return Counter(id(x) for _, x in chain(*names))
+
+
+def _kind(layer: nn.Module | None, uses: Mapping[int, int]) -> Any:
+    """`uses` are the whole model's: what others have, too, is equal only to itself."""
     if layer is None:
         return None
+    mine, numbers = _uses(layer), {}
+
+    def held(x: Tensor | None) -> Any:
+        if x is None:
+            return None
+        number = numbers.setdefault(id(x), len(numbers))  # which names of the layer are one tensor
+        return type(x), x.dtype, x.device, x.shape, x.stride(), number, mine[id(x)] != uses[id(x)] and id(x)
+
     return tuple(
         (name, type(module))
         + tuple((key, _value(x)) for key, x in vars(module).items() if key not in _CONTENTS)
-        + tuple((key, _value(x), id(x) in tied and id(x)) for key, x in module._parameters.items())
-        + tuple((key, _value(x)) for key, x in module._buffers.items())
+        + tuple((key, held(x)) for key, x in (*module._parameters.items(), *module._buffers.items()))
         for name, module in layer.named_modules(remove_duplicate=False)
     )
 
 
 def _value(x: Any) -> Any:
     """Equal for what a forward cannot tell apart."""
-    if isinstance(x, Tensor):
-        return type(x), x.dtype, x.device, x.shape
     if type(x) in _PLAIN:
         return type(x), x
     if type(x) in (tuple, list, torch.Size):
@@ -119,4 +134,6 @@ def _value(x: Any) -> Any:
         return type(x), id(x.func), _value(x.args), _value(x.keywords)
     if is_dataclass(x) and hasattr(x, "__dict__"):
         return type(x), _value(vars(x))
+    if isinstance(x, Tensor) and x.numel() == 0:  # its type is all that it says
+        return type(x), x.dtype, x.device, x.shape
     return type(x), id(x)

@@ -31,6 +31,8 @@ def loop_over(owner: type[nn.Module], name: str) -> Loop | None:
     forward: Any = inspect.unwrap(owner.forward)
     if any(each is not forward for each in _mentioning(owner, name)) or (tree := _parsed(forward)) is None:
         return None
+    if any(_names(each.__code__, name) for each in _helpers(owner)):
+        return None
     this = forward.__code__.co_varnames[0]
     loops = [node for node in ast.walk(tree) if isinstance(node, ast.For) and _mentioned(node, name)]
     return _plain(loops[0], tree, this, name) if len(loops) == 1 == len(_mentioned(tree, name)) else None
@@ -77,21 +79,39 @@ def _is_read(given: ast.AST) -> bool:
 
 @functools.cache
 def mentions(module: type[nn.Module], name: str) -> bool:
-    """Whether a method other than __init__ names this attribute."""
-    return bool(_mentioning(module, name))
+    """Whether a method other than __init__, or a function of its file that one names, names this attribute."""
+    return bool(_mentioning(module, name)) or any(_names(each.__code__, name) for each in _helpers(module))
 
 
 @functools.cache
 def numbers_only_caches(module: type[nn.Module], number: str) -> bool:
     """Whether its methods, and the functions of their files that they name, use an attribute of this name for nothing
     but as an argument of a cache's update()."""
-    named = [f.__globals__.get(name) for f in _methods(module) for name in f.__code__.co_names]
-    helpers = [each for each in named if isinstance(each, FunctionType) and number in each.__code__.co_names]
+    helpers = [each for each in _helpers(module) if _names(each.__code__, number)]
     return all(_only_in_updates(_parsed(each), number) for each in (*_mentioning(module, number), *helpers))
 
 
 def _mentioning(module: type[nn.Module], name: str) -> list[FunctionType]:
     return [function for function in _methods(module) if _names(function.__code__, name)]
+
+
+def _helpers(module: type[nn.Module]) -> list[FunctionType]:
+    """Functions of their own files that methods name, and those that these name."""
+    left, seen = list(_methods(module)), set()
+    while left:
+        each = left.pop()
+        named = [each.__globals__.get(name) for name in _all_names(each.__code__)]
+        new = {f for f in named if isinstance(f, FunctionType) and f.__globals__ is each.__globals__} - seen
+        seen |= new
+        left += new
+    return list(seen)
+
+
+def _all_names(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            yield from _all_names(inner)
 
 
 def _methods(module: type[nn.Module]) -> Iterator[FunctionType]:

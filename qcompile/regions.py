@@ -126,14 +126,20 @@ def _stands_alone(region: Region, sizes: Symbols) -> bool:
 
 
 def _symbols(graph: Graph, fakes: Sequence[Any]) -> Symbols:
+    names = [node.name for node in graph.find_nodes(op="placeholder")]
+    given = [(name, fake) for name, fake in zip(names, fakes, strict=True) if isinstance(fake, Tensor)]
+    asked = [(f"{name}.shape[{dim}]", size) for name, fake in given for dim, size in enumerate(fake.shape)]
+    # Over a single element a stride may be anything.
+    asked += [
+        (f"{name}.stride({dim})", stride)
+        for name, fake in given
+        for dim, (stride, size) in enumerate(zip(fake.stride(), fake.shape, strict=True))
+        if not (isinstance(size, int) and size == 1)
+    ]
     found: Symbols = {}
-    for node, fake in zip(graph.find_nodes(op="placeholder"), fakes, strict=True):
-        if isinstance(fake, Tensor):
-            given = [(f"{node.name}.shape[{dim}]", size) for dim, size in enumerate(fake.shape)]
-            given += [(f"{node.name}.stride({dim})", stride) for dim, stride in enumerate(fake.stride())]
-            for text, number in given:
-                if isinstance(number, torch.SymInt) and number.node.expr.is_symbol:
-                    found.setdefault(number.node.expr, (text, number))
+    for text, number in asked:
+        if isinstance(number, torch.SymInt) and number.node.expr.is_symbol:
+            found.setdefault(number.node.expr, (text, number))
     return found
 
 

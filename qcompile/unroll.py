@@ -6,13 +6,14 @@
     %d = linear(%c, layers.3.w)                           %d = linear(%e, layers.3.w)
 
 To trace a layer takes torch a quarter of a second, to write it down a hundredth of that. Which layers give the same
-nodes is few_layers' to know.
+nodes is few_layers' to know; it reads code, which can be written to deceive it, so this is for code that is known.
 """
 
 from __future__ import annotations
 
 import copy
 import logging
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -30,6 +31,8 @@ from qcompile.step import Forward, capture_call
 
 log = logging.getLogger(__name__)
 
+# Whose code is known to tell layers apart by nothing that few_layers does not see.
+_KNOWN = ("torch.", "transformers.", "qcompile.")
 # What tells layers of one kind apart.
 _NUMBER = "layer_idx"
 
@@ -56,6 +59,8 @@ def _captured(
     few, twins = few_layers(model, first=2)
     lists = {path: list(few.get_submodule(path)._modules) for path in dict.fromkeys(map(_parent, twins))}
     flat, _ = calls.flatten(dict(kwargs))
+    if (stranger := _stranger(model)) is not None:
+        raise CaptureError(f"{stranger} may tell layers apart in ways that nobody has looked at")
     if not lists or any(len(kept) != 3 for kept in lists.values()):
         raise CaptureError("there are no layers alike, or layers of two kinds")
     if len(flat.caches) > 1 or not all(map(calls.is_static, flat.caches)):
@@ -69,6 +74,17 @@ def _captured(
     captured.gm.recompile()
     inputs = tuple(writer.inputs[node] for node in captured.gm.graph.find_nodes(op="placeholder"))
     return Captured(captured.gm, inputs), tensors, build
+
+
+def _stranger(model: nn.Module) -> str | None:
+    """Code in the model that is neither torch's nor transformers': a class, or an attention that is registered."""
+    registry: Any = getattr(sys.modules.get("transformers.modeling_utils"), "ALL_ATTENTION_FUNCTIONS", {})
+    for module in model.modules():
+        name = getattr(vars(module).get("config"), "_attn_implementation", None)
+        for code in (type(module), registry.get(name)):
+            if code is not None and not code.__module__.startswith(_KNOWN):
+                return f"{code.__module__}.{code.__qualname__}"
+    return None
 
 
 def _parent(path: str) -> str:

@@ -101,6 +101,14 @@ class InDtype(Layer):
         return self.options[0] is torch.float32
 
 
+YES, NO = torch.ones(2), torch.zeros(2)
+
+
+class InTensor(Layer):
+    def multiplies(self) -> bool:
+        return self.options is YES
+
+
 class ByNumber(Layer):
     def multiplies(self) -> bool:
         return self.layer_idx not in (2, 3)
@@ -113,6 +121,15 @@ class ByHelper(Layer):
 
 def of_helper(layer: Any) -> bool:
     return layer.layer_idx not in (2, 3)
+
+
+class ByHelpersHelper(Layer):
+    def multiplies(self) -> bool:
+        return of_helpers_helper(self)
+
+
+def of_helpers_helper(layer: Any) -> bool:
+    return of_helper(layer)
 
 
 class Stack(nn.Module):
@@ -164,6 +181,21 @@ def tied() -> Stack:
     return stack
 
 
+def sharing() -> Stack:
+    """Two of the layers have a buffer that the stack has, too."""
+    stack = Stack([Layer(i) for i in range(6)])
+    stack.register_buffer("table", torch.ones(64))
+    for number, layer in enumerate(stack.layers):
+        layer.register_buffer("table", stack.table if number in (2, 3) else torch.ones(64))
+    return stack
+
+
+def hooked() -> Stack:
+    stack = Stack([Layer(i) for i in range(6)])
+    stack.register_forward_hook(lambda module, args, y: y + len(module.get_submodule("layers")._modules))
+    return stack
+
+
 INNER = [False, False, True, True, False, False]
 
 
@@ -176,7 +208,10 @@ INNER = [False, False, True, True, False, False]
         (Stack([InFunction(i, no if inner else callable) for i, inner in enumerate(INNER)]), 4),
         (Stack([InDtype(i, [torch.float16 if inner else torch.float32]) for i, inner in enumerate(INNER)]), 4),
         (Stack([ByNumber(i) for i in range(6)]), 6),
+        (Stack([InTensor(i, NO if inner else YES) for i, inner in enumerate(INNER)]), 4),
         (Stack([ByHelper(i) for i in range(6)]), 6),
+        (Stack([ByHelpersHelper(i) for i in range(6)]), 6),
+        (hooked(), 6),
         (Skipping([Layer(i) for i in range(6)]), 6),
         (Counting([Layer(i) for i in range(6)]), 6),
         (Heads([Layer(i) for i in range(6)]), 6),
@@ -201,6 +236,10 @@ def test_where_sizes_do_not_fit_all_are_captured_in_silence(
     plan, sizes = planned(model, monkeypatch, example={"x": torch.ones(2, 64)})
     assert sizes == [16, 20] and plan.source == "graph"
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_layers_that_share_a_tensor_with_others_are_of_a_kind_of_their_own() -> None:
+    assert few_layers(sharing())[1] == {"layers.1": "layers.0", "layers.4": "layers.0"}
 
 
 def test_nothing_to_leave_out() -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx.node import map_arg
 from transformers import (
+    AttentionInterface,
     DynamicCache,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -18,6 +19,7 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import qcompile
 from qcompile import unroll
@@ -152,24 +154,6 @@ class Stack(nn.Module):
         return x
 
 
-class Shared(Stack):
-    """A table that three layers, those that are traced, share; the others have tables of their own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        table = torch.randn(8, 8)
-        for number, layer in enumerate(self.layers):
-            layer.register_buffer("table", table if number in (0, 1, 4) else torch.randn(8, 8))
-            layer.__class__ = Reading
-
-
-class Reading(Layer):
-    table: Tensor
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.w + self.table[: x.shape[0]]
-
-
 def refused(model: nn.Module, kwargs: dict[str, Any], caplog: pytest.LogCaptureFixture) -> str:
     """Why all layers were traced, after seeing that they were."""
     with caplog.at_level(logging.INFO, "qcompile.unroll"):
@@ -179,15 +163,21 @@ def refused(model: nn.Module, kwargs: dict[str, Any], caplog: pytest.LogCaptureF
     return message.removeprefix("qcompile: captured with all layers: ")
 
 
-def test_modules_of_any_kind(traced: list[int]) -> None:
-    model = Stack()
-    captured, _, _ = capture_unrolled(model, model.forward, {"x": torch.randn(4, 8)})
-    assert traced == [3]
-    assert text(captured) == text(capture_call(model, model.forward, {"x": torch.randn(4, 8)})[0])
+def test_code_that_nobody_knows(caplog: pytest.LogCaptureFixture) -> None:
+    assert "Stack may tell layers apart" in refused(Stack(), {"x": torch.randn(4, 8)}, caplog)
 
 
-def test_tensors_that_only_some_layers_share(caplog: pytest.LogCaptureFixture) -> None:
-    assert "layers 1 and 4 of layers read" in refused(Shared(), {"x": torch.randn(4, 8)}, caplog)
+def test_an_attention_of_somebody_else(caplog: pytest.LogCaptureFixture) -> None:
+    """It is given the layer, and so its number."""
+
+    def attention(module: Any, *args: Any, **kwargs: Any) -> Any:
+        kwargs["scaling"] *= 2 if module.layer_idx in (2, 3) else 1
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, *args, **kwargs)
+
+    AttentionInterface.register("somebodys", attention)
+    model = llama(attn_implementation="somebodys")
+    kwargs = {"input_ids": torch.ones(1, 4, dtype=torch.long), "use_cache": False}
+    assert "attention may tell layers apart" in refused(model, kwargs, caplog)
 
 
 def test_caches_that_grow(caplog: pytest.LogCaptureFixture) -> None:
