@@ -128,7 +128,7 @@ def test_a_second_process_captures_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     def refuse(*args: Any) -> Any:
         raise AssertionError("captured again")
 
-    monkeypatch.setattr(program, "capture_call", refuse)
+    monkeypatch.setattr(program, "capture_unrolled", refuse)
     monkeypatch.setattr(roles, "capture_call", refuse)
     warm = qcompile.optimize(llama(), "u4/g32/asym", disk_cache=True, progress=False)
     with torch.no_grad():
