@@ -71,7 +71,9 @@ class Entry:
                 f"{where}: a tile of {self.way} has {', '.join(sorted(want))}, not {', '.join(self.tile)}"
             )
         if any(type(number) is not int or not 0 < number < 1 << 31 for number in numbers) or self.first > self.last:
-            raise FormatError(f"{where}: sizes, rows and tiles are positive numbers, the first row not after the last")
+            raise FormatError(
+                f"{where}: sizes, rows and tiles are positive numbers of 31 bits, the last row not before the first"
+            )
         try:
             QSpec.parse(self.spec)
         except SpecError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from qcompile import _torch, calls
 from qcompile.errors import UnsupportedError
+from qcompile.layer_loop import NUMBER
 from qcompile.stores import CACHE_SCALES
 
 # Key/value heads, key width, value width of one layer.
@@ -82,11 +84,17 @@ def cache_codes(model: nn.Module, kv_cache: str | None) -> CacheCodes | None:
     """What `kv_cache` of the Config says or, where it is None, the checkpoint. None: the numbers as they are."""
     if kv_cache is not None:
         return None if kv_cache == "none" else CacheCodes(kv_cache)
-    owners = [(m.layer_idx, getattr(m, CACHE_SCALES)) for m in model.modules() if CACHE_SCALES in m._modules]
-    if len({scales.element for _, scales in owners}) != 1:
+    owners: list[Any] = [module for module in model.modules() if CACHE_SCALES in module._modules]
+    if not owners:
         return None
-    owners.sort(key=lambda owner: owner[0])  # type: ignore[arg-type]
-    return CacheCodes(owners[0][1].element, tuple((scales.key, scales.value) for _, scales in owners))
+    found = {getattr(module, NUMBER, None): getattr(module, CACHE_SCALES) for module in owners}
+    elements = {scales.element for scales in found.values()}
+    if len(elements) > 1 or found.keys() != set(range(len(owners))):
+        why = f"the checkpoint's scales are of caches {list(found)}, as codes of {', '.join(sorted(elements))}"
+        warnings.warn(f"qcompile: keys and values are cached as they are: {why}", stacklevel=4)
+        return None
+    scales = [found[number] for number in range(len(owners))]
+    return CacheCodes(elements.pop(), tuple((each.key, each.value) for each in scales))
 
 
 class KeptCaches:
@@ -114,6 +122,8 @@ class KeptCaches:
             self.kept = [kept for kept in self.kept if kept[1] is not cache]
         if cache is not None:
             cache.reset()
+            for layer, given in zip(cache.layers, scales or ()):
+                layer.fix(given)
             return cache
         try:
             return _lasting(heads, length, batch, dtype, device, codes, scales)

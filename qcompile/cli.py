@@ -1,36 +1,22 @@
-"""The command line."""
+"""The command line: what it says of itself, takes, and makes of errors."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
-import time
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from qcompile import api, cli_checkpoint, demo, doctor, models
+from qcompile import cli_checkpoint, commands, doctor, models
 from qcompile.algorithms import ALGORITHMS
-from qcompile.chat import Chat
-from qcompile.config import KV_CACHES, Config
+from qcompile.commands import FAILED, LEFT, OK, WEIGHTS
+from qcompile.config import KV_CACHES
 from qcompile.errors import QCompileError, StrictError
-from qcompile.evaluate import throughput
-from qcompile.explain import parameters_text, size
-from qcompile.plan import Plan
-from qcompile.quant.spec import QSpec
-from qcompile.tune import LASTS, find_gpu, linears_of, tune
-
-OK, LEFT, FAILED = 0, 1, 2
-
-# What float weights become without --weights.
-WEIGHTS = "u4/g64/asym"
-
-# The long version of the demo.
-FULL: dict[str, Any] = {"new": 64, "rounds": 5, "quick": False}
+from qcompile.tune import LASTS
 
 MODEL_HELP = f"a local directory, a .gguf file, or a hub id such as {models.DEMO_MODEL}"
 
@@ -135,182 +121,6 @@ def _message(error: Exception) -> str:
     return f"{type(error).__name__}: {first} (--debug shows where)"
 
 
-# Commands
-
-
-def _demo(options: argparse.Namespace) -> int:
-    source = models.find(options.model) if options.model else models.find_demo()
-    full = options.full
-    bits = options.bits or ([8, 4, 3, 2] if full else [4])
-    started = time.perf_counter()
-    _write(f"model   {models.DEMO_MODEL if not options.model else source}\n")
-    if not options.model and source.local:
-        _write(
-            f"from    the installed package {models.DEMO_PACKAGE} (4-bit GGUF, unpacked; the hub has the original)\n"
-        )
-    elif not source.local:
-        _write("from    the hub\n")
-    _write(f"on      {doctor.describe_device(options.device)}\n\n")
-    run = demo.Demo(source, bits, full, options.dtype, options.device, **(FULL if full else {}))
-    rows, chat = run.run(_write)
-    _write(f"\n> {demo.QUESTION}\n")
-    chat.reply(demo.QUESTION)
-    _write(f"\n\n{demo.table(rows)}\n")
-    _write(
-        f"\nToken embeddings are {demo.EMBEDDINGS} in all of qcompile's rows. Batch 1, prompt of {run.prompt} tokens, "
-    )
-    _write(f"{run.new} new ones. {time.perf_counter() - started:.0f} s in all.\n")
-    if options.interactive:
-        demo.converse(chat, _write, input)
-    return OK
-
-
-def _plan(options: argparse.Namespace) -> int:
-    plan = _dry_run(options)
-    if options.json:
-        _write(json.dumps(plan.to_dict(), indent=1) + "\n")
-    else:
-        quantized = sum(entry.spec is not None for entry in plan.entries)
-        _write(
-            f"{parameters_text(plan)}\n\n"
-            f"{quantized} of {len(plan.entries)} parameters quantized; {size(plan.before)} -> {size(plan.after)}, "
-            f"{plan.before / max(plan.after, 1):.2f} times smaller; roles from {plan.source}\n"
-        )
-    if options.strict:
-        plan.insist()
-    return OK
-
-
-def _dry_run(options: argparse.Namespace) -> Plan:
-    packed = _packed(options)
-    config = _config(options, packed)
-    if packed:
-        return api.plan(_open(options, packed), config)
-    return api.plan(models.skeleton(models.find(options.model), options.dtype, options.device), config)
-
-
-def _explain(options: argparse.Namespace) -> int:
-    packed = _packed(options)
-    model = _quantize(_open(options, packed), _config(options, packed))
-    _report(model, options.json)
-    return OK
-
-
-def _optimize(options: argparse.Namespace) -> int:
-    packed = _packed(options)
-    config = _config(options, packed)
-    timing: dict[str, Any] = {}
-    model = _timed(timing, "load_s", lambda: _open(options, packed))
-    model = _timed(timing, "quantize_s", lambda: _quantize(model, config))
-    if getattr(model, "can_generate", bool)():
-        sizes = {"prompt": options.prompt_tokens, "new": options.new_tokens, "warm_up": False}
-        _timed(timing, "compile_s", lambda: throughput(model, **sizes, rounds=1))
-        speed = throughput(model, **sizes)
-        timing |= {"prefill_tokens_per_s": round(speed.prefill, 1), "decode_tokens_per_s": round(speed.decode, 1)}
-    elif (example := api.example_inputs(model)) is not None:
-        with torch.no_grad():
-            _timed(timing, "compile_s", lambda: model(**example))
-            _timed(timing, "forward_s", lambda: model(**example))
-    _report(model, options.json, timing)
-    return OK
-
-
-def _generate(options: argparse.Namespace) -> int:
-    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
-    packed = _packed(options)
-    config = _config(options, packed)
-    tokenizer = models.load_tokenizer(models.find(options.model))
-    model = _quantize(_open(options, packed), config)
-    chat = Chat(model, tokenizer, options.max_new_tokens, options.temperature, options.raw, _write)
-    reply = chat.reply(prompt)
-    _write("\n")
-    if options.verbose:
-        print(f"{reply.tokens} tokens in {reply.seconds:.1f} s, compilation included", file=sys.stderr)
-    return OK
-
-
-def _tune(options: argparse.Namespace) -> int:
-    gpu = find_gpu(options.device)
-    if (options.model is None) == (not options.shape):
-        raise QCompileError("give a MODEL, or --shape OUTPUTS INPUTS")
-    if options.shape:
-        specs = [str(QSpec.parse(spec)) for spec in options.spec or [options.weights or WEIGHTS]]
-        linears = [(spec, *shape) for spec in specs for shape in options.shape]
-    else:
-        packed = _packed(options)
-        config = _config(options, packed)
-        skeleton = (
-            _open(options, packed) if packed else models.skeleton(models.find(options.model), options.dtype, str(gpu))
-        )
-        linears = linears_of(api.plan(skeleton, config))
-    tuning = tune(linears=linears, rows=options.rows, device=gpu, progress=sys.stderr.isatty())
-    _write((json.dumps(tuning.to_dict(), indent=1) if options.json else str(tuning)) + "\n")
-    return OK
-
-
-def _doctor(options: argparse.Namespace) -> int:
-    findings = doctor.examine(options.specs)
-    _write((json.dumps(findings.to_dict(), indent=1) if options.json else str(findings)) + "\n")
-    return OK if findings.ok else LEFT
-
-
-def _packed(options: argparse.Namespace) -> bool:
-    """Whether the model runs with the weights that its checkpoint has: quantized ones, and nothing else asked for."""
-    return options.weights is None and cli_checkpoint.is_packed(models.find(options.model))
-
-
-def _open(options: argparse.Namespace, packed: bool) -> Any:
-    return cli_checkpoint.open_model(options, packed)
-
-
-def _config(options: argparse.Namespace, packed: bool) -> Config:
-    pairs = [given.partition("=") for given in options.spec]
-    for pattern, equals, _ in pairs:
-        if not equals:
-            raise QCompileError(f"--spec {pattern}: a rule is PATTERN=SPEC, such as mlp.down_proj=u8/g64/asym")
-    return Config(
-        weights=_spec(options.weights or ("none" if packed else WEIGHTS)),
-        algorithm=options.algorithm,
-        include=tuple(options.include),
-        exclude=tuple(options.exclude),
-        specs={pattern: _spec(spec) for pattern, _, spec in pairs},
-        activations=options.activations,
-        kv_cache=options.kv_cache,
-        strict=options.strict,
-        dump=options.dump,
-    )
-
-
-def _spec(text: str) -> str | None:
-    return None if text == "none" else text
-
-
-def _quantize(model: Any, config: Config) -> Any:
-    return api.optimize(model, config, progress=sys.stderr.isatty())
-
-
-def _report(model: Any, as_json: bool, timing: dict[str, Any] | None = None) -> None:
-    report = api.explain(model)
-    if as_json:
-        _write(json.dumps({**report.to_dict(), **({"timing": timing} if timing else {})}, indent=1) + "\n")
-        return
-    _write(f"{report}\n")
-    if timing:
-        _write("\ntiming      " + ", ".join(f"{name} {value}" for name, value in timing.items()) + "\n")
-
-
-def _timed(timing: dict[str, Any], name: str, work: Callable[[], Any]) -> Any:
-    start = time.perf_counter()
-    result = work()
-    timing[name] = round(time.perf_counter() - start, 2)
-    return result
-
-
-def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
-
-
 # Arguments
 
 
@@ -319,17 +129,15 @@ def _parser() -> argparse.ArgumentParser:
         argparse.ArgumentParser, None, prog="qcompile", description="A quantization compiler for PyTorch models."
     )
     parser.add_argument("--version", action="version", version=f"qcompile {doctor.versions()['qcompile']}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    added = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def command(name: str, run: Callable[[argparse.Namespace], int], summary: str) -> argparse.ArgumentParser:
-        made = _new(
-            commands.add_parser, name, name=name, help=summary, description=f"{summary[0].upper()}{summary[1:]}."
-        )
+        made = _new(added.add_parser, name, name=name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
         made.add_argument("--debug", action="store_true", help="show tracebacks")
         made.set_defaults(run=run)
         return made
 
-    show = command("demo", _demo, "show what quantizing and compiling does to a small chat model")
+    show = command("demo", commands.run_demo, "show what quantizing and compiling does to a small chat model")
     show.add_argument("model", nargs="?", metavar="MODEL", help=f"{MODEL_HELP}, which is the default")
     show.add_argument(
         "--bits", nargs="+", type=int, choices=range(1, 9), metavar="N", help="widths to show (default: 4)"
@@ -339,9 +147,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_device(show)
 
     for name, run, summary in (
-        ("plan", _plan, "say what would happen to each parameter, without loading weights"),
-        ("explain", _explain, "quantize and print the report: parameters, passes, misses, kernels"),
-        ("optimize", _optimize, "quantize, compile, print the report and measure the speed"),
+        ("plan", commands.run_plan, "say what would happen to each parameter, without loading weights"),
+        ("explain", commands.run_explain, "quantize and print the report: parameters, passes, misses, kernels"),
+        ("optimize", commands.run_optimize, "quantize, compile, print the report and measure the speed"),
     ):
         made = command(name, run, summary)
         made.add_argument("model", metavar="MODEL", help=MODEL_HELP)
@@ -352,7 +160,7 @@ def _parser() -> argparse.ArgumentParser:
             made.add_argument("--prompt-tokens", type=_count, default=128, metavar="N", help="measured prompt (128)")
             made.add_argument("--new-tokens", type=_count, default=32, metavar="N", help="measured new tokens (32)")
 
-    made = command("generate", _generate, "answer a prompt with the quantized model, token by token")
+    made = command("generate", commands.run_generate, "answer a prompt with the quantized model, token by token")
     made.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     made.add_argument("prompt", metavar="PROMPT", help="the prompt; - reads it from standard input")
     made.add_argument("--max-new-tokens", type=_count, default=256, metavar="N", help="default: 256")
@@ -368,7 +176,7 @@ def _parser() -> argparse.ArgumentParser:
     ):
         cli_checkpoint.add_arguments(name, command(name, run, summary))
 
-    made = command("tune", _tune, "measure which kernels and tiles are the fastest for linears on this GPU")
+    made = command("tune", commands.run_tune, "measure which kernels and tiles are the fastest for linears on this GPU")
     made.add_argument("model", nargs="?", metavar="MODEL", help=MODEL_HELP)
     sizes: dict[str, Any] = {"nargs": 2, "type": _count, "metavar": ("OUTPUTS", "INPUTS")}
     made.add_argument("--shape", action="append", default=[], **sizes, help="a weight, instead of a model's")
@@ -379,7 +187,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_device(made)
     made.add_argument("--json", action="store_true", help="print JSON")
 
-    made = command("doctor", _doctor, "show versions, devices, the compiler, and which kernel runs which spec")
+    made = command(
+        "doctor", commands.run_doctor, "show versions, devices, the compiler, and which kernel runs which spec"
+    )
     made.add_argument("specs", nargs="*", metavar="SPEC", help="specs to ask about (default: a selection)")
     made.add_argument("--json", action="store_true", help="print JSON")
     return parser

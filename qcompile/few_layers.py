@@ -13,12 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qcompile.layer_loop import Loop, loop_over, mentions, numbers_only_caches
+from qcompile.layer_loop import NUMBER, Loop, loop_over, mentions, numbers_only_caches
 
-# What tells layers of one kind apart.
-_NUMBER = "layer_idx"
 # What nn.Module keeps apart from attributes.
-_CONTENTS = ("_parameters", "_buffers", "_modules", _NUMBER)
+_CONTENTS = ("_parameters", "_buffers", "_modules", NUMBER)
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 
 
@@ -56,7 +54,7 @@ class _Thinner:
 
     def _with_few(self, owner: nn.Module, name: str, layers: nn.ModuleList, path: str) -> nn.Module:
         loop = self._loop(owner, name, layers)
-        if loop is None or not all(numbers_only_caches(type(m), _NUMBER) for m in layers.modules()):
+        if loop is None or not all(numbers_only_caches(type(m), NUMBER) for m in layers.modules()):
             return owner
         types = vars(vars(owner)["config"])["layer_types"] if loop.by_type else [None] * len(layers)
         kinds: dict[Any, list[str]] = {}

@@ -14,6 +14,9 @@ from typing import Any
 
 from torch import nn
 
+# What tells layers of one kind apart.
+NUMBER = "layer_idx"
+
 
 @dataclass(frozen=True)
 class Loop:

@@ -33,9 +33,14 @@ class QuantizedStaticLayer(StaticLayer):
         shape = (self.batch_size, self.num_heads, self.max_cache_len)
         self.key_scales = torch.zeros(shape, dtype=SCALE, device=self.device)
         self.value_scales = torch.zeros_like(self.key_scales)
-        for own, given in zip((self.key_scales, self.value_scales), self.scales or ()):
-            own.copy_(given.reshape(-1, 1))
+        if self.scales is not None:
+            self.fix(self.scales)
         self.scales = None
+
+    def fix(self, scales: tuple[Tensor, Tensor]) -> None:
+        """Let these be the scales of all tokens."""
+        for own, given in zip((self.key_scales, self.value_scales), scales, strict=True):
+            own.copy_(given.reshape(-1, 1))
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:

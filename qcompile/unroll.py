@@ -27,14 +27,13 @@ from qcompile.few_layers import few_layers
 from qcompile.graph.capture import Captured, Input
 from qcompile.graph.match import module_path, value
 from qcompile.graph.repeat import Stretch, correspond, externals
+from qcompile.layer_loop import NUMBER
 from qcompile.step import Forward, capture_call
 
 log = logging.getLogger(__name__)
 
 # Whose code is known to tell layers apart by nothing that few_layers does not see.
 _KNOWN = ("torch.", "transformers.", "qcompile.")
-# What tells layers of one kind apart.
-_NUMBER = "layer_idx"
 
 
 def capture_unrolled(
@@ -159,7 +158,7 @@ class _Writer:
     def _cached(self, user: int, other: int, path: str, pattern: str, key: str, last: str) -> Node:
         """The tensor of the cache that layer `key` has where `pattern` has `user` and `last` has `other`."""
         (mine, rest), (its, _), (new, same) = (self.flat.layers[int(each)] for each in (pattern, last, key))
-        numbers = [vars(m).get(_NUMBER, int(key)) for m in self.model.get_submodule(f"{path}.{key}").modules()]
+        numbers = [vars(m).get(NUMBER, int(key)) for m in self.model.get_submodule(f"{path}.{key}").modules()]
         place = user - mine.start
         if user not in mine or other != its.start + place or {*numbers} != {int(key)} or rest != same:
             raise CaptureError(f"the cache has no layer {key} like layer {pattern} of {path}")

@@ -46,6 +46,7 @@ LAYERS = [
     {"evaluate", "chat"},
     {"demo", "doctor", "inspect_checkpoint"},
     {"cli_checkpoint"},
+    {"commands"},
     {"cli"},
     {"__main__"},
 ]

@@ -30,21 +30,20 @@ struct Rope {
             auto cached = [&](auto* base, const int64_t* strides, int64_t size) {
                 return base + (b * strides[0] + kv_head * strides[1] + positions[row] * strides[2]) * size;
             };
-            auto put = [&](const char* from, int64_t count, char* to, float* scales, const int64_t* strides) {
-                if (scales) encode(from, to, count, cached(scales, strides, 1));
-                else std::memcpy(to, from, count * size_of(kind));
-            };
             auto turn = [&](const char* from, char* to) { this->turn(from, to, b, row); };
             if (head < heads) {
                 turn(in(query, query_strides, head), (char*)out + ((b * heads + head) * length + row) * width * size_of(kind));
             } else if (head < heads + kv_heads) {
                 static thread_local Scratch turned;
-                char* to = turned.get<char>(width * size_of(kind));
+                char* row = cached((char*)keys, keys_strides, size_of(cache_kind));
+                char* to = key_scales ? turned.get<char>(width * size_of(kind)) : row;
                 turn(in(key, key_strides, kv_head), to);
-                put(to, width, cached((char*)keys, keys_strides, size_of(cache_kind)), key_scales, scale_strides[0]);
+                if (key_scales) encode(to, row, width, cached(key_scales, scale_strides[0], 1));
             } else {
-                put(in(value, value_strides, kv_head), value_width,
-                    cached((char*)values, values_strides, size_of(cache_kind)), value_scales, scale_strides[1]);
+                const char* from = in(value, value_strides, kv_head);
+                char* row = cached((char*)values, values_strides, size_of(cache_kind));
+                if (value_scales) encode(from, row, value_width, cached(value_scales, scale_strides[1], 1));
+                else std::memcpy(row, from, value_width * size_of(kind));
             }
         }
     }

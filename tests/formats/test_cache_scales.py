@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import qcompile
+from qcompile.caches import KeptCaches, cache_codes
 from qcompile.errors import CheckpointError
 from qcompile.load import load
 from qcompile.quantized_layer import QuantizedStaticLayer
@@ -119,6 +120,35 @@ def test_a_scale_for_each_head(tmp_path: Path, tiny_llama: Callable[..., Any], i
         assert layer.keys.dtype == torch.int8
         assert torch.equal(layer.value_scales[1, :, 7], (heads * (0.02 + number)).flatten())
         assert torch.equal(layer.key_scales[0, :, 0], (heads * 0.01).flatten())
+
+
+def with_scales(model: Any, **changes: Any) -> Any:
+    """A model whose layers have scales of their caches, the last one other ones or another number."""
+    layers = model.model.layers
+    for layer in layers:
+        layer.self_attn.cache_scales = CacheScales("i8", torch.tensor([0.5]), torch.tensor([0.25]))
+    layers[-1].self_attn.cache_scales.element = changes.get("element", "i8")
+    layers[-1].self_attn.layer_idx = changes.get("number", len(layers) - 1)
+    return model
+
+
+@pytest.mark.parametrize("changes", [{"element": "fp8_e4m3"}, {"number": 0}, {"number": None}], ids=str)
+def test_scales_of_no_telling_which_cache(tiny_llama: Callable[..., Any], changes: dict[str, Any]) -> None:
+    with pytest.warns(UserWarning, match="cached as they are: the checkpoint's scales are of caches"):
+        assert cache_codes(with_scales(tiny_llama(), **changes), None) is None
+    assert cache_codes(with_scales(tiny_llama()), None) is not None
+
+
+def test_a_kept_cache_gets_the_scales_of_today() -> None:
+    caches = KeptCaches()
+    form = ([(2, 16, 16)] * 2, 8, 1, torch.float32, torch.device("cpu"), torch.int8)
+    scales = [(torch.full((1,), 0.5 + number), torch.full((1,), 0.25)) for number in range(2)]
+    cache = caches.take(*form, scales)
+    caches.give(cache, 1)
+    scales[1][0].fill_(7.0)
+    assert caches.take(*form, scales) is cache
+    first, second = cache.layers
+    assert first.key_scales.eq(0.5).all() and second.key_scales.eq(7.0).all() and second.value_scales.eq(0.25).all()
 
 
 @pytest.fixture

@@ -101,6 +101,7 @@ def broken(text: str) -> list[tuple[str, str]]:
         (entry(tile={**first["tile"], "warps": -4}), "positive numbers"),
         (entry(tile={"warps": 4}), "mma has codes, "),
         (entry(first=65), "positive numbers"),
+        (entry(inputs=1 << 40), "positive numbers of 31 bits"),
         (entry(spec="u9"), "u9"),
         (entry(spec=None), "no table"),
     ]
@@ -147,7 +148,7 @@ def test_no_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert path is not None and path.parent == tmp_path / "qcompile" / "tuned"
 
 
-def keep_one(folder: str, rows: int) -> None:
+def keep_one(rows: int) -> None:
     """In a process of its own."""
     torch.cuda.get_device_name = lambda device=None: "Test GPU (80 GB)"  # type: ignore[method-assign]
     asked = product(rows)
@@ -156,9 +157,9 @@ def keep_one(folder: str, rows: int) -> None:
         _tables.keep([entry], [(*asked[:1], *asked[2:4], rows, rows)], GPU)
 
 
-def test_processes_lose_nothing(machine: Path, tmp_path: Path) -> None:
+def test_processes_lose_nothing(machine: Path) -> None:
     context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=keep_one, args=(str(tmp_path), rows)) for rows in (16, 32, 64, 128)]
+    processes = [context.Process(target=keep_one, args=(rows,)) for rows in (16, 32, 64, 128)]
     for process in processes:
         process.start()
     for process in processes:
