@@ -3,8 +3,6 @@
 One program of `_split` takes the query rows of all heads that share a key/value head, so that keys and values are read
 once, and every parts-th block of keys, so that a cache filled halfway is work for all. It reads its part of the mask
 first and goes from the first to the last block in which anyone attends. (Dao et al. 2023, flash-decoding.)
-
-Prompts are torch's, but for those with a soft-cap, which torch's attention does not have.
 """
 
 from __future__ import annotations
@@ -43,18 +41,12 @@ def refuses(
             return reason
         if tensor.dtype != query.dtype:
             return "query, key and value differ in dtype"
-    prompts = softcap is not None and _prompt_tile(query, value) is not None
-    return refuses_shape(query, value, is_causal, prompts)
+    return refuses_shape(query, value, is_causal)
 
 
-def _prompt_tile(query: Tensor, value: Tensor) -> _tuning.AttentionTile | None:
-    columns = max(known(query.shape[3]) or MAX_WIDTH, known(value.shape[3]) or MAX_WIDTH)
-    return _tuning.prompt_tile(power_of_two(columns), query.itemsize, _tuning.Device.of(query.device))
-
-
-def refuses_shape(query: Tensor, value: Tensor, is_causal: bool, prompts: bool = False) -> str | None:
+def refuses_shape(query: Tensor, value: Tensor, is_causal: bool) -> str | None:
     length, width, value_width = (known(size) for size in (query.shape[2], query.shape[3], value.shape[3]))
-    if not prompts and (length is None or length > MAX_LENGTH):
+    if length is None or length > MAX_LENGTH:
         return f"handles up to {MAX_LENGTH} query rows, not {query.shape[2]}"
     if width is None or value_width is None or max(width, value_width) > MAX_WIDTH:
         return f"handles heads of up to {MAX_WIDTH} columns, not {query.shape[3]} and {value.shape[3]}"
@@ -92,8 +84,6 @@ def attend(
         query = query.contiguous()
     rows = heads // kv_heads * length
     block_d, block_dv = (max(16, power_of_two(n)) for n in (width, value_width))
-    if tile is None and length > MAX_LENGTH:
-        tile = _prompt_tile(query, value)
     if tile is None:
         device = _tuning.Device.of(key.device)
         tile = _tuning.attention_tile(batch * kv_heads, rows, keys, max(block_d, block_dv), key.itemsize, device)

@@ -53,6 +53,7 @@ KERNELS = (
     "attention_decode",
     "attention_into_cache",
     "attention_codes",
+    "attention_prompt",
     "attention_cpu",
     "attention_prompt_cpu",
     "chain_cpu",

@@ -100,11 +100,35 @@ def test_strides_over_one_element_make_no_difference(step: Replay) -> None:
     assert Recorded.made == 1
 
 
-def test_calls_that_vary_are_not_recorded(step: Replay) -> None:
+def test_calls_that_take_turns_are_recorded(step: Replay) -> None:
     weight, cache = torch.tensor([2.0]), torch.zeros(1)
     for index in range(12):
         call(step, weight, torch.ones(1, 1 + index % 2), cache)
-    assert Recorded.made == 0
+    assert Recorded.made == 2
+
+
+def test_calls_that_never_come_back_are_not_recorded(step: Replay) -> None:
+    weight, cache = torch.tensor([2.0]), torch.zeros(1)
+    for length in range(1, replay.COUNTED + 9):
+        call(step, weight, torch.ones(1, length), cache)
+    assert Recorded.made == 0 and len(step.times) == replay.COUNTED
+
+
+def test_more_kinds_of_calls_than_are_kept_are_not_recorded_in_turns(step: Replay) -> None:
+    weight, caches = torch.tensor([2.0]), [torch.zeros(1) for _ in range(KEPT + 1)]
+    for _ in range(12):
+        for cache in caches:
+            call(step, weight, torch.ones(1, 1), cache)
+    assert len(step.recordings) == KEPT and Recorded.made < 7 * len(caches)
+
+
+def test_large_results_are_not_recorded(step: Replay, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replay, "MOST_BYTES", 16)
+    weight, cache = torch.tensor([2.0]), torch.zeros(1)
+    for _ in range(WARM + 2):
+        call(step, weight, torch.ones(1, 4), cache)
+        call(step, weight, torch.ones(1, 5), cache)
+    assert [recording.args[1].shape[1] for recording in step.recordings.values()] == [4]
 
 
 def test_many_tokens_are_not_recorded(step: Replay) -> None:

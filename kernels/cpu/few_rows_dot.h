@@ -11,13 +11,9 @@ namespace {
 constexpr int FIELDS = 8 / width_of(0);       // blocks of sixteen codes in sixteen bytes of the first plane
 constexpr int64_t STEP = 4 * LANES * FIELDS;  // codes in a vector of that plane
 constexpr int64_t STEP_BYTES = STEP * BITS / 8;
-// Rows side by side are read at several places by turns, which memory is slow at: what comes behind them is fetched from
-// one end to the other meanwhile. Four long rows do not fit into the first cache beside x: where a byte is one code, and
-// x read anew for each row no burden, they are read one by one. Of the rate at which two threads read, one row of x,
-// Zen 5, if each row fetches what is 8 KB behind it, four rows together, and one by one:
-// u4/g64 16384 × 2048   82%  90%  87%      u8/g64 16384 × 2048   75%  88%  95%
-// u4/g64 2048 × 8192    55%  85%  73%      u8/g64 2048 × 8192    68%  82%  84%
-constexpr int64_t AHEAD = 4096, LONG_ROW = 2048;
+// The hardware reads ahead too timidly. Into the second cache: there are too few places to wait for the first one. ms of
+// one thread and one row of x, u4/g64 16384 × 2048, Zen 4: 2.2 without, 1.8 into the first cache, 1.0 so.
+constexpr int64_t AHEAD = 8192;
 
 // Four vectors to their four sums.
 INLINE __m128 sums4(__m512 a, __m512 b, __m512 c, __m512 d) {
@@ -46,10 +42,10 @@ struct Fixed {
 
 // Sixteen bytes of the first plane are a lane; of another plane, each lane gets the bytes that hold its codes' bits,
 // turned so that they begin at bit 0.
-template <bool LAST> INLINE __m512i lanes_of(int p, const uint8_t* row, int64_t step, int64_t columns) {
+template <bool LAST> INLINE __m512i lanes_of(int p, const Row& row, int64_t step, int64_t columns) {
     const int64_t size = 64 * width_of(p) / width_of(0), at = step * size;
     const int64_t left = LAST ? plane_bytes(p, columns) - at : size;
-    const uint8_t* from = row + at;
+    const uint8_t* from = row.plane[p] + at;
     if (size == 64) return LAST ? _mm512_maskz_loadu_epi8(_bzhi_u64(~0ull, left), from) : _mm512_loadu_si512(from);
     auto turn = [&](int lane) { return lane * FIELDS % (8 / width_of(p)) * width_of(p); };
     const __m512i turns = _mm512_set_epi32(turn(3), turn(3), turn(3), turn(3), turn(2), turn(2), turn(2), turn(2),
@@ -64,12 +60,12 @@ template <bool LAST> INLINE __m512i lanes_of(int p, const uint8_t* row, int64_t 
     return _mm512_srlv_epi32(v, turns);
 }
 
-// The codes of one step of the row that lies `offset` bytes behind `row`, a field of each lane after the other.
+// The codes of one step of one row of the weight, a field of each lane after the other.
 template <bool LAST>
-INLINE void unpack_step(__m512i (&w)[FIELDS], const Row& row, int64_t offset, int64_t step, int64_t columns) {
+INLINE void unpack_step(__m512i (&w)[FIELDS], const Row& row, int64_t step, int64_t columns) {
     __m512i v[PLANES];
     for (int p = 0; p < PLANES; p++) {
-        v[p] = lanes_of<LAST>(p, row.plane[p] + offset, step, columns);
+        v[p] = lanes_of<LAST>(p, row, step, columns);
         asm("" : "+v"(v[p]));  // else gcc reads it once for each use
     }
 #pragma GCC unroll 8
@@ -99,17 +95,18 @@ struct Scales {
     }
 };
 
-// `row` is the first of R that lie `stride` bytes apart.
 template <int R, int M, int SPLIT, bool LAST>
-INLINE void add_step(__m512 (&total)[R][M], const Row& row, int64_t stride, int64_t step, int64_t columns,
-                     const Fixed& x, int64_t m0, const Scales& scales, int64_t r0, const uint8_t* ahead) {
+INLINE void add_step(__m512 (&total)[R][M], const Row* row, int64_t step, int64_t columns, const Fixed& x,
+                     int64_t m0, const Scales& scales, int64_t r0) {
     // Several at a time, as many as there are registers for: reading 64 bytes of x takes as long as multiplying them.
     constexpr int SIDE = R * FIELDS <= 8 ? R : R > 1 ? 2 : 1;
-    for (int64_t line = 0; line < R * STEP_BYTES; line += 64)
-        __builtin_prefetch(ahead + step * R * STEP_BYTES + line, 0, 3);
     for (int r = 0; r < R; r += SIDE) {
         __m512i w[SIDE][FIELDS];
-        for (int i = 0; i < SIDE; i++) unpack_step<LAST>(w[i], row, (r + i) * stride, step, columns);
+        for (int i = 0; i < SIDE; i++) {
+            unpack_step<LAST>(w[i], row[r + i], step, columns);
+            for (int64_t line = 0; line < STEP_BYTES; line += 64)
+                __builtin_prefetch(row[r + i].plane[0] + step * STEP_BYTES + line + AHEAD, 0, 2);
+        }
         for (int part = 0; part < SPLIT; part++) {
             __m512 scale[SIDE];
             for (int i = 0; i < SIDE; i++) scale[i] = scales.of(r0 + r + i, step, part);
@@ -139,13 +136,10 @@ INLINE void add_step(__m512 (&total)[R][M], const Row& row, int64_t stride, int6
 
 // R rows of the weight times M rows of x.
 template <int R, int M, int SPLIT>
-void few_rows_dot(const Weight& w, int64_t n, const Fixed& all_of_x, int64_t m0, const Scales& all_scales, int64_t r0,
+void few_rows_dot(const Weight& w, int64_t n, const Fixed& x, int64_t m0, const Scales& scales, int64_t r0,
                   const Output& out) {
-    const Fixed x = all_of_x;  // copies, which gcc keeps in registers
-    const Scales scales = all_scales;
-    const int64_t stride = w.data_stride, columns = w.columns, full = columns / STEP;
-    const Row row = w.row(n);
-    const uint8_t* ahead = row.plane[0] + R * stride + AHEAD;
+    Row row[R];
+    for (int r = 0; r < R; r++) row[r] = w.row(n + r);
     __m512 total[R][M];
     for (int r = 0; r < R; r++)
         for (int m = 0; m < M; m++) total[r][m] = _mm512_setzero_ps();
@@ -157,10 +151,9 @@ void few_rows_dot(const Weight& w, int64_t n, const Fixed& all_of_x, int64_t m0,
                 total[r][m] = _mm512_fnmadd_ps(shift, _mm512_loadu_ps(x.sums + (m0 + m) * x.groups + g), total[r][m]);
         }
     }
-    for (int64_t s = 0; s < full; s++)
-        add_step<R, M, SPLIT, false>(total, row, stride, s, columns, x, m0, scales, r0, ahead);
-    if (full * STEP < columns)
-        add_step<R, M, SPLIT, true>(total, row, stride, full, columns, x, m0, scales, r0, ahead);
+    const int64_t full = w.columns / STEP;
+    for (int64_t s = 0; s < full; s++) add_step<R, M, SPLIT, false>(total, row, s, w.columns, x, m0, scales, r0);
+    if (full * STEP < w.columns) add_step<R, M, SPLIT, true>(total, row, full, w.columns, x, m0, scales, r0);
     for (int m = 0; m < M; m++) {
         __m512 each[4];
         for (int r = 0; r < 4; r++) each[r] = r < R ? total[r < R ? r : 0][m] : _mm512_setzero_ps();
@@ -180,10 +173,7 @@ INLINE void four_rows_dot(const Weight& w, int64_t n, const Fixed& x, int64_t ro
             for (int r = 0; r < 4; r += R) few_rows_dot<R, M, SPLIT>(w, n + r, x, m, scales, r0 + r, out);
         };
         switch (count) {
-            case 1:
-                if (FIELDS > 1 || w.data_stride < LONG_ROW) run(Count<4>(), Count<1>());
-                else run(Count<1>(), Count<1>());
-                break;
+            case 1: run(Count<4>(), Count<1>()); break;
             case 2: run(Count<4>(), Count<2>()); break;
             case 3: run(Count<4>(), Count<3>()); break;
             case 4: run(Count<4>(), Count<4>()); break;

@@ -22,6 +22,7 @@ TRITON_TESTS = [
     "test_gated_act.py",
     "test_rope.py",
     "test_attention_decode.py",
+    "test_attention_prompt.py",
     "test_attention_codes.py",
     "test_rope_into_cache.py",
     "test_draw.py",

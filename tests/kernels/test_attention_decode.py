@@ -129,20 +129,6 @@ def test_soft_capping(shape: Any, tile: AttentionTile, heads: Callable[..., Any]
         assert_close(got, exact(q, k, v, seen, 0.3, cap))
 
 
-def test_soft_capped_prompts(heads: Callable[..., Any], assert_close: Callable) -> None:
-    """Of which each row attends to other keys; others are torch's."""
-    q, k, v = heads(2, 4, 2, 70, 90, 32, 16)
-    mask = torch.ones(70, 90, dtype=torch.bool, device=q.device).tril(10)
-    args = (q, k, v, mask, False, 0.3, 2.0)
-    assert "triton_decode" in dict(attention.choose(*args[:6]).refusals)
-    choice = attention.choose(*args)
-    if q.itemsize > 2:
-        assert "triton_decode" in dict(choice.refusals)
-    else:
-        assert choice.name == "triton_decode"
-        assert_close(choice.function(*args), exact(q, k, v, mask, 0.3, 2.0))
-
-
 def test_layouts_of_a_cache(heads: Callable, random_tensor: Callable, assert_close: Callable) -> None:
     """Heads last but one, keys turned, a stretch of a longer cache, an expanded batch; q cut from a projection."""
     _, k, v = heads(2, 4, 2, 1, 40, 16, 16)

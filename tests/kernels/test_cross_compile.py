@@ -19,6 +19,7 @@ from qcompile.kernels import (
     attention_codes,
     attention_decode,
     attention_into_cache,
+    attention_prompt,
     dequantize_gpu,
     draw,
     gated_act,
@@ -283,6 +284,7 @@ def attentions(gpu: int, device: _tuning.Device) -> dict[str, Any]:
                 attention_codes._split_codes, gpu, absent, tile.warps, 1, codes=codes,
                 IS_INTEGER=codes == "*i8", **sizes, **steps, mask_column=1,
             )  # fmt: skip
+    found |= prompts(gpu, device)
     tile = _tuning.attention_tile(8, 4, 1024, 128, 2, device)
     sizes = {"D": 128, "DV": 128, "BLOCK_D": 128, "BLOCK_DV": 128, "BLOCK_M": tile.rows, "BLOCK_N": tile.keys}
     found["attention_into_cache"] = compiled(
@@ -298,6 +300,22 @@ def attentions(gpu: int, device: _tuning.Device) -> dict[str, Any]:
     )
     sizes = {"DV": 128, "BLOCK_DV": 128, "SPLITS": 32}
     found["attention, combine"] = compiled(attention_decode._combine, gpu, (), 8, **sizes)
+    return found
+
+
+def prompts(gpu: int, device: _tuning.Device) -> dict[str, Any]:
+    """attention_prompt, the widest with a soft-cap."""
+    found = {}
+    for width in (64, 128, 256) if gpu in WIDELY else (128,):
+        if (tile := _tuning.prompt_tile(width, 2, device)) is None:
+            continue
+        blocks, constants = {"BLOCK_M": tile.rows, "BLOCK_N": tile.keys}, {"mask_column": 1}
+        sizes = {"D": width, "DV": width, "BLOCK_D": width, "BLOCK_DV": width, "BLOCKS": 64}
+        absent = ("softcap",) * (width < 256) + ("sums_ptr", "parts_ptr")
+        found[f"prompts of {width}"] = compiled(
+            attention_prompt._prompt, gpu, absent, tile.warps, tile.stages, **blocks, **sizes, **constants
+        )
+        found[f"survey of {width}"] = compiled(attention_prompt._survey, gpu, (), 4, **blocks, **constants)
     return found
 
 

@@ -108,13 +108,6 @@ def test_linear(spec: str) -> None:
     check_many(spec)
 
 
-@pytest.mark.parametrize("spec", ("u8/g64/asym", "u4/g64/asym"))
-def test_long_rows(spec: str) -> None:
-    q = weight(spec, 9, 8192 + 64, torch.bfloat16)
-    for dtype in FLOATS:
-        check(torch.randn(1, q.columns).to(dtype), q)
-
-
 @pytest.mark.parametrize("spec", SPECS)
 def test_dequantize(spec: str) -> None:
     random.seed(spec)
