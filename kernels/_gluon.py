@@ -18,14 +18,20 @@ try:
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.language.nvidia import ampere, hopper
     from triton.experimental.gluon.language.nvidia.ampere import async_copy
+    from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     # Triton 3.9 has given these other names.
     begin_copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
     barrier = getattr(gl, "barrier", None) or gl.thread_barrier
     commit_copies, wait_for_copies = async_copy.commit_group, async_copy.wait_group
+    begin_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+    begin_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+    store_wait = tma.store_wait
 except ImportError:  # the modules still import, and `can_read` is false
-    gluon = SimpleNamespace(jit=lambda function: function)
+    gluon = SimpleNamespace(jit=lambda function=None, **_: function or gluon.jit)
     gl = ampere = hopper = barrier = begin_copy = commit_copies = wait_for_copies = None
+    mbarrier = TensorDescriptor = begin_load = begin_store = store_wait = None
 
 
 def can_read(x: Tensor, weight: Weight) -> bool:

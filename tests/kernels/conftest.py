@@ -17,6 +17,7 @@ TRITON_TESTS = [
     "test_linear_gemv.py",
     "test_linear_gemm.py",
     "test_linear_w8a8_cuda.py",
+    "test_scale_sums.py",
     "test_dequantize_gpu.py",
     "test_norm.py",
     "test_gated_act.py",

@@ -58,6 +58,24 @@ def test_slabs_and_more_dimensions(
     assert_close(got, linear_w8a8.meaning(x, *args).double(), rounded=True)
 
 
+def test_by_torch(
+    dtype: torch.dtype,
+    random_tensor: Callable[..., Tensor],
+    random_weight: Callable[..., QTensor],
+    assert_close: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where linear_codes refuses."""
+    monkeypatch.setattr(kernel.linear_codes, "refuses", lambda *_: "not here")
+    for element in ("i8", "fp8_e4m3"):
+        spec = f"{element}/row/sym"
+        q, x = random_weight(spec, 48, 96, torch.float32), random_tensor(65, 96)
+        args = (None, f"{element}/token/dynamic", q.data, q.scale, None, random_tensor(48), spec, "silu")
+        if kernel.refuses(x, *args) is None:
+            want = linear_w8a8.meaning(x, *args).double()
+            assert_close(kernel.linear_w8a8_cuda(x, *args), want, rounded=True)
+
+
 def test_extremes_are_summed_exactly(device: str, random_weight: Callable[..., QTensor]) -> None:
     q = random_weight("i8/row/sym", 16, 4096, torch.float32)
     q.data.zero_()
