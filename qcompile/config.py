@@ -45,7 +45,7 @@ class Config:
     keep         roles that stay dense: a subset of ROLES
     strict       raise StrictError if something is left behind unexpectedly
     dump         folder for the text of the graph after each pass
-    cuda_graphs  replay steps of decoding over a static cache as CUDA graphs (on GPUs)
+    cuda_graphs  replay steps of decoding over a static cache, and other calls that come back, as CUDA graphs (on GPUs)
     disk_cache   keep what was captured and transformed on disk, for other processes, beside Inductor's caches; the
                  environment's QCOMPILE_CACHE names another folder, or is 0. Programs of another model, code, version or
                  machine are told apart by fingerprint.py; an entry is unpickled, so keep the folder to yourself

@@ -95,7 +95,7 @@ class Replay:
             beside = next((found for (stream, *_), found in self.recordings.items() if stream == key[0]), None)
             recording = Recording(self.run, args, self.moving, looks(kept), beside)
         except Exception as error:  # whatever a kernel may not do while it is recorded
-            warnings.warn(f"qcompile: decoding runs without a CUDA graph: {error}", stacklevel=5)
+            warnings.warn(f"qcompile: calls like this one run without a CUDA graph: {error}", stacklevel=5)
             self.refused.add(key[:2])
             return None
         self.recordings[key] = recording

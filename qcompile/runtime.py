@@ -144,7 +144,7 @@ class Runner:
         program = self._compiled(flat, kwargs)
         if self.config.strict:
             program.outcome.insist()
-        if self.config.cuda_graphs and flat.cached and flat.tensors[0].is_cuda:
+        if self.config.cuda_graphs and flat.tensors and all(tensor.is_cuda for tensor in flat.tensors):
             first, stay = len(program.weights), flat.cached | program.written
             moving = [first + index for index in range(len(flat.tensors)) if index not in stay]
             program = replace(program, replay=Replay(program.run, moving))

@@ -153,7 +153,7 @@ def test_what_cannot_be_recorded_runs_and_says_so(fake: None, monkeypatch: pytes
 
     monkeypatch.setattr(replay, "Recording", refuse)
     step = Replay(lambda x: [x + 1], [0])
-    with pytest.warns(UserWarning, match="decoding runs without a CUDA graph: operation not permitted"):
+    with pytest.warns(UserWarning, match="run without a CUDA graph: operation not permitted"):
         results = [call(step, torch.zeros(1, 1))[0].item() for _ in range(WARM + 3)]
     assert results == [1] * (WARM + 3)
 
@@ -192,6 +192,23 @@ def test_generate_on_a_gpu(tiny_llama: Callable[..., nn.Module], prompts: int, m
     assert torch.equal(model.generate(inputs, attention_mask=mask, **options), want) and len(made) == 2
     plain = qcompile.optimize(tiny_llama().cuda(), cuda_graphs=False, progress=False)
     assert torch.equal(plain.generate(inputs, attention_mask=mask, **options), want) and len(made) == 2
+
+
+@pytest.mark.cuda
+def test_calls_without_a_cache_on_a_gpu(tiny_llama: Callable[..., nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of encoders: of two lengths in turns, with new tokens each time."""
+    made = []
+    record = replay.Recording
+    monkeypatch.setattr(replay, "Recording", lambda *args: made.append(record(*args)) or made[-1])
+    model = qcompile.optimize(tiny_llama().cuda(), progress=False)
+    same = qcompile.optimize(tiny_llama().cuda(), cuda_graphs=False, progress=False)
+    with torch.no_grad():
+        for _ in range(WARM + 2):
+            for length in (9, 12):
+                ids = torch.randint(2, 90, (2, length), device="cuda")
+                got = model(input_ids=ids, use_cache=False).logits
+                assert torch.equal(got, same(input_ids=ids, use_cache=False).logits)
+    assert len(made) == 2
 
 
 @pytest.fixture
