@@ -84,8 +84,8 @@ def start(shape: str, layers: int | None, device: str, dtype: str) -> dict[str, 
         setattr(owner, name, timed)
 
     now = [""]
-    for owner in (program, roles):
-        watch(owner, "capture_call", "capture")
+    watch(program, "capture_unrolled", "capture")
+    watch(roles, "capture_call", "capture")
     watch(Pipeline, "transform", "passes")
     watch(Parts, "compile", "Inductor")
     watch(Launch, "run", "kernels meanwhile, of all threads")
