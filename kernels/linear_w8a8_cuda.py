@@ -66,11 +66,14 @@ def linear_codes_cuda(
     shape = (*codes.shape[:-1], outputs)
     rows = codes.reshape(-1, columns).contiguous()
     bias = None if bias is None else bias.contiguous()
+    step = step.reshape(-1).contiguous()
     # What torch multiplies comes in sixteens.
     if rows.shape[0] < MIN_ROWS or columns % 16 or outputs % 16:
-        x = (codes.to(torch.float32) * step).to(dtype)
-        return linear_cuda.linear_cuda(x, data, scale, None, bias, spec, activation)
-    step, scale = step.reshape(-1).contiguous(), scale.reshape(-1).to(torch.float32)
+        x = rows.new_empty(rows.shape, dtype=dtype)
+        if rows.numel():
+            scale_sums(rows[None], step, None, None, x, None)
+        return linear_cuda.linear_cuda(x, data, scale, None, bias, spec, activation).reshape(shape)
+    scale = scale.reshape(-1).to(torch.float32)
     if linear_codes.refuses(rows, data, dtype) is None:
         integers, device = rows.dtype == torch.int8, _tuning.Device.of(rows.device)
         tile = _tuning.product_tile(rows.shape[0], outputs, columns, integers, device)

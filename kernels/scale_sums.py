@@ -1,4 +1,5 @@
-"""Sums of products of codes, in one or several parts, become outputs: a program makes some of a row."""
+"""Sums of products of codes, in one or several parts, become outputs, or codes what they stand for: a program makes
+some of a row."""
 
 from __future__ import annotations
 
@@ -19,11 +20,11 @@ BLOCK = 1024
 
 
 def scale_sums(
-    parts: Tensor, step: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor, activation: str | None
+    parts: Tensor, step: Tensor, scale: Tensor | None, bias: Tensor | None, out: Tensor, activation: str | None
 ) -> None:
     """out = act(sum of parts (P, M, N) * step by row * scale by column + bias); steps and scales may be one for all.
 
-    Parts are int32 or float32, and contiguous; `out` may have other columns beside its own.
+    Parts are int32 or float32, one may be codes, and contiguous; `out` may have other columns beside its own.
     """
     count, m, n = parts.shape
     launch(
@@ -38,7 +39,7 @@ def scale_sums(
         m * n,
         out.stride(0),
         int(step.shape[0] > 1),
-        int(scale.shape[0] > 1),
+        int(scale is not None and scale.shape[0] > 1),
         PARTS=count,
         ACTIVATION=activation,
         BLOCK=BLOCK,
@@ -57,11 +58,12 @@ def _scale_sums(
     m = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = n < N
-    sums = tl.load(parts_ptr + m * N + n, mask=inside, other=0)
+    sums = tl.load(parts_ptr + m * N + n, mask=inside)
     for part in tl.static_range(1, PARTS):
-        sums += tl.load(parts_ptr + part * part_stride.to(tl.int64) + m * N + n, mask=inside, other=0)
+        sums += tl.load(parts_ptr + part * part_stride.to(tl.int64) + m * N + n, mask=inside)
     y = sums.to(tl.float32) * tl.load(step_ptr + m * step_stride)
-    y *= tl.load(scale_ptr + n * scale_stride, mask=inside, other=0.0)
+    if scale_ptr is not None:
+        y *= tl.load(scale_ptr + n * scale_stride, mask=inside, other=0.0)
     if bias_ptr is not None:
         y += tl.load(bias_ptr + n, mask=inside, other=0.0).to(tl.float32)
     tl.store(out_ptr + m * out_stride + n, activate(y, ACTIVATION).to(out_ptr.dtype.element_ty), mask=inside)

@@ -193,6 +193,11 @@ def variants(gpu: int) -> dict[str, Any]:
     for sums in ("*i32", "*fp32"):
         types = {"parts_ptr": sums, "step_ptr": "*fp32", "scale_ptr": "*fp32"}
         found[f"scale_sums, {sums}"] = compiled(scale_sums._scale_sums, gpu, (), 4, types=types, **sizes)
+    sizes |= {"PARTS": 1, "ACTIVATION": None}
+    for codes in ("*i8", "*fp8e4nv") if gpu >= 89 else ("*i8",):
+        types = {"parts_ptr": codes, "step_ptr": "*fp32"}
+        absent, kernel = ("scale_ptr", "bias_ptr"), scale_sums._scale_sums
+        found[f"scale_sums, {codes}"] = compiled(kernel, gpu, absent, 4, types=types, **sizes)
     found["rms_norm"] = compiled(norm._rms_norm, gpu, (), 8, OFFSET=0.0, BLOCK_M=1, BLOCK_N=4096)
     found["layer_norm"] = compiled(norm._layer_norm, gpu, (), 8, BLOCK_M=1, BLOCK_N=4096)
     found["gated_act"] = compiled(gated_act._gated_act, gpu, (), 4, ACTIVATION="silu", BLOCK_M=1, BLOCK_N=1024)

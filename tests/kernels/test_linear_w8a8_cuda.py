@@ -85,6 +85,15 @@ def test_extremes_are_summed_exactly(device: str, random_weight: Callable[..., Q
     assert (got == 4096 * 128).all()
 
 
+@pytest.mark.parametrize("rows", [0, 3, 32])
+def test_is_an_op(rows: int, random_weight: Callable[..., QTensor], device: str) -> None:
+    q = random_weight("i8/row/sym", 16, 64, torch.float32)
+    codes = torch.randint(-128, 128, (2, rows, 64), dtype=torch.int8, device=device)
+    step = torch.rand(2, rows, 1, device=device)
+    args = (codes, step, q.data, q.scale, None, "i8/row/sym", "relu", torch.float16)
+    torch.library.opcheck(kernel.linear_codes_cuda, args)
+
+
 def test_refuses_other_devices(random_weight: Callable[..., QTensor], device: str) -> None:
     q = random_weight("i8/row/sym", 16, 64, torch.float32)
     x = torch.randn(2, 64, device="meta")

@@ -32,3 +32,15 @@ def test_integers_are_added_exactly(device: str) -> None:
     one, out = torch.ones(1, device=device), torch.empty(1, 1, device=device)
     scale_sums(sums, one, one, None, out, None)
     assert out.item() == 1
+
+
+@pytest.mark.parametrize("code", [torch.int8, torch.float8_e4m3fn], ids=str)
+def test_what_codes_stand_for(
+    code: torch.dtype, dtype: torch.dtype, random_tensor: Callable[..., Tensor], device: str
+) -> None:
+    if device == "cuda" and code != torch.int8 and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("the GPU does not know fp8_e4m3")
+    codes = (random_tensor(3, 1030) * 40).to(code)
+    step, out = torch.rand(3, device=device), torch.empty(3, 1030, dtype=dtype, device=device)
+    scale_sums(codes[None], step, None, None, out, None)
+    assert torch.equal(out, (codes.float() * step[:, None]).to(dtype))
