@@ -18,7 +18,10 @@ from qcompile.ops.registry import known, opaque
 def refuses(
     x: Tensor, norm_weight: Tensor | None, eps: float | None, weight_offset: float, data: Tensor, scale: Tensor,
     zero: Tensor | None, bias: Tensor | None, residual: Tensor | None, spec: str, activation: str | None, gated: bool,
+    rounding: str | None = None,
 ) -> str | None:  # fmt: skip
+    if rounding is not None:
+        return f"takes no rounding of x, such as {rounding}"
     if reason := linear_cuda.refuses(x, data, scale, zero, bias, spec, activation):
         return reason
     if reason := _gluon.refuses(x, layout := Layout.of(spec)):
@@ -53,6 +56,7 @@ def fused_linear_cuda(
 def fused_linear_triton(
     x: Tensor, norm_weight: Tensor | None, eps: float | None, weight_offset: float, data: Tensor, scale: Tensor,
     zero: Tensor | None, bias: Tensor | None, residual: Tensor | None, spec: str, activation: str | None, gated: bool,
+    rounding: str | None = None,
 ) -> Tensor:  # fmt: skip
     return fused_linear_cuda(
         x, norm_weight, eps, weight_offset, data, scale, zero, bias, residual, spec, activation, gated

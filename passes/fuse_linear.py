@@ -8,6 +8,9 @@
 
     z = r + qcompile.linear(x, W)                         ->    z = qcompile.fused_linear(x, W, residual=r)
 
+    r = round_activation(x, "i8/token/dynamic")
+    y = qcompile.linear(r, W)                             ->    y = qcompile.fused_linear(x, W, "i8/token/dynamic")
+
 Why: at a token of decoding each of these is a launch of its own that moves a few kilobytes.
 
 Where no kernel for this type of device has signed up, or the rows are many or not known, nothing is looked at: there
@@ -26,6 +29,7 @@ from qcompile.graph.alias import is_written_between
 from qcompile.graph.match import Miss, aten, is_call, is_input, only_user, same_type, value
 from qcompile.graph.rewrite import Rewriter
 from qcompile.ops.activation import gated_act
+from qcompile.ops.activation_rounding import round_activation
 from qcompile.ops.fused_linear import fused_linear, has_few_rows
 from qcompile.ops.linear import linear
 from qcompile.ops.norm import layer_norm, rms_norm
@@ -45,26 +49,40 @@ class FuseLinear:
 
     def match(self, node: Node) -> Fused | Miss | None:
         if is_call(node, linear.overload):
-            return _normed(node)
+            return _after(node)
         if is_call(node, gated_act.overload):
             return _gated(node)
         return _summed(node) if is_call(node, aten.add.Tensor) else None
 
     def rewrite(self, g: Rewriter, m: Fused) -> None:
+        *arguments, rounding = m.arguments.values()
         with g.before(m.root):
-            g.replace(m.root, g.call(fused_linear.overload, *m.arguments.values()))
+            g.replace(m.root, g.call(fused_linear.overload, *arguments, *([rounding] if rounding else [])))
 
 
-def _normed(node: Node) -> Fused | Miss | None:
-    norm: Any = node.args[0]
-    arguments = _arguments(node)
-    if not is_call(norm, rms_norm.overload, layer_norm.overload) or arguments is None:
+def _after(node: Node) -> Fused | Miss | None:
+    """With what comes before it: a norm, a rounding, or both."""
+    x: Any = node.args[0]
+    if (arguments := _arguments(node)) is None:
+        return None
+    if not is_call(x, round_activation.overload) or x.args[1:3] != (None, None):
+        return _normed(node, x, arguments)
+    arguments |= {"x": x.args[0], "rounding": x.args[3]}
+    both = _normed(node, x.args[0], arguments)
+    found = both if isinstance(both, Fused) else _taken(node, arguments)
+    return found if isinstance(found, Fused) else None  # there are many ways of rounding, and most have no kernel
+
+
+def _normed(node: Node, norm: Any, arguments: dict[str, Any]) -> Fused | Miss | None:
+    if not is_call(norm, rms_norm.overload, layer_norm.overload):
         return None
     if is_call(norm, layer_norm.overload):
         return Miss("a layer norm stays apart", norm)
     if isinstance(weight := norm.args[1], Node) and not is_input(weight):
         return Miss(f"the norm's weight is computed, by {weight.name}", norm)  # kernels read it ahead of time
-    if other := next((user for user in norm.users if not is_call(user, linear.overload)), None):
+    roundings = [user for user in norm.users if is_call(user, round_activation.overload)]
+    readers = {user for one in (norm, *roundings) for user in one.users}.difference(roundings)
+    if other := next((user for user in sorted(readers) if not is_call(user, linear.overload)), None):
         return Miss(f"the norm is read by {other.name} too", norm)
     return _taken(node, arguments | dict(zip(("x", "norm_weight", "eps", "weight_offset"), norm.args)))
 

@@ -229,7 +229,7 @@ class Chain {
         return v.at;
     }
 
-    // x, norm's weight, eps, weight_offset, data, scale, zero, bias, residual, spec, activation, gated
+    // x, norm's weight, eps, weight_offset, data, scale, zero, bias, residual, spec, activation, gated, rounding
     bool add_linear(const std::vector<Argument>& a) {
         for (int i : {1, 4, 5, 6, 7})
             if (a[i].type == Argument::RESULT) return false;
@@ -241,7 +241,7 @@ class Chain {
             return false;
         if (!linear.take_weight(a[9].word, *data, *scale, tensor(a[6]), tensor(a[7])) || !linear.outputs ||
             !linear.take_norm(tensor(a[1]), eps, a[3].number) ||
-            !linear.take_activation(word(a[10]), a[11].word == "True"))
+            !linear.take_activation(word(a[10]), a[11].word == "True") || !linear.take_rounding(word(or_none(a, 12))))
             return false;
         if (residual.dims) {
             linear.residual = residual.at;

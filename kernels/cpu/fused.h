@@ -1,5 +1,6 @@
-// What stands around a linear of a few rows: the norm before it, its gate and its residual.
+// What stands around a linear of a few rows: the norm and the rounding before it, its gate and its residual.
 
+#include <algorithm>
 #include <cmath>
 #include <optional>
 #include <string>
@@ -30,6 +31,26 @@ void norm_row(const void* x, void* to, int64_t columns, int kind, const void* we
         f32x16 v = read(x, c, count, kind) * factor;
         if (weight) v = v * (read(weight, c, count, weight_kind) + weight_offset);
         write(to, c, count, kind, v);
+    });
+}
+
+// One row rounded to 255 multiples of a step, as i8/token/dynamic (qcompile/quant/activation.py), in the kind of x.
+void round_row(const void* x, void* to, int64_t columns, int kind) {
+    f32x16 most{};
+    u32x16 none{};  // whether there is what is not finite, which max may lose
+    each_columns(columns, [&](int64_t c, int64_t count) {
+        const u32x16 size = bits_of<u32x16>(read(x, c, count, kind)) & 0x7fffffff;
+        most = max(most, bits_of<f32x16>(size));
+        none = none | (size >= 0x7f800000);
+    });
+    float each[LANES];
+    store(each, most);
+    const float largest = *std::max_element(each, each + LANES), step = largest == 0 ? 1 : largest / 127;
+    // Beside an infinite number all others are zeros of an infinite step.
+    const uint32_t nan = all_are(none, 0) ? 0 : 0x7fc00000;
+    each_columns(columns, [&](int64_t c, int64_t count) {
+        const f32x16 code = to_floats(to_i8(read(x, c, count, kind) / splat(step)));
+        write(to, c, count, kind, bits_of<f32x16>(bits_of<u32x16>(code * splat(step)) | nan));
     });
 }
 

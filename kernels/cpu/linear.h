@@ -48,7 +48,7 @@ struct Linear {
     int64_t data_stride = 0, scale_stride = 0, zero_stride = 0;
     int scale_kind = 0, zero_kind = 0, bias_kind = 0;
     std::optional<Activation> activation;
-    bool gated = false;
+    bool gated = false, rounds = false;
     void *y = nullptr, *wide = nullptr;  // before the gate, where there is one
     Shares shares;
 
@@ -93,6 +93,11 @@ struct Linear {
         return activation.has_value() == name.has_value() && (!gated || (activation && outputs % 2 == 0));
     }
 
+    bool take_rounding(const std::optional<std::string>& name) {
+        rounds = name.has_value();
+        return !rounds || *name == "i8/token/dynamic";
+    }
+
     // What a team needs.
     int64_t bytes(int64_t threads) const {
         return Shares::bytes(threads) + (gated ? rows * outputs * size_of(kind) : 0);
@@ -114,11 +119,13 @@ struct Linear {
         const int64_t size = size_of(kind);
         auto row = [&](const void* at, int64_t m, int64_t columns) { return (char*)at + m * columns * size; };
         const void* from = x;
-        if (eps) {  // each thread for itself
+        if (eps || rounds) {  // each thread for itself
             void* to = scratch.get<char>(rows * columns * size);
-            for (int64_t m = 0; m < rows; m++)
-                norm_row(row(x, m, columns), row(to, m, columns), columns, kind, norm_weight, norm_kind, *eps,
-                         weight_offset);
+            for (int64_t m = 0; m < rows; m++) {
+                char *its = row(x, m, columns), *made = row(to, m, columns);
+                if (eps) norm_row(its, made, columns, kind, norm_weight, norm_kind, *eps, weight_offset);
+                if (rounds) round_row(eps ? made : its, made, columns, kind);
+            }
             from = to;
         }
         reader.few_rows(data, scale, zero, outputs, columns, reader.group, reader.height, data_stride, scale_stride,

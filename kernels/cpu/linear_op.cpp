@@ -51,14 +51,15 @@ Tensor linear_packed(Tensor x, Tensor data, Tensor scale, std::optional<Tensor> 
 Tensor fused_packed(Tensor x, std::optional<Tensor> norm_weight, std::optional<double> eps, double weight_offset,
                     Tensor data, Tensor scale, std::optional<Tensor> zero, std::optional<Tensor> bias,
                     std::optional<Tensor> residual, std::string spec, std::optional<std::string> activation,
-                    bool gated) {
+                    bool gated, std::optional<std::string> rounding) {
     Linear linear;
     if (!take_x(linear, x) || !linear.take_weight(spec, data, scale, zero, bias) || !linear.outputs ||
         !linear.take_norm(norm_weight, eps, weight_offset) || !linear.take_activation(activation, gated) ||
+        !linear.take_rounding(rounding) ||
         (residual && (!residual->is_contiguous() || residual->numel() != linear.rows * linear.width() ||
                       kind_of(*residual) != linear.kind)))
         return in_python("qcompile_kernels::fused_anyhow", x, norm_weight, eps, weight_offset, data, scale, zero, bias,
-                         residual, spec, activation, gated);
+                         residual, spec, activation, gated, rounding);
     Tensor y = empty_with(x, x.dim(), linear.width());
     linear.y = y.data_ptr();
     if (residual) linear.residual = residual->data_ptr();

@@ -33,9 +33,9 @@ class Layer:
     def __init__(
         self, dtype: torch.dtype, batch: int = 1, length: int = 1, heads: int = 4, kv: int = 2, width: int = 32,
         spec: str = "u4/g32/asym", mask: tuple[int, ...] | None = (1, 1), angles: int = 3,
-        codes: torch.dtype | None = None, fixed: bool = False,
+        codes: torch.dtype | None = None, fixed: bool = False, rounding: tuple[str, ...] = (),
     ):  # fmt: skip
-        self.dtype, self.tensors, self.steps = dtype, list[Tensor](), list[Step]()
+        self.dtype, self.tensors, self.steps, self.rounding = dtype, list[Tensor](), list[Step](), rounding
         wide = (heads + 2 * kv) * width
         x = self.give(torch.randn(batch, length, HIDDEN))
         y = self.linear(x, wide, HIDDEN, spec, norm=True)
@@ -83,7 +83,10 @@ class Layer:
         normed = (self.give(torch.randn(columns)), 1e-5) if norm else (None, None)
         activation = "silu" if gated else None
         self.steps.append(
-            Step("fused_linear", (x, *normed, 0.0, *sides, None, residual, str(q.spec), activation, gated))
+            Step(
+                "fused_linear",
+                (x, *normed, 0.0, *sides, None, residual, str(q.spec), activation, gated, *self.rounding),
+            )
         )
         sizes = self.tensors[0].shape[0], self.tensors[0].shape[1], outputs // (2 if gated else 1)
         return Result(len(self.steps) - 1, 0, sizes, tuple(torch.empty(sizes).stride()))
@@ -117,6 +120,21 @@ def check(layer: Layer) -> None:
 @pytest.mark.parametrize("spec", ["u4/g32/asym", "i8/row/sym"])
 def test_a_layer(dtype: torch.dtype, spec: str) -> None:
     check(Layer(dtype, spec=spec))
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_rounding(dtype: torch.dtype) -> None:
+    """A number between two codes goes to another one now and then."""
+    layer = Layer(dtype, batch=2, rounding=("i8/token/dynamic",))
+    assert chain.choose(*layer.arguments).name == "cpu"
+    wide = [t.double() if t.is_floating_point() else t for t in layer.tensors]
+    want = chain.meaning(wide, *(cache.double() for cache in layer.arguments[1:3]), layer.arguments[3])
+    chain_packed(*layer.arguments)
+    plain = chain_packed(layer.tensors, *layer.arguments[1:3], layer.arguments[3].replace(" i8/token/dynamic", ""))
+    for run in (chain_packed, chain_anyhow):
+        got = run(*layer.arguments)
+        assert (got - want).norm() <= (1e-2 + 2 * ROUNDING[dtype]) * want.norm()
+        assert (plain - want).norm() > (got - want).norm()
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)

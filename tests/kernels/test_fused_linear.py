@@ -79,7 +79,8 @@ def refusal(monkeypatch: pytest.MonkeyPatch, spec: str = U4, rows: int = 1, k: i
     group = 1 if "row" in spec else k // int(spec.split("/g")[1].split("/")[0])
     x = torch.empty(rows, k, dtype=others.pop("dtype", torch.bfloat16))
     sides = (torch.empty(64, k, dtype=torch.uint8), torch.empty(64, group), None)
-    arguments = {"norm_weight": None, "eps": 1e-5, "weight_offset": 0.0, "bias": None, "residual": None, **others}
+    arguments = {"norm_weight": None, "eps": 1e-5, "weight_offset": 0.0, "bias": None, "residual": None}
+    arguments |= {"rounding": None, **others}
     names = [argument.name for argument in op.overload._schema.arguments]
     arguments |= dict(zip(("data", "scale", "zero"), sides)) | {
         "x": x,
@@ -97,6 +98,7 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "16 bits" in str(refusal(monkeypatch, dtype=torch.float32))
     assert "integers" in str(refusal(monkeypatch, "nf4/g64/sym"))
     assert "multiples of 16" in str(refusal(monkeypatch, "i8/row/sym", k=24))
+    assert "no rounding of x" in str(refusal(monkeypatch, rounding="i8/token/dynamic"))
     assert "dtype of x" in str(refusal(monkeypatch, norm_weight=torch.empty(128)))
 
 

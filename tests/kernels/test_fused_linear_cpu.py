@@ -11,9 +11,12 @@ from torch import Tensor
 from qcompile.algorithms import quantize
 from qcompile.kernels import linear_cpu
 from qcompile.kernels.fused_linear_cpu import HANDLED, fused_anyhow, fused_packed
+from qcompile.kernels.fused_linear_cpu import ROUNDING as ROUNDING_OF_X
 from qcompile.ops.fused_linear import fused_linear
 from qcompile.ops.registry import MEANING
+from qcompile.quant.activation import ActivationSpec, activation_codes
 from qcompile.quant.spec import QSpec
+from qcompile.quant.tensor import QTensor
 
 # Where there is a compiler, sources that do not compile are no reason to skip.
 if not any(map(shutil.which, ("g++", "clang++"))):
@@ -28,7 +31,7 @@ ROUNDING = {torch.float32: 2.0**-19, torch.bfloat16: 2.0**-9, torch.float16: 2.0
 def arguments(
     dtype: torch.dtype = torch.bfloat16, shape: tuple[int, ...] = (1, 1), outputs: int = 34, columns: int = 192,
     spec: str = "u4/g64/asym", norm: bool = False, offset: float = 0.0, bias: bool = False, residual: bool = False,
-    activation: str | None = None, gated: bool = False,
+    activation: str | None = None, gated: bool = False, rounding: str | None = None,
 ) -> list[Any]:  # fmt: skip
     q = quantize(torch.randn(outputs, columns), QSpec.parse(spec), "rtn")
     x = torch.randn(*shape, columns).to(dtype)
@@ -45,6 +48,7 @@ def arguments(
         str(q.spec),
         activation,
         gated,
+        rounding,
     ]
 
 
@@ -90,9 +94,29 @@ def test_norms(dtype: torch.dtype) -> None:
     check([given[0], given[1].float(), *given[2:]])
 
 
-def test_numbers_that_are_none() -> None:
-    given = arguments(shape=(2,), activation="silu", gated=True, norm=True)
-    given[0][0, 5] = torch.nan
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("columns", [192, 100])
+def test_rounding(dtype: torch.dtype, columns: int) -> None:
+    """To the same codes, seen by a linear that picks single inputs."""
+    x = torch.randn(3, columns).to(dtype)
+    x[1] *= 1e-3
+    x[2] = 0
+    x[0, :4] = torch.tensor([127, 0.5, 1.5, -2.5]).to(dtype)  # a step of one, and ties
+    one = QTensor.from_codes(
+        QSpec.parse("i8/row/sym"), torch.eye(columns, dtype=torch.uint8) + 128, torch.ones(columns, 1), None
+    )
+    given = [x, None, None, 0.0, one.data, one.scale, None, None, None, "i8/row/sym", None, False, ROUNDING_OF_X]
+    codes, step = activation_codes(x, None, ActivationSpec.parse(ROUNDING_OF_X))
+    for run in (fused_packed, fused_packed, fused_anyhow):
+        assert torch.equal((run(*given) / step).round(), codes.float())
+    check(arguments(dtype, (2,), columns=columns, spec="i8/row/sym", norm=True, residual=True, rounding=ROUNDING_OF_X))
+
+
+@pytest.mark.parametrize("rounding", [None, ROUNDING_OF_X])
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+def test_numbers_that_are_none(rounding: str | None, number: float) -> None:
+    given = arguments(shape=(2,), activation="silu", gated=True, norm=True, rounding=rounding)
+    given[0][0, 5] = number
     for _ in range(2):
         y = fused_packed(*given)
         assert y[0].isnan().all() and y[1].isfinite().all()
@@ -126,4 +150,5 @@ def test_refusals() -> None:
     assert "not gelu" in why(given, activation="gelu")
     assert "norm's weight is torch.float64" in why(given, norm_weight=given[1].double())
     assert "the residual is torch.float32, x torch.bfloat16" in why(given, residual=given[8].float())
+    assert "rounds x as i8/token/dynamic, not as u8/token/dynamic" in why(given, rounding="u8/token/dynamic")
     assert "up to 12 rows of torch.bfloat16" in why(given, x=given[0].expand(1, 13, 192))

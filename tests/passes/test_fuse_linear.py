@@ -20,6 +20,7 @@ from transformers import (
 import qcompile
 from qcompile.normal import normalizing_passes
 from qcompile.ops.activation import gated_act
+from qcompile.ops.activation_rounding import round_activation
 from qcompile.ops.fused_linear import fused_linear
 from qcompile.ops.linear import linear
 from qcompile.passes.fuse_linear import FuseLinear
@@ -39,8 +40,11 @@ def served(monkeypatch):
     def sign_up(reason=None):
         monkeypatch.setattr(fused_linear, "implementations", [])
 
-        def refuses(x, norm_weight, eps, weight_offset, data, scale, zero, bias, residual, spec, activation, gated):
-            return reason
+        def refuses(
+            x, norm_weight, eps, weight_offset, data, scale, zero, bias, residual, spec, activation, gated,
+            rounding=None,
+        ):  # fmt: skip
+            return "rounds otherwise" if rounding not in (None, "i8/token/dynamic") else reason
 
         fused_linear.implementation("test", refuses, device="cpu")(fused_linear.meaning)
 
@@ -130,6 +134,34 @@ def test_of_a_sum_of_two_linears_one_takes_the_other(fused):
 def test_norm_without_weight(fused):
     g, _ = fused(lambda m, x, y: m.linear(F.rms_norm(x, (64,), eps=1e-3)))
     assert g.ops() == ["fused_linear"] and arguments(g)[0]["norm_weight"] is None
+
+
+def rounded(x, spec="i8/token/dynamic"):
+    return round_activation(x, None, None, spec)
+
+
+def test_rounding(fused):
+    def layer(m, x, y):
+        x = x + m.linear(rounded(y))
+        n = rounded(m.norm(x))
+        return x + m.linear(rounded(F.silu(m.gate(n)) * m.up(n)))
+
+    g, result = fused(layer)
+    assert g.ops() == ["fused_linear"] * 3 and not result.misses
+    assert [(call["eps"], call["rounding"]) for call in arguments(g)] == [
+        (None, "i8/token/dynamic"), (1e-5, "i8/token/dynamic"), (None, "i8/token/dynamic")
+    ]  # fmt: skip
+
+
+def test_rounding_of_a_norm_that_is_read_elsewhere(fused):
+    g, result = fused(lambda m, x, y: (m.linear(rounded(n := m.norm(x))), n * 2))
+    assert [op for op in g.ops() if op != "mul"] == ["rms_norm", "fused_linear"] and not result.misses
+    assert arguments(g)[0]["eps"] is None and arguments(g)[0]["rounding"]
+
+
+def test_rounding_that_no_kernel_takes(fused):
+    g, result = fused(lambda m, x, y: m.linear(rounded(m.norm(x), "u8/token/dynamic")))
+    assert g.ops() == ["rms_norm", "round_activation", "linear"] and not result.misses
 
 
 @pytest.mark.parametrize("shape", [(9, 1, 64), (2, 5, 64)])
