@@ -29,13 +29,14 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--spec", default="u4/g64/asym")
     parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS)
+    parser.add_argument("--only", nargs="*", default=(EAGER, "qcompile"), help="parts of names, as eager, unfused")
     parser.add_argument("--tiny", action="store_true", help="try the script out, on a CPU too")
     parser.add_argument("--record", action="store_true", help="write benchmarks/results/")
     options = parser.parse_args()
     report = Report(options.out, "fusing", "Before and after qcompile, unfused and fused")
     report.notes.append(f"{options.layers} of Llama-3-8B's 32 layers, random weights, batch 1.")
     specs = [f"{options.spec}+unfused", options.spec]
-    for one in contenders(report, options.layers, specs, only=(EAGER, "qcompile"), tiny=options.tiny):
+    for one in contenders(report, options.layers, specs, only=options.only, tiny=options.tiny):
         for length in options.lengths:
             row = table_row(one, length)
             log(one.name, row)
