@@ -69,8 +69,10 @@ class Generate:
         return result
 
     def release(self) -> None:
-        """Give up the caches that wait for the next call, and the recordings of steps on them."""
+        """Give up the caches that wait for the next call, and the recordings of prompts and steps on them."""
         self.caches.release()
+        if (runner := runner_of(self.model)) is not None:
+            runner.release()
 
     def _setting(self, kwargs: Mapping[str, Any], name: str, default: Any = None) -> Any:
         """A value as generate() will take it: from the call, from the call's config, from the model's config."""

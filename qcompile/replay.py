@@ -67,6 +67,11 @@ class Replay:
             self._count(key)
         return outputs
 
+    def release(self) -> None:
+        """Give up the recordings and their memory. Calls that come back are recorded again."""
+        with self.lock:
+            self.recordings.clear()
+
     def _count(self, key: Hashable) -> None:
         with self.lock:
             self.times[key] = self.times.pop(key, 0) + 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import logging
 import threading
 import warnings
@@ -177,6 +178,12 @@ class Runner:
             if program.takes(weights, flat.tensors):
                 return program, weights
         return None
+
+    def release(self) -> None:
+        """Give up what is kept of calls to repeat them as CUDA graphs."""
+        for program in itertools.chain(*self.programs.values()):
+            if program.replay is not None:
+                program.replay.release()
 
     def outcomes(self) -> tuple[Outcome, ...]:
         """What the passes did to each program; before the first call, to the example's."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import qcompile
 from qcompile import _torch, recordings, replay
 from qcompile.replay import KEPT, WARM, Replay
+from qcompile.runtime import runner_of
 
 
 @pytest.fixture
@@ -122,6 +123,17 @@ def test_more_kinds_of_calls_than_are_kept_are_not_recorded_in_turns(step: Repla
     assert len(step.recordings) == KEPT and Recorded.made < 7 * len(caches)
 
 
+def test_what_was_released_is_recorded_again(step: Replay) -> None:
+    weight, cache, token = torch.tensor([2.0]), torch.zeros(1), torch.ones(1, 1)
+    for _ in range(2):
+        for _ in range(WARM + 1):
+            call(step, weight, token, cache)
+        assert len(step.recordings) == 1
+        step.release()
+        assert not step.recordings
+    assert Recorded.made == 2
+
+
 def test_large_results_are_not_recorded(step: Replay, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replay, "MOST_BYTES", 16)
     weight, cache = torch.tensor([2.0]), torch.zeros(1)
@@ -187,8 +199,12 @@ def test_generate_on_a_gpu(tiny_llama: Callable[..., nn.Module], prompts: int, m
     for _ in range(3):
         assert torch.equal(model.generate(inputs, attention_mask=mask, **options), want)
         assert len(made) == 1
+    runner = runner_of(model)
+    assert runner is not None
+    assert any(p.replay and p.replay.recordings for programs in runner.programs.values() for p in programs)
     model.generate.release()
     assert not model.generate.recordings.of
+    assert not any(p.replay and p.replay.recordings for programs in runner.programs.values() for p in programs)
     assert torch.equal(model.generate(inputs, attention_mask=mask, **options), want) and len(made) == 2
     plain = qcompile.optimize(tiny_llama().cuda(), cuda_graphs=False, progress=False)
     assert torch.equal(plain.generate(inputs, attention_mask=mask, **options), want) and len(made) == 2
