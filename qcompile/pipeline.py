@@ -23,6 +23,7 @@ from qcompile.passes.fuse_attention import FuseAttention
 from qcompile.passes.fuse_attention_cache import FuseAttentionCache
 from qcompile.passes.fuse_attention_codes import FuseAttentionCodes
 from qcompile.passes.fuse_chain import FuseChain
+from qcompile.passes.fuse_gated_codes import FuseGatedCodes
 from qcompile.passes.fuse_linear import FuseLinear
 from qcompile.passes.fuse_mlp import FuseMlp
 from qcompile.passes.fuse_norm import FuseNorm
@@ -60,6 +61,7 @@ KERNELS = (
     "inductor",
     "linear_w8a8_cpu",
     "linear_w8a8_cuda",
+    "gated_codes",
     "linear_rounded",
 )
 for kernel in KERNELS:
@@ -105,7 +107,7 @@ def default_passes(config: Config) -> list[Rule[Any]]:
     passes += _confined(config, ("mlp", FuseMlp()), ("attention", FuseAttention()), ("attention", FuseAttentionCodes()))
     passes += _confined(config, ("attention", FuseRopeCache()), ("attention", FuseAttentionCache()))
     # After siblings and MLPs, which are fused while their linears are linears.
-    passes += [QuantizeActivation()]
+    passes += [QuantizeActivation(), *_confined(config, ("mlp", FuseGatedCodes()))]
     # Norms last: a rotation is a sum too, and a norm behind it would take it for its residual; and where a linear takes
     # its norm and the sum behind it, they do not join one another.
     passes += _confined(config, ("any", FuseLinear()), ("layernorm", FuseNorm()))

@@ -21,6 +21,7 @@ TRITON_TESTS = [
     "test_dequantize_gpu.py",
     "test_norm.py",
     "test_gated_act.py",
+    "test_gated_codes.py",
     "test_rope.py",
     "test_attention_decode.py",
     "test_attention_prompt.py",

@@ -25,6 +25,7 @@ from qcompile.kernels import (
     dequantize_gpu,
     draw,
     gated_act,
+    gated_codes,
     linear_codes,
     linear_dot,
     linear_few,
@@ -201,6 +202,9 @@ def variants(gpu: int) -> dict[str, Any]:
     found["rms_norm"] = compiled(norm._rms_norm, gpu, (), 8, OFFSET=0.0, BLOCK_M=1, BLOCK_N=4096)
     found["layer_norm"] = compiled(norm._layer_norm, gpu, (), 8, BLOCK_M=1, BLOCK_N=4096)
     found["gated_act"] = compiled(gated_act._gated_act, gpu, (), 4, ACTIVATION="silu", BLOCK_M=1, BLOCK_N=1024)
+    for element in ("*i8", "*u8") if gpu >= 89 else ("*i8",):
+        types, sizes = {"codes_ptr": element, "step_ptr": "*fp32"}, {"ACTIVATION": "silu", "BLOCK": 16384}
+        found[f"gated_codes, {element}"] = compiled(gated_codes._gated_codes, gpu, (), 16, types=types, **sizes)
     found["rope"] = compiled(rope._rope, gpu, (), 4, HALF=64, BLOCK_M=8, BLOCK_N=64)
     sizes = {"HALF": 64, "WIDTH": 128, "BLOCK_M": 4, "BLOCK_N": 64, "BLOCK_V": 128}
     kernel, scales = rope_into_cache._rope_into_cache, ("key_scales_ptr", "value_scales_ptr")
