@@ -120,6 +120,7 @@ def check_counts(model: torch.nn.Module, arch: Architecture, layers: int = 2) ->
         "fuse_norm": times(arch.residual_norms),
         "fuse_rope": arch.ropes * layers,
         "fuse_mlp": times(arch.mlps),
+        "fuse_gated_codes": 0,  # without rounded activations
         "fuse_attention": arch.attentions * layers,
         "fuse_attention_codes": 0,  # without a quantized cache
         "fuse_rope_cache": 0,  # without a cache
