@@ -10,7 +10,7 @@ from torch import Tensor
 from qcompile import _torch
 from qcompile.kernels import attention_cpu, fused_linear_cpu, linear_cpu
 from qcompile.kernels._packed_cpu import FLOATS
-from qcompile.ops.chain import CACHE, Result, Step, chain, run
+from qcompile.ops.chain import Result, Step, chain, run
 from qcompile.ops.registry import OPS, opaque
 from qcompile.ops.rope import rope_into_cache
 
@@ -24,10 +24,7 @@ class _Refused(Exception):
     """Why a step cannot run."""
 
 
-def refuses(
-    tensors: Sequence[Tensor], keys: Tensor, values: Tensor, steps: str, key_scales: Tensor | None = None,
-    value_scales: Tensor | None = None,
-) -> str | None:  # fmt: skip
+def refuses(tensors: Sequence[Tensor], caches: Sequence[Tensor], steps: str) -> str | None:
     """Why this kernel cannot run the steps, or None."""
     if any(tensor.device.type != "cpu" for tensor in tensors):
         return f"needs cpu, got {', '.join(sorted({tensor.device.type for tensor in tensors}))}"
@@ -44,7 +41,7 @@ def refuses(
         return _torch.call_on_fakes(OPS[op].fake, *arguments)
 
     try:
-        run(tensors, (keys, values, key_scales, value_scales), steps, call)
+        run(tensors, caches, steps, call)
     except _Refused as refused:
         return str(refused)
     return None if linear_cpu.without_python() else "the C++ that torch calls does not compile here"
@@ -80,27 +77,17 @@ _CALLS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-@opaque(chain.fake, writes=CACHE)
-def chain_anyhow(
-    tensors: Sequence[Tensor], keys: Tensor, values: Tensor, steps: str, key_scales: Tensor | None = None,
-    value_scales: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    cache = (keys, values, key_scales, value_scales)
-    return run(tensors, cache, steps, lambda op, arguments: _CALLS[op](*arguments))
+@opaque(chain.fake, writes=("caches",))
+def chain_anyhow(tensors: Sequence[Tensor], caches: Sequence[Tensor], steps: str) -> Tensor:
+    return run(tensors, caches, steps, lambda op, arguments: _CALLS[op](*arguments))
 
 
-@opaque(chain.fake, writes=CACHE)
-def chain_packed(
-    tensors: Sequence[Tensor], keys: Tensor, values: Tensor, steps: str, key_scales: Tensor | None = None,
-    value_scales: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+@opaque(chain.fake, writes=("caches",))
+def chain_packed(tensors: Sequence[Tensor], caches: Sequence[Tensor], steps: str) -> Tensor:
     # chain_op.cpp takes this one's place, and gives back what is not for it.
-    return chain_anyhow(tensors, keys, values, steps, key_scales, value_scales)
+    return chain_anyhow(tensors, caches, steps)
 
 
 @chain.implementation("cpu", refuses, device="cpu")
-def chain_cpu(
-    tensors: Sequence[Tensor], keys: Tensor, values: Tensor, steps: str, key_scales: Tensor | None = None,
-    value_scales: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    return chain_packed(tensors, keys, values, steps, key_scales, value_scales)
+def chain_cpu(tensors: Sequence[Tensor], caches: Sequence[Tensor], steps: str) -> Tensor:
+    return chain_packed(tensors, caches, steps)

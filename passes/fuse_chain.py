@@ -1,6 +1,6 @@
 """The calls of a step of decoding that follow one another become one call.
 
-    y = qcompile.fused_linear(x, qkv)                          y = qcompile.chain([x, qkv, …], keys, values, steps)
+    y = qcompile.fused_linear(x, qkv)                          y = qcompile.chain([x, qkv, …], [K, V, …], steps)
     q = qcompile.rope_into_cache(parts of y, K, V, …)
     a = qcompile.attention(q, K, V, …)                  ->
     b = qcompile.fused_linear(a, o, residual=x)
@@ -8,8 +8,8 @@
 
 Why: each of them forks and joins threads, and is called through Python; of a layer of SmolLM2 that is half the time.
 
-A chain writes to one cache, and ends where anything else reads what its ops have made. Where no kernel for this type of
-device has signed up, nothing is looked at.
+A chain goes on through all layers, and ends where anything else reads what its ops have made, or where an op has no
+kernel in a chain. Where no kernel for this type of device has signed up, nothing is looked at.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ from qcompile.graph.alias import aliases, is_written_between
 from qcompile.graph.match import aten, is_call, value
 from qcompile.graph.rewrite import Rewriter
 from qcompile.ops.attention import attention
-from qcompile.ops.chain import CACHE, Given, Result, Step, chain
+from qcompile.ops.chain import Cache, Given, Result, Step, chain
 from qcompile.ops.fused_linear import fused_linear
 from qcompile.ops.linear import linear
 from qcompile.ops.registry import MEANING, known
 from qcompile.ops.rope import rope_into_cache
 
+VIEWS = (aten.view.default, aten.transpose.int, aten.narrow.default, aten.unsqueeze.default)
 LINKS = (fused_linear.overload, linear.overload, rope_into_cache.overload, attention.overload)
 
 # A node that shows what a link makes: that link, and where it looks, as a tensor without memory.
@@ -54,10 +55,10 @@ class FuseChain:
         if not is_call(node, *LINKS) or not chain.serves(value(node).device):
             return None
         links, views = _run(node)
-        while len(links) > 1 and _caches(links):
-            if _may_join(links, views):
-                arguments = _arguments(links, views)
-                if chain.choose(*map_arg(arguments, value)).name != MEANING:
+        while len(links) > 1 and (caches := _caches(links)):
+            if _may_join(links, views, caches):
+                arguments = _arguments(links, views, caches)
+                if _is_served(arguments):
                     inner = {view for view, (link, _) in views.items() if link in links[:-1]}
                     return Chained(links[-1], tuple(sorted(inner)), arguments)
             links.pop()
@@ -71,11 +72,11 @@ class FuseChain:
 
 
 def _run(node: Node) -> tuple[list[Node], Views]:
-    """Links from this one on, up to what else reads their results and to a second cache; and what shows these."""
+    """Links from this one on, up to what else reads their results or has no kernel; and what shows these."""
     links, views = list[Node](), Views()
     while node.op != "output":
         if is_call(node, *LINKS):
-            if (view := _whole(node)) is None or (_caches([node]) and _caches(links)):
+            if (view := _whole(node)) is None or not _is_served(_arguments([node], {}, _caches([node]))):
                 break
             links.append(node)
             views[node] = node, view
@@ -87,6 +88,10 @@ def _run(node: Node) -> tuple[list[Node], Views]:
     return links, views
 
 
+def _is_served(arguments: tuple[Any, ...]) -> bool:
+    return chain.choose(*map_arg(arguments, value)).name != MEANING
+
+
 def _whole(link: Node) -> Tensor | None:
     sizes = [known(size) for size in value(link).shape]
     return None if None in sizes else torch.empty([size or 0 for size in sizes], device="meta")
@@ -95,7 +100,7 @@ def _whole(link: Node) -> Tensor | None:
 def _view(node: Node, views: Views) -> tuple[Node, Tensor] | None:
     """What is shown by a view of what `views` shows."""
     target = aten.view.default if is_call(node, aten.reshape.default) else node.target
-    if target not in (aten.view.default, aten.transpose.int, aten.narrow.default, aten.unsqueeze.default):
+    if target not in VIEWS:
         return None
     link, shown = views[node.args[0]]  # type: ignore[index]
     try:
@@ -108,46 +113,45 @@ def _numbers(args: Any) -> Any:
     return map_arg(args, lambda node: known(value(node)))
 
 
-def _caches(links: list[Node]) -> tuple[Any, ...]:
-    """Keys and values that one of the links writes to, and their scales if they are codes."""
-    args = next((link.args for link in links if is_call(link, rope_into_cache.overload)), ())
-    return (*args[5:7], *args[8:10])
+def _caches(links: list[Node]) -> list[Any]:
+    """Keys and values that the links write to, and their scales if they are codes."""
+    ropes = (link.args for link in links if is_call(link, rope_into_cache.overload))
+    return list(dict.fromkeys(cache for args in ropes for cache in (*args[5:7], *args[8:10])))
 
 
-def _may_join(links: list[Node], views: Views) -> bool:
+def _may_join(links: list[Node], views: Views, caches: list[Any]) -> bool:
     """Whether only the last result is seen outside, and all of the links may run where the last one does."""
-    last, caches = links[-1], _caches(links)
-    if any(
-        link in links[:-1] and user not in {*links, *views} for node, (link, _) in views.items() for user in node.users
-    ):
+    last, inner, inside = links[-1], set(links[:-1]), {*links, *views}
+    if any(link in inner and not inside.issuperset(node.users) for node, (link, _) in views.items()):
         return False
-    for link in links:
-        for operand in link.all_input_nodes:
-            if operand in caches:
-                users = (user for one in aliases(operand) for user in one.users if user not in links)
-                if any(link < user < last for user in users):
-                    return False
-            elif operand not in views and is_written_between(operand, last):
-                return False
+    for operand in {operand for link in links for operand in link.all_input_nodes}.difference(caches, views):
+        if is_written_between(operand, last):
+            return False
+    for cache in caches:
+        first = next(link for link in links if cache in link.all_input_nodes)
+        users = (user for one in aliases(cache) for user in one.users if user not in inside)
+        if any(first < user < last for user in users):
+            return False
     return True
 
 
-def _arguments(links: list[Node], views: Views) -> tuple[Any, ...]:
+def _arguments(links: list[Node], views: Views, caches: list[Any]) -> tuple[Any, ...]:
     """Those of chain."""
-    given: dict[Node, int] = {}
-    caches = dict(zip(_caches(links), CACHE))
+    given: dict[Any, tuple[int, Node]] = {}  # layers look at angles each for itself: what is looked at alike is one
+    order = {link: index for index, link in enumerate(links)}
+    places = {cache: Cache(index) for index, cache in enumerate(caches)}
 
     def argument(arg: Any) -> Any:
-        if not isinstance(arg, Node) or arg in caches:
-            return caches.get(arg, arg)
-        if arg in views and views[arg][0] in links:
+        if not isinstance(arg, Node) or arg in places:
+            return places.get(arg, arg)
+        if arg in views and views[arg][0] in order:
             link, view = views[arg]
-            return Result(links.index(link), int(view.storage_offset()), tuple(view.shape), view.stride())
-        return Given(given.setdefault(arg, len(given)))
+            return Result(order[link], int(view.storage_offset()), tuple(view.shape), view.stride())
+        key = (arg.target, str(arg.args)) if is_call(arg, *VIEWS) else arg
+        return Given(given.setdefault(key, (len(given), arg))[0])
 
     steps = [Step(name, tuple(map(argument, args))) for name, args in map(_step, links)]
-    keys, values, *scales = caches
-    return list(given), keys, values, "\n".join(map(str, steps)), *scales
+    return [node for _, node in given.values()], caches, "\n".join(map(str, steps))
 
 
 def _step(link: Node) -> tuple[str, tuple[Any, ...]]:

@@ -55,5 +55,5 @@ def _calls(op: Op, args: Sequence[Any]) -> list[tuple[str, str]]:
     """An op and the spec among its arguments; of a chain its steps as well."""
     if op is not chain:
         return [(op.name, " by ".join(arg for arg in args if isinstance(arg, str) and "/" in arg))]
-    steps = map(Step.parse, args[3].split("\n"))
+    steps = map(Step.parse, args[2].split("\n"))
     return [(op.name, ""), *(call for step in steps for call in _calls(OPS[step.op], step.arguments))]

@@ -1,7 +1,6 @@
 // chain_packed: steps of few rows in one team of threads, which waits between them and forks and joins once. The text
 // of the steps is taken apart once. What is not for it goes to chain_anyhow, the same in Python (chain_cpu.py).
 
-#include <array>
 #include <atomic>
 #include <deque>
 #include <exception>
@@ -19,7 +18,7 @@ constexpr int64_t MOST_DIMS = 8;
 
 // See Step in qcompile/ops/chain.py.
 struct Argument {
-    enum { NONE, GIVEN, RESULT, KEYS, VALUES, KEY_SCALES, VALUE_SCALES, WORD } type = NONE;
+    enum { NONE, GIVEN, CACHE, RESULT, WORD } type = NONE;
     int64_t index = 0, offset = 0, dims = 0, sizes[MOST_DIMS] = {}, strides[MOST_DIMS] = {};
     std::string word;
     double number = 0;
@@ -45,9 +44,7 @@ Argument argument_of(const std::string& word) {
     a.word = word;
     if (word == "none") return a;
     a.type = Argument::WORD;
-    const char* caches[] = {"keys", "values", "key_scales", "value_scales"};
-    for (int i = 0; i < 4; i++)
-        if (word == caches[i]) a.type = decltype(a.type)(Argument::KEYS + i);
+    if (word[0] == '&') a.type = Argument::CACHE, a.index = std::stoll(word.substr(1));
     if (word[0] == '%') a.type = Argument::GIVEN, a.index = std::stoll(word.substr(1));
     if (word[0] == '#') {
         const size_t at = word.find('@'), sizes = word.find(':'), strides = word.find(':', sizes + 1);
@@ -121,7 +118,7 @@ using Step = std::variant<Linear, Rope, Attention>;
 // and meanwhile the other threads do the first one's share.
 class Chain {
   public:
-    Chain(const Text& text, const std::vector<Tensor>& tensors, std::array<std::optional<Tensor>, 4> caches)
+    Chain(const Text& text, const std::vector<Tensor>& tensors, const std::vector<Tensor>& caches)
         : text(text), tensors(tensors), caches(caches), memory(scratch()) {
         memory.resize(std::max(memory.size(), 2 * text.calls.size()));
         steps.reserve(text.calls.size());
@@ -162,8 +159,7 @@ class Chain {
 
   private:
     const Text& text;
-    const std::vector<Tensor>& tensors;
-    const std::array<std::optional<Tensor>, 4> caches;  // keys and values, and their scales
+    const std::vector<Tensor>&tensors, &caches;
     std::deque<Scratch>& memory;  // of each step its result, and what it needs
     int64_t threads = 1;
     std::vector<Step> steps;
@@ -177,7 +173,7 @@ class Chain {
 
     std::optional<Tensor> tensor(const Argument& a) const {
         if (a.type == Argument::GIVEN) return tensors.at(a.index);
-        return a.type >= Argument::KEYS && a.type < Argument::WORD ? caches[a.type - Argument::KEYS] : std::nullopt;
+        return a.type == Argument::CACHE ? std::optional<Tensor>(caches.at(a.index)) : std::nullopt;
     }
     bool add() {
         const Call& call = text.calls[steps.size()];
@@ -342,11 +338,9 @@ class Chain {
     }
 };
 
-Tensor chain_packed(std::vector<Tensor> tensors, Tensor keys, Tensor values, std::string steps,
-                    std::optional<Tensor> key_scales, std::optional<Tensor> value_scales) {
-    const std::optional<Tensor> out = Chain(*text_of(steps), tensors, {keys, values, key_scales, value_scales}).run();
-    return out ? *out
-               : in_python("qcompile_kernels::chain_anyhow", tensors, keys, values, steps, key_scales, value_scales);
+Tensor chain_packed(std::vector<Tensor> tensors, std::vector<Tensor> caches, std::string steps) {
+    const std::optional<Tensor> out = Chain(*text_of(steps), tensors, caches).run();
+    return out ? *out : in_python("qcompile_kernels::chain_anyhow", tensors, caches, steps);
 }
 
 }  // namespace

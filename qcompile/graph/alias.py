@@ -28,10 +28,11 @@ _UNDECLARED = (
 
 
 def _declared(node: Node) -> list[tuple[Any, Any]]:
-    """(argument, alias info of the schema) for the arguments that have such info."""
+    """(argument, alias info of the schema) for the arguments, and members of lists of them, that have such info."""
     schema = getattr(node.target, "_schema", None)
-    given = zip(node.args, schema.arguments) if schema else ()
-    return [(arg, formal.alias_info) for arg, formal in given if isinstance(arg, Node) and formal.alias_info]
+    given = [(arg, formal.alias_info) for arg, formal in zip(node.args, schema.arguments)] if schema else []
+    each = [(one, info) for arg, info in given if info for one in (arg if isinstance(arg, (list, tuple)) else [arg])]
+    return [(one, info) for one, info in each if isinstance(one, Node)]
 
 
 def shared_operand(node: Node) -> Node | None:

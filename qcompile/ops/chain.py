@@ -11,9 +11,6 @@ from torch import Tensor
 
 from qcompile.ops.registry import OPS, op_with_fake
 
-# What a cache is in the text of a step.
-KEYS, VALUES, KEY_SCALES, VALUE_SCALES = CACHE = ("keys", "values", "key_scales", "value_scales")
-
 
 @dataclass(frozen=True)
 class Given:
@@ -23,6 +20,16 @@ class Given:
 
     def __str__(self) -> str:
         return f"%{self.index}"
+
+
+@dataclass(frozen=True)
+class Cache:
+    """The cache of this index, which a step may write to."""
+
+    index: int
+
+    def __str__(self) -> str:
+        return f"&{self.index}"
 
 
 @dataclass(frozen=True)
@@ -40,10 +47,10 @@ class Result:
 
 @dataclass(frozen=True)
 class Step:
-    """A call of the op of this name. Its arguments are Given, Result, those of CACHE and plain values.
+    """A call of the op of this name. Its arguments are Given, Cache, Result and plain values.
 
-    Its text is the name and the arguments with blanks in between, as in `attention #1@0:1,9,1,64:576,64,64,1 keys
-    values %8 False 0.125 none`.
+    Its text is the name and the arguments with blanks in between, as in `attention #1@0:1,9,1,64:576,64,64,1 &0 &1 %8
+    False 0.125 none`.
     """
 
     op: str
@@ -61,6 +68,8 @@ class Step:
 def _argument(word: str) -> Any:
     if word[0] == "%":
         return Given(int(word[1:]))
+    if word[0] == "&":
+        return Cache(int(word[1:]))
     if found := re.fullmatch(r"#(\d+)@(\d+):([\d,]+):([\d,]+)", word):
         sizes, strides = (tuple(map(int, numbers.split(","))) for numbers in found.groups()[2:])
         return Result(int(found[1]), int(found[2]), sizes, strides)
@@ -73,41 +82,31 @@ def _argument(word: str) -> Any:
 
 
 def run(
-    tensors: Sequence[Tensor],
-    cache: Sequence[Tensor | None],
-    steps: str,
-    call: Callable[[str, list[Any]], Tensor],
+    tensors: Sequence[Tensor], caches: Sequence[Tensor], steps: str, call: Callable[[str, list[Any]], Tensor]
 ) -> Tensor:
-    """The last of the results of `call(op, arguments)` for all steps; `cache` in the order of CACHE."""
-    caches: dict[str, Tensor | None] = dict(zip(CACHE, cache, strict=True))
+    """The last of the results of `call(op, arguments)` for all steps."""
     results: list[Tensor] = []
 
     def value(argument: Any) -> Any:
         if isinstance(argument, Given):
             return tensors[argument.index]
+        if isinstance(argument, Cache):
+            return caches[argument.index]
         if isinstance(argument, Result):
             return results[argument.step].as_strided(argument.sizes, argument.strides, argument.offset)
-        return caches.get(argument, argument) if isinstance(argument, str) else argument
+        return argument
 
     for step in map(Step.parse, steps.split("\n")):
         results.append(call(step.op, [value(argument) for argument in step.arguments]).contiguous())
     return results[-1]
 
 
-def _fake(
-    tensors: Sequence[Tensor], keys: Tensor, values: Tensor, steps: str, key_scales: Tensor | None = None,
-    value_scales: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    cache = (keys, values, key_scales, value_scales)
-    return run(tensors, cache, steps, lambda op, arguments: OPS[op].fake(*arguments))
+def _fake(tensors: Sequence[Tensor], caches: Sequence[Tensor], steps: str) -> Tensor:
+    return run(tensors, caches, steps, lambda op, arguments: OPS[op].fake(*arguments))
 
 
-@op_with_fake(_fake, writes=CACHE)
-def chain(
-    tensors: Sequence[Tensor], keys: Tensor, values: Tensor, steps: str, key_scales: Tensor | None = None,
-    value_scales: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """What the last of `steps` makes: calls of ops, one a line (see Step), of `tensors`, of a cache, which a step may
+@op_with_fake(_fake, writes=("caches",))
+def chain(tensors: Sequence[Tensor], caches: Sequence[Tensor], steps: str) -> Tensor:
+    """What the last of `steps` makes: calls of ops, one a line (see Step), of `tensors`, of `caches`, which a step may
     write to, and of what earlier steps made."""
-    cache = (keys, values, key_scales, value_scales)
-    return run(tensors, cache, steps, lambda op, arguments: OPS[op].meaning(*arguments))
+    return run(tensors, caches, steps, lambda op, arguments: OPS[op].meaning(*arguments))

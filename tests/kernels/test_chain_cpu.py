@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qcompile.algorithms import quantize
 from qcompile.kernels.chain_cpu import chain_anyhow, chain_packed
-from qcompile.ops.chain import CACHE, KEYS, VALUES, Given, Result, Step, chain
+from qcompile.ops.chain import Cache, Given, Result, Step, chain
 from qcompile.ops.registry import MEANING
 from qcompile.ops.row_codes import CODES, dequantize_rows, quantize_rows
 from qcompile.quant.spec import QSpec
@@ -23,6 +23,7 @@ if not any(map(shutil.which, ("g++", "clang++"))):
     pytest.skip("there is no C++ compiler", allow_module_level=True)
 
 HIDDEN, CAPACITY = 96, 40
+CACHES, SCALES = (Cache(0), Cache(1)), (Cache(2), Cache(3))
 ROUNDING = {torch.float32: 2.0**-19, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 FLOATS = tuple(ROUNDING)
 
@@ -50,15 +51,15 @@ class Layer:
             Step(
                 "rope_into_cache",
                 (
-                    *(part(0, heads), part(heads, kv), part(heads + kv, kv), cos, sin, KEYS, VALUES, self.positions),
-                    *((*CACHE[2:], fixed) if codes else ()),
+                    *(part(0, heads), part(heads, kv), part(heads + kv, kv), cos, sin, *CACHES, self.positions),
+                    *((*SCALES, fixed) if codes else ()),
                 ),
             )
         )
         shape = batch, heads, length, width
         q = Result(1, 0, shape, tuple(torch.empty(shape).stride()))
         hides = None if mask is None else self.give(torch.arange(CAPACITY).expand(*mask, length, CAPACITY) < 20)
-        self.steps.append(Step("attention", (q, KEYS, VALUES, hides, False, 0.2, None, *(CACHE[2:] if codes else ()))))
+        self.steps.append(Step("attention", (q, *CACHES, hides, False, 0.2, None, *(SCALES if codes else ()))))
         if length == 1:
             columns = heads * width
             a = Result(2, 0, (batch, 1, columns), (columns, columns, 1))
@@ -93,21 +94,20 @@ class Layer:
 
     @property
     def arguments(self) -> tuple[Any, ...]:
-        keys, values, *scales = (cache.clone() for cache in self.caches)
-        return self.tensors, keys, values, "\n".join(map(str, self.steps)), *scales
+        return self.tensors, [cache.clone() for cache in self.caches], "\n".join(map(str, self.steps))
 
 
 def check(layer: Layer) -> None:
     choice = chain.choose(*layer.arguments)
     assert (choice.name, choice.refusals) == ("cpu", ())
-    tensors, keys, values, text = layer.arguments
+    tensors, caches, text = layer.arguments
     wide = [t.double() if t.is_floating_point() else t for t in tensors]
-    exact = keys.double(), values.double()
-    want = chain.meaning(wide, *exact, text)
-    plain = chain.meaning(tensors, keys.clone(), values.clone(), text)
+    exact = [cache.double() for cache in caches]
+    want = chain.meaning(wide, exact, text)
+    plain = chain.meaning(tensors, caches, text)
     chain_packed(*layer.arguments)  # from the second call on without Python
     for run in (choice.function, chain_anyhow):
-        _, *wrote, _ = given = layer.arguments
+        _, wrote, _ = given = layer.arguments
         got = run(*given)
         assert (got.shape, got.dtype) == (want.shape, layer.dtype)
         assert (got - want).norm() <= 2 * (plain - want).norm() + ROUNDING[layer.dtype] * want.norm()
@@ -128,9 +128,9 @@ def test_rounding(dtype: torch.dtype) -> None:
     layer = Layer(dtype, batch=2, rounding=("i8/token/dynamic",))
     assert chain.choose(*layer.arguments).name == "cpu"
     wide = [t.double() if t.is_floating_point() else t for t in layer.tensors]
-    want = chain.meaning(wide, *(cache.double() for cache in layer.arguments[1:3]), layer.arguments[3])
+    want = chain.meaning(wide, [cache.double() for cache in layer.caches], layer.arguments[2])
     chain_packed(*layer.arguments)
-    plain = chain_packed(layer.tensors, *layer.arguments[1:3], layer.arguments[3].replace(" i8/token/dynamic", ""))
+    plain = chain_packed(*layer.arguments[:2], layer.arguments[2].replace(" i8/token/dynamic", ""))
     for run in (chain_packed, chain_anyhow):
         got = run(*layer.arguments)
         assert (got - want).norm() <= (1e-2 + 2 * ROUNDING[dtype]) * want.norm()
@@ -163,12 +163,12 @@ def test_a_quantized_cache(dtype: torch.dtype, codes: torch.dtype, fixed: bool) 
             got = run(*given)
             step = {torch.int8: 2e-2, torch.uint8: 5e-2}[codes]
             assert got.dtype == dtype and (got - want).norm() <= (step + 2 * ROUNDING[dtype]) * want.norm()
-            for i in (1, 2):
-                mine, theirs = (dequantize_rows(side[i], side[i + 3], torch.float64) for side in (given, exact))
+            for i in (0, 1):
+                mine, theirs = (dequantize_rows(side[1][i], side[1][i + 2], torch.float64) for side in (given, exact))
                 assert (mine - theirs).norm() <= (step / 10 + ROUNDING[dtype]) * theirs.norm()
-            for i in (4, 5):
-                torch.testing.assert_close(given[i], exact[i], rtol=4 * ROUNDING[dtype] + 1e-6, atol=0)
-                assert torch.equal(given[i], layer.arguments[i]) == fixed
+            for i in (2, 3):
+                torch.testing.assert_close(given[1][i], exact[1][i], rtol=4 * ROUNDING[dtype] + 1e-6, atol=0)
+                assert torch.equal(given[1][i], layer.caches[i]) == fixed
 
 
 @pytest.mark.parametrize("codes", CODES.values(), ids=CODES)
@@ -181,20 +181,21 @@ def test_codes(codes: torch.dtype, fixed: bool) -> None:
     v[0, 0, 1] = 0
     v[0, 1, 0, 5], v[0, 1, 1, 3], v[0, 1, 2, 70] = torch.nan, torch.inf, -torch.inf
     steps = [
-        Step("rope_into_cache", (*map(Given, range(5)), KEYS, VALUES, Given(5), *CACHE[2:], fixed)),
-        Step("attention", (Given(0), KEYS, VALUES, None, False, 0.2, None, *CACHE[2:])),
+        Step("rope_into_cache", (*map(Given, range(5)), *CACHES, Given(5), *SCALES, fixed)),
+        Step("attention", (Given(0), *CACHES, None, False, 0.2, None, *SCALES)),
     ]
     tensors = [q, k, v, cos, sin, torch.tensor([7, 2, 0, 3])]
     cache = [torch.zeros(1, 2, 8, width, dtype=codes) for width in (32, 80)]
     scales = [torch.full((1, 2, 8), 1 / 3) for _ in "kv"]
-    given, other = ([*(x.clone() for x in cache), "\n".join(map(str, steps)), *map(torch.clone, scales)] for _ in "ab")
+    given, other = ([x.clone() for x in (*cache, *scales)] for _ in "ab")
+    text = "\n".join(map(str, steps))
     for _ in range(2):
-        chain_packed(tensors, *given)
-    chain.meaning(tensors, *other)
-    mine, theirs = (dequantize_rows(side[1], side[4], torch.float32) for side in (given, other))
-    assert torch.equal(given[4], other[4]) or not fixed
-    scaled = other[4].isfinite()
-    assert torch.equal(given[4][scaled], other[4][scaled]) and torch.equal(given[4].isfinite(), scaled)
+        chain_packed(tensors, given, text)
+    chain.meaning(tensors, other, text)
+    mine, theirs = (dequantize_rows(side[1], side[3], torch.float32) for side in (given, other))
+    assert torch.equal(given[3], other[3]) or not fixed
+    scaled = other[3].isfinite()
+    assert torch.equal(given[3][scaled], other[3][scaled]) and torch.equal(given[3].isfinite(), scaled)
     number = v.isfinite().all(-1) if not fixed else v.isfinite()
     at = tensors[5]
     assert torch.equal(given[1][:, :, at][number], other[1][:, :, at][number])
@@ -230,11 +231,11 @@ def test_decimal_commas(tmp_path: Path) -> None:
 def check_wide_layer() -> None:
     """Not held against torch's attention, which is NaN where OpenMP gives fewer threads than torch has."""
     layer = Layer(torch.bfloat16, heads=16, kv=8, width=64)
-    tensors, keys, values, text = layer.arguments
+    tensors, caches, text = layer.arguments
     wide = [t.double() if t.is_floating_point() else t for t in tensors]
     for _ in range(2):
         got = chain_packed(*layer.arguments)
-        want = chain.meaning(wide, keys.double(), values.double(), text)
+        want = chain.meaning(wide, [cache.double() for cache in caches], text)
         assert (got - want).norm() <= 0.02 * want.norm()
 
 
@@ -291,13 +292,13 @@ def test_refusals() -> None:
         assert choice.name == MEANING
         return dict(choice.refusals)["cpu"]
 
-    tensors, keys, values, text = Layer(torch.bfloat16).arguments
+    tensors, caches, text = Layer(torch.bfloat16).arguments
     on_meta = [tensor.to("meta") for tensor in tensors]
-    assert "needs cpu, got meta" in why(on_meta, keys, values, text)
-    assert "handles queries, keys and values of one of" in why(tensors, keys.float(), values, text)
+    assert "needs cpu, got meta" in why(on_meta, caches, text)
+    assert "handles queries, keys and values of one of" in why(tensors, [caches[0].float(), caches[1]], text)
     assert "up to 8 query rows" in why(*Layer(torch.bfloat16, length=9).arguments)
     assert "multiples of 16 columns" in why(*Layer(torch.bfloat16, width=8).arguments)
-    assert "no step linear" in why(tensors, keys, values, "linear %0")
+    assert "no step linear" in why(tensors, caches, "linear %0")
     assert "argument 7 of fused_linear is what another step makes" in why(
-        tensors, keys, values, text.replace("none none u4/g32/asym", "#0@0:1:1 none u4/g32/asym")
+        tensors, caches, text.replace("none none u4/g32/asym", "#0@0:1:1 none u4/g32/asym")
     )

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from qcompile.graph.alias import writers
 from qcompile.normal import normalizing_passes
 from qcompile.ops.attention import attention
 from qcompile.ops.chain import Step, chain
@@ -33,7 +34,7 @@ def served(monkeypatch):
     def sign_up(reason=lambda steps: None):
         monkeypatch.setattr(chain, "implementations", [])
 
-        def refuses(tensors, keys, values, steps, key_scales=None, value_scales=None):
+        def refuses(tensors, caches, steps):
             return reason(steps)
 
         chain.implementation("test", refuses, device="cpu")(chain.meaning)
@@ -86,7 +87,7 @@ CODED = (*INPUTS[:3], *torch.randint(-9, 9, (2, 1, 1, 6, 4), dtype=torch.int8), 
 
 def steps(g):
     return [
-        [Step.parse(line).op for line in node.args[3].split("\n")]
+        [Step.parse(line).op for line in node.args[2].split("\n")]
         for node in g.gm.graph.find_nodes(op="call_function", target=chain.overload)
     ]
 
@@ -121,13 +122,15 @@ def test_a_quantized_cache(chained):
     assert steps(chained(scales_are_read, *CODED)[0])
 
 
-def test_a_second_cache_begins_another(chained):
+def test_several_layers_are_one(chained):
     def two(data, scale, x, cos, sin, keys, values, at, more_keys, more_values):
         y = layer(data, scale, x, cos, sin, keys, values, at)
-        return layer(data, scale, y, cos, sin, more_keys, more_values, at)
+        return layer(data, scale, y[..., :8], cos, sin, more_keys, more_values, at)
 
     g, _ = chained(two, *INPUTS, *torch.randn(2, 1, 1, 6, 4))
-    assert steps(g) == [LAYER, LAYER]
+    assert steps(g) == [LAYER * 2]
+    (node,) = g.gm.graph.find_nodes(op="call_function", target=chain.overload)
+    assert [user for cache in node.args[1] for user in writers(cache)] == [node] * 4
 
 
 def test_what_others_read_ends_it(chained):
