@@ -34,6 +34,7 @@ from torch import Tensor
 
 from benchmarks._gpu import DEVICE, Report, Row, in_parallel, random_weight
 from qcompile.kernels import _tuning, dequantize_gpu, gated_act, linear_cuda, linear_w8a8_cuda, norm, rope
+from qcompile.kernels._ways import OF_INTEGERS
 from qcompile.kernels._weight import Layout
 from qcompile.kernels.linear_few import can_sum
 from qcompile.ops.activation import ACTIVATIONS
@@ -42,6 +43,7 @@ from qcompile.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from qcompile.ops.rope import rope as rope_op
 from qcompile.quant.activation import ActivationSpec, activation_codes
 
+HOPPER = DEVICE == "cuda" and torch.cuda.get_device_capability()[0] == 9
 DTYPES = ["float32", "float16"] + ([] if DEVICE == "cpu" else ["bfloat16"])  # the interpreter gets bfloat16 wrong
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-4, torch.bfloat16: 2.5e-3}
 SMALL = 3000  # elements of a weight that the interpreter manages in a second
@@ -57,6 +59,7 @@ ROWS = {
     "dot": (1, 2),
     "few": (1, 3, 8, 16),
     "mma": (1, 9, 16, 33, 64),
+    "wgmma": (97, 257),
     "gemv": (1, 2, 3, 5, 8),
     "gemm": (1, 2, 3, 5, 8, 16, 17, 64, 257),
     "dequantize": (1, 2, 3, 5, 8, 16, 17, 64, 257),
@@ -122,7 +125,9 @@ def linear_cases(smoke: bool) -> Iterator[Row]:
     shapes = small(SHAPES) if smoke else SHAPES
     elements = [(choices, 3) for choices in INTEGERS] + [(choices, 6) for choices in OTHERS]
     for way, dtype, (choices, part) in itertools.product(ROWS, DTYPES, elements):
-        gluon = way in ("dot", "few", "mma")
+        gluon = way in OF_INTEGERS
+        if way == "wgmma" and not HOPPER:
+            continue
         if gluon and (DEVICE == "cpu" or dtype == "float32" or choices[0][0] in FLOATS):
             continue
         if way == "few" and not can_sum(getattr(torch, dtype), Layout.of("/row/".join(choices[0]))):

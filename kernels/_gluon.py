@@ -30,7 +30,7 @@ try:
     store_wait = tma.store_wait
 except ImportError:  # the modules still import, and `can_read` is false
     gluon = SimpleNamespace(jit=lambda function=None, **_: function or gluon.jit)
-    gl = ampere = hopper = barrier = begin_copy = commit_copies = wait_for_copies = None
+    gl = ampere = hopper = async_copy = barrier = begin_copy = commit_copies = wait_for_copies = None
     mbarrier = TensorDescriptor = begin_load = begin_store = store_wait = None
 
 

@@ -18,6 +18,16 @@ from qcompile.kernels._tiles import cdiv, power_of_two
 # A float copy of this many weights (32 MiB in 16 bits) stays in the L2 cache between its writing and its reading.
 SLAB_ELEMENTS = 16 << 20
 
+# The step of weights of four bits.
+FOUR_BITS = 32
+
+# Inputs of a step of linear_wgmma.
+WGMMA_CODES = 128
+# NOTE: µs of a step of linear_wgmma by rows of x, of 4 bits in groups of 64, H100. A number written and read again for
+# the sum of a tile's parts takes WGMMA_PART_US, their sum itself WGMMA_FINISH_US.
+WGMMA_STEP_US = {128: 0.9, 192: 1.05, 256: 1.4}
+WGMMA_PART_US, WGMMA_FINISH_US = 2e-6, 3.0
+
 # Outputs of a tile of linear_codes, and inputs of its steps: what the copy engine lays side by side.
 PRODUCT_OUTPUTS = PRODUCT_CODES = 128
 
@@ -92,6 +102,18 @@ class MmaTile:
     warps: int
     together: int
     warp_groups: bool
+
+
+@dataclass(frozen=True)
+class WgmmaTile:
+    """A tile of linear_wgmma: 128 outputs of `tokens` rows of x, from its share of the inputs.
+
+    stages  steps in shared memory, two at least
+    """
+
+    tokens: int
+    stages: int
+    splits: int
 
 
 @dataclass(frozen=True)
@@ -175,7 +197,8 @@ class Device:
 
 
 def way(rows: int, integers: bool, step: int, device: Device, sums: bool = True) -> str:
-    """The fastest way for so many rows: `dot`, `few` or `mma`, which need integers, `gemv`, `gemm` or `dequantize`.
+    """The fastest way for so many rows: `dot`, `few`, `mma` or `wgmma`, which need integers, `gemv`, `gemm` or
+    `dequantize`.
 
     `sums` is whether linear_few.can_sum.
     """
@@ -183,6 +206,8 @@ def way(rows: int, integers: bool, step: int, device: Device, sums: bool = True)
         return "dot"
     if integers and sums and device.tensor_cores and rows <= (8 if device.major == 9 else 16):
         return "few"
+    if integers and step == FOUR_BITS and device.major == 9 and 96 < rows <= 4096:
+        return "wgmma"
     if integers and device.tensor_cores and rows <= (512 if device.major == 9 else 64):
         return "mma"
     if rows <= 8:
@@ -265,6 +290,26 @@ def mma_tile(rows: int, outputs: int, inputs: int, bits: int, device: Device) ->
 
 
 @functools.lru_cache(maxsize=1024)
+def wgmma_tile(rows: int, outputs: int, inputs: int, bits: int, device: Device) -> WgmmaTile:
+    """The tile of which all take the least time, in as many turns as it needs on all multiprocessors."""
+    steps = cdiv(inputs, WGMMA_CODES)
+
+    def us(choice: tuple[int, int]) -> float:
+        tokens, splits = choice
+        turns = cdiv(cdiv(rows, tokens) * cdiv(outputs, 128) * splits, device.processors)
+        summed = WGMMA_FINISH_US + splits * rows * outputs * WGMMA_PART_US if splits > 1 else 0.0
+        return turns * cdiv(steps, splits) * WGMMA_STEP_US[tokens] + summed
+
+    splits = [count for count in (1, 2, 4, 8) if count <= max(1, steps // 4)]
+    tokens, parts = min(itertools.product(WGMMA_STEP_US, splits), key=us)
+    return WgmmaTile(tokens, wgmma_stages(tokens, bits, device), parts)
+
+
+def wgmma_stages(tokens: int, bits: int, device: Device) -> int:
+    """Steps that shared memory has room for, beside the outputs on their way."""
+    return (device.shared_bytes - (5 << 10)) // (WGMMA_CODES * (2 * tokens + 16 * bits))
+
+
 def product_tile(rows: int, outputs: int, inputs: int, integers: bool, device: Device) -> ProductTile:
     """The tile with which an H100 is done first, about.
 

@@ -15,7 +15,7 @@ import torch
 
 from qcompile.kernels import _gluon, _tuning
 from qcompile.kernels._tiles import cdiv, power_of_two
-from qcompile.kernels._tuning import DequantizeTile, Device, DotTile, FewTile, GemmTile, GemvTile, MmaTile
+from qcompile.kernels._tuning import DequantizeTile, Device, DotTile, FewTile, GemmTile, GemvTile, MmaTile, WgmmaTile
 from qcompile.kernels._weight import Layout
 from qcompile.kernels.linear_few import can_sum
 
@@ -23,16 +23,17 @@ TILES: dict[str, Any] = {
     "dot": DotTile,
     "few": FewTile,
     "mma": MmaTile,
+    "wgmma": WgmmaTile,
     "gemv": GemvTile,
     "gemm": GemmTile,
     "dequantize": DequantizeTile,
 }
-Tile = DotTile | FewTile | MmaTile | GemvTile | GemmTile | DequantizeTile
+Tile = DotTile | FewTile | MmaTile | WgmmaTile | GemvTile | GemmTile | DequantizeTile
 
 # Ways that take no more rows than this.
 MOST_ROWS = {"dot": 2, "gemv": 8}
 # Ways that need integers.
-OF_INTEGERS = ("dot", "few", "mma")
+OF_INTEGERS = ("dot", "few", "mma", "wgmma")
 # What of a tile need not be a power of two.
 ANY_COUNT = ("steps", "ahead", "together", "tokens", "stages", "splits", "parts")
 # Rows from which a float copy of the weight may pay, and up to which tiles that unpack codes again for other rows may.
@@ -78,6 +79,8 @@ def tile_of(way: str, product: Product, device: Device) -> Tile:
         return _tuning.few_tile(rows, outputs, inputs, bits, device)
     if way == "mma":
         return _tuning.mma_tile(rows, outputs, inputs, bits, device)
+    if way == "wgmma":
+        return _tuning.wgmma_tile(rows, outputs, inputs, bits, device)
     if way == "gemv":
         return _tuning.gemv_tile(rows, outputs, inputs, step)
     if way == "gemm":
@@ -104,6 +107,8 @@ def _competes(way: str, product: Product, formula: str, device: Device) -> bool:
         return product.integers and device.tensor_cores and rows <= 16
     if way == "mma":
         return product.integers and device.tensor_cores and 8 < rows <= UNPACKED_TO
+    if way == "wgmma":
+        return product.integers and device.major == 9 and rows > 64
     if way == "gemv":
         return not product.integers
     if way == "gemm":
@@ -120,12 +125,14 @@ def fits(choice: Choice, product: Product, device: Device) -> bool:
         return False
     if way in OF_INTEGERS and not (product.integers and device.tensor_cores):
         return False
+    if way == "wgmma" and device.major != 9:
+        return False
     if way == "few" and not can_sum(product.dtype, layout):
         return False
     if (way == "dot") != (by_formula(product, device).way == "dot"):
         return False
     counts = {name: count for name, count in vars(tile).items() if type(count) is int}
-    if not all(0 < count <= 1024 for count in counts.values()) or tile.warps > 16:
+    if not all(0 < count <= 1024 for count in counts.values()) or counts.get("warps", 4) > 16:
         return False
     if any(count != power_of_two(count) for name, count in counts.items() if name not in ANY_COUNT):
         return False
@@ -143,6 +150,9 @@ def fits(choice: Choice, product: Product, device: Device) -> bool:
         a_stage = tile.codes * (2 * tile.warps * layout.bits + 2 * tile.tokens)
         whole = tile.codes >= max(64, step) and tile.stages >= (3 if tile.warp_groups else 2) and tile.warps % 4 == 0
         return whole and tile.splits * tile.codes <= product.inputs and tile.stages * a_stage <= shared
+    if isinstance(tile, WgmmaTile):
+        whole = tile.tokens % 32 == 0 and tile.tokens <= 256 and tile.splits * _tuning.WGMMA_CODES <= product.inputs
+        return whole and 2 <= tile.stages <= _tuning.wgmma_stages(tile.tokens, layout.bits, device)
     if isinstance(tile, GemmTile):
         a_stage = tile.chunks * (tile.rows * step * 2 + tile.outputs * 16 * 2)
         return min(tile.rows, tile.outputs) >= 16 and tile.stages * a_stage <= shared
@@ -184,6 +194,11 @@ def _mma_tiles(tile: MmaTile, product: Product, device: Device) -> Iterator[MmaT
                 yield replace(near, stages=stages, splits=splits)
 
 
+def _wgmma_tiles(tile: WgmmaTile, product: Product, device: Device) -> Iterator[WgmmaTile]:
+    for splits in (1, 2, 4):
+        yield replace(tile, splits=splits)
+
+
 def _programs(tile: MmaTile) -> list[tuple[int, int]]:
     """Warps of a program, and programs beside one another, that have the registers."""
     if tile.tokens <= 48:
@@ -218,6 +233,7 @@ _AROUND: dict[str, Any] = {
     "dot": _dot_tiles,
     "few": _few_tiles,
     "mma": _mma_tiles,
+    "wgmma": _wgmma_tiles,
     "gemv": _gemv_tiles,
     "gemm": _gemm_tiles,
     "dequantize": _dequantize_tiles,

@@ -1,8 +1,8 @@
 """linear on CUDA: the number of rows, known only at the call, decides which way it goes (see _tables.choose).
 
 A few rows are bound by reading the weight (linear_dot and linear_few for integers, linear_gemv for all), more keep the
-tensor cores busy with codes unpacked on the way (linear_mma for integers, linear_gemm), and many are fastest as a float
-weight, written once and multiplied by cuBLAS.
+tensor cores busy with codes unpacked on the way (linear_mma and linear_wgmma for integers, linear_gemm), and many are
+fastest as a float weight, written once and multiplied by cuBLAS.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from qcompile.kernels.linear_few import few
 from qcompile.kernels.linear_gemm import gemm
 from qcompile.kernels.linear_gemv import gemv
 from qcompile.kernels.linear_mma import mma
+from qcompile.kernels.linear_wgmma import wgmma
 from qcompile.ops.activation import ACTIVATIONS
 from qcompile.ops.linear import linear
 from qcompile.ops.precision import wide
@@ -92,6 +93,7 @@ KERNELS: dict[str, Callable[..., Tensor]] = {
     "dot": _plain_dot,
     "few": few,
     "mma": mma,
+    "wgmma": wgmma,
     "gemv": gemv,
     "gemm": gemm,
     "dequantize": dequantize_and_multiply,

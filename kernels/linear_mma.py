@@ -14,7 +14,6 @@ from qcompile.kernels import _tuning
 from qcompile.kernels._gluon import (
     ampere,
     barrier,
-    begin_copy,
     commit_copies,
     gl,
     gluon,
@@ -24,9 +23,10 @@ from qcompile.kernels._gluon import (
     wait,
     wait_for_copies,
 )
+from qcompile.kernels._inputs import blocks, copy_inputs, input_starts, make_inputs, sums_layout
 from qcompile.kernels._operand import piece_weights, read_sides, read_words, rows_layout
 from qcompile.kernels._planes import copy_codes, make_planes, plane_starts
-from qcompile.kernels._tiles import cdiv, constexpr_function, dependent_launch, launch
+from qcompile.kernels._tiles import cdiv, dependent_launch, launch
 from qcompile.kernels._weight import Weight
 from qcompile.kernels.linear_gemm import finish
 
@@ -77,8 +77,7 @@ def _mma(
     PIECE: gl.constexpr = max(64, 16 * W.fields)
     # A warp group's products run on while it unpacks codes of the next step, so one stage more is in use.
     AHEAD: gl.constexpr = STAGES - 2 if WARP_GROUPS else STAGES - 1
-    BLOCKS: gl.constexpr = _blocks(TOKENS)
-    X: gl.constexpr = gl.BlockedLayout([1, 8], [max(1, 256 // CODES), min(32, CODES // 8)], [WARPS, 1], [1, 0])
+    BLOCKS: gl.constexpr = blocks(TOKENS)
     if PDL:
         launch_dependents()
     blocks_m = gl.cdiv(M, TOKENS)
@@ -100,18 +99,16 @@ def _mma(
     sides = read_sides(scale, zero, first, K, CODES, PIECE, W, EVEN)
     if PDL:
         wait()
-    xs, x = (), ()
-    for i in gl.static_range(len(BLOCKS)):
-        xs += (gl.allocate_shared_memory(DTYPE, [STAGES, BLOCKS[i][1], CODES], gl.NVMMASharedLayout(128, 16, 2)),)
-        x += (_rows(x_ptr, first_m + BLOCKS[i][0], M, K, BLOCKS[i][1], CODES, X),)
+    xs = make_inputs(DTYPE, TOKENS, CODES, STAGES)
+    x = input_starts(x_ptr, first_m, M, K, TOKENS, CODES, WARPS)
     for i in gl.static_range(AHEAD):
         if i < count:
-            _copy_x(xs, x, i, first + i, K, CODES, EVEN)
+            copy_inputs(xs, x, i, first + i, K, CODES, EVEN)
         commit_copies()
 
     sums = ()
     for i in gl.static_range(len(BLOCKS)):
-        sums += (gl.full([ROWS, BLOCKS[i][1]], 0.0, gl.float32, layout=_of_sums(BLOCKS[i][1], WARPS, WARP_GROUPS)),)
+        sums += (gl.full([ROWS, BLOCKS[i][1]], 0.0, gl.float32, layout=sums_layout(BLOCKS[i][1], WARPS, WARP_GROUPS)),)
     wait_for_copies(AHEAD - 1)
     words = read_words(planes, 0, CODES, PIECE, W, WARPS)
     a = piece_weights(words, sides, 0, CODES, PIECE, W, DTYPE)
@@ -120,7 +117,7 @@ def _mma(
         slot = step % STAGES
         if step + AHEAD < count:
             copy_codes(planes, data, (step + AHEAD) % STAGES, first + step + AHEAD, K, CODES, W, EVEN)
-            _copy_x(xs, x, (step + AHEAD) % STAGES, first + step + AHEAD, K, CODES, EVEN)
+            copy_inputs(xs, x, (step + AHEAD) % STAGES, first + step + AHEAD, K, CODES, EVEN)
         commit_copies()
         for piece in gl.static_range(CODES // PIECE):
             begun = ()
@@ -146,18 +143,6 @@ def _mma(
         store_outputs(y, bias_ptr, out_ptr, first_n, first_m + BLOCKS[i][0], M, N, ACTIVATION)
 
 
-@constexpr_function
-def _blocks(tokens):
-    """The powers of two that sum up to `tokens`, the largest first, each with what is before it."""
-    return tuple((tokens >> i + 1 << i + 1, 1 << i) for i in reversed(range(tokens.bit_length())) if tokens >> i & 1)
-
-
-@constexpr_function
-def _of_sums(tokens, warps, warp_groups):
-    version, shape = ([3, 0], [16, tokens, 16]) if warp_groups else ([2, 0], [16, 8])
-    return gl.NVMMADistributedLayout(version, [warps, 1], shape)
-
-
 @gluon.jit
 def _multiply(a, b, acc, WARP_GROUPS: gl.constexpr):
     L: gl.constexpr = acc.type.layout
@@ -174,22 +159,3 @@ def _waited(begun):
     """The sums, once they are there."""
     done = hopper.warpgroup_mma_wait(0, deps=begun)
     return done if len(begun) > 1 else (done,)
-
-
-# Inputs
-
-
-@gluon.jit
-def _rows(x_ptr, first_m, M, K, TOKENS: gl.constexpr, CODES: gl.constexpr, X: gl.constexpr):
-    """Where some rows of x begin, their inputs of a step, and which rows there are."""
-    m = gl.arange(0, TOKENS, layout=gl.SliceLayout(1, X))[:, None]
-    k = gl.arange(0, CODES, layout=gl.SliceLayout(0, X))[None, :]
-    return x_ptr + first_m.to(gl.int64) * K, m * K + k, k, m < M - first_m
-
-
-@gluon.jit
-def _copy_x(xs, x, slot, step, K, CODES: gl.constexpr, EVEN: gl.constexpr):
-    for i in gl.static_range(len(xs)):
-        start, offset, k, inside = x[i]
-        mask = inside if EVEN else inside & (k + step * CODES < K)
-        begin_copy(xs[i].index(slot), start + step * CODES + offset, mask=mask)

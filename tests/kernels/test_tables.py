@@ -14,7 +14,7 @@ from qcompile.errors import UnsupportedError
 from qcompile.kernels import _tables
 from qcompile.kernels._tables import Entry
 from qcompile.kernels._tuning import Device
-from qcompile.kernels._ways import TILES, Choice, Product, by_formula, candidates
+from qcompile.kernels._ways import TILES, Choice, Product, by_formula, candidates, tile_of
 
 GPU = torch.device("cuda", 0)
 H100 = Device()
@@ -56,7 +56,7 @@ def test_a_choice_holds_for_its_rows_and_weight() -> None:
 
 
 def test_the_rows_of_a_tile_follow_the_call() -> None:
-    tile = replace(by_formula(product(192), H100).tile, splits=2)
+    tile = replace(tile_of("mma", product(192), H100), splits=2)
     _tables.keep([Entry.of(product(192), 129, Choice("mma", tile), us=9, before=10)], [], GPU)
     chosen = [_tables.choose(product(rows), GPU).tile for rows in (129, 192)]
     assert chosen == [replace(tile, tokens=160), tile]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qcompile.kernels import _gluon
-from qcompile.kernels._tuning import Device, DotTile, FewTile, MmaTile
+from qcompile.kernels._tuning import Device, DotTile, FewTile, MmaTile, WgmmaTile
 from qcompile.kernels._ways import Choice, Product, by_formula, candidates, fits, product_of, tile_of
 
 H100 = Device()
@@ -40,8 +40,9 @@ def test_other_ways_compete() -> None:
     assert ways("u4/g64/asym", 1) == ways("u4/g64/asym", 2) == {"dot"}  # what is fused around them is decided before
     assert ways("u4/g64/asym", 8) == {"few"}
     assert ways("u4/g64/asym", 16) == {"few", "mma"}
-    assert ways("u4/g64/asym", 512) == {"mma", "dequantize"}
-    assert ways("u4/g64/asym", 2048) == {"dequantize"}
+    assert ways("u4/g64/asym", 96) == {"mma", "wgmma"}
+    assert ways("u4/g64/asym", 512) == {"mma", "wgmma", "dequantize"}
+    assert ways("u4/g64/asym", 2048) == ways("i8/row/sym", 2048) == {"wgmma", "dequantize"}
     assert ways("u4/g64/asym", 128, ADA) == {"mma", "gemm", "dequantize"}
     assert ways("nf4/g64/sym", 8) == {"gemv", "gemm"}
 
@@ -56,11 +57,14 @@ def test_other_ways_compete() -> None:
         (16, MmaTile(16, codes=256, stages=2, splits=1, warps=4, together=2, warp_groups=True)),  # too few stages
         (16, MmaTile(16, codes=256, stages=20, splits=1, warps=4, together=2, warp_groups=True)),  # shared memory
         (16, MmaTile(16, codes=256, stages=4, splits=0, warps=4, together=2, warp_groups=True)),
+        (256, WgmmaTile(256, stages=4, splits=1)),  # shared memory
+        (256, WgmmaTile(256, stages=1, splits=1)),  # no step ahead
+        (256, WgmmaTile(256, stages=3, splits=64)),  # parts without inputs
     ],
     ids=str,
 )
-def test_what_would_be_wrong_does_not_fit(rows: int, tile: DotTile | FewTile | MmaTile) -> None:
-    way = {DotTile: "dot", FewTile: "few", MmaTile: "mma"}[type(tile)]
+def test_what_would_be_wrong_does_not_fit(rows: int, tile: DotTile | FewTile | MmaTile | WgmmaTile) -> None:
+    way = {DotTile: "dot", FewTile: "few", MmaTile: "mma", WgmmaTile: "wgmma"}[type(tile)]
     asked = product("u4/g64/asym", rows)
     assert fits(
         Choice(way, tile_of(way, asked, H100)), asked._replace(rows=min(rows, 2 if way == "dot" else rows)), H100

@@ -1,0 +1,227 @@
+"""Many rows times a quantized weight on tensor cores of Hopper: two warp groups that multiply, and warps that fetch.
+
+A tile is 128 outputs of TOKENS rows of x. A warp group turns the codes of its 64 weight rows into the first operand of
+wgmma in registers (see _operand.py); x is the second as it lies in shared memory. Each goes at its own pace: one
+unpacks while the other's products run. Four more warps copy codes and x some steps ahead, also those of the program's
+next tile. With splits > 1 the steps are dealt out to several tiles, and linear_gemm's second kernel adds their sums.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qcompile.kernels import _tuning
+from qcompile.kernels._gluon import async_copy, barrier, gl, gluon, hopper, launch_dependents, mbarrier, wait
+from qcompile.kernels._inputs import blocks, copy_inputs, input_starts, make_inputs, sums_layout
+from qcompile.kernels._operand import piece_weights, read_sides, read_words, rows_layout
+from qcompile.kernels._planes import copy_codes, make_planes, plane_starts
+from qcompile.kernels._tiles import activate, cdiv, dependent_launch, launch
+from qcompile.kernels._weight import Weight
+from qcompile.kernels.linear_gemm import finish
+
+# Of the inputs of a step, what is unpacked while as many are multiplied.
+PIECE = 64
+# Registers of a thread: of those that multiply, of those that fetch, and of all as they are launched.
+MULTIPLYING, FETCHING, LAUNCHED = 208, 88, 168
+
+
+def wgmma(x: Tensor, weight: Weight, bias: Tensor | None, activation: str | None, tile: _tuning.WgmmaTile) -> Tensor:
+    """act(x @ W.T + bias) for contiguous x (M, K) that _gluon.can_read."""
+    (m, k), n = x.shape, weight.rows
+    out = x.new_empty(m, n)
+    split = tile.splits > 1
+    parts = x.new_empty(tile.splits, m, n, dtype=torch.float32) if split else out
+    tiles = cdiv(n, 128) * cdiv(m, tile.tokens) * tile.splits
+    launch(
+        _wgmma,
+        (min(tiles, _tuning.Device.of(x.device).processors),),
+        x,
+        *weight.pointers[:3],
+        None if split else bias,
+        parts,
+        m,
+        n,
+        k,
+        *weight.strides,
+        tile.splits,
+        W=weight.layout,
+        ACTIVATION=None if split else activation,
+        EVEN=k % _tuning.WGMMA_CODES == 0,
+        TOKENS=tile.tokens,
+        CODES=_tuning.WGMMA_CODES,
+        PIECE=max(PIECE, weight.step),
+        STAGES=tile.stages,
+        MULTIPLYING=MULTIPLYING,
+        FETCHING=FETCHING,
+        PDL=dependent_launch(x),
+        num_warps=4,
+        maxnreg=LAUNCHED,
+    )
+    if split:
+        finish(parts, bias, out, activation)
+    return out
+
+
+@gluon.jit
+def _wgmma(
+    x_ptr, data_ptr, scale_ptr, zero_ptr, bias_ptr, out_ptr, M, N, K, data_stride, scale_stride, zero_stride, splits,
+    W: gl.constexpr, ACTIVATION: gl.constexpr, EVEN: gl.constexpr, TOKENS: gl.constexpr, CODES: gl.constexpr,
+    PIECE: gl.constexpr, STAGES: gl.constexpr, MULTIPLYING: gl.constexpr, FETCHING: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
+    upper, lower = make_planes(CODES, STAGES, W, 64), make_planes(CODES, STAGES, W, 64)
+    xs = make_inputs(x_ptr.dtype.element_ty, TOKENS, CODES, STAGES)
+    # A slot is full when all threads that fetch have, and free when both warp groups have multiplied it.
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=128)
+        mbarrier.init(free.index(i), count=2)
+    if PDL:
+        launch_dependents()
+        wait()
+    shared = (xs, full, free)
+    sizes = (M, N, K, splits)
+    sides = (scale_ptr, zero_ptr, scale_stride, zero_stride)
+    stores = (bias_ptr, out_ptr)
+    gl.warp_specialize(
+        [
+            (_multiply, (upper, shared, sides, stores, 0, sizes, W, ACTIVATION, EVEN, TOKENS, CODES, PIECE, STAGES)),
+            (_multiply, (lower, shared, sides, stores, 64, sizes, W, ACTIVATION, EVEN, TOKENS, CODES, PIECE, STAGES)),
+            (_fetch, (upper, lower, shared, x_ptr, data_ptr, data_stride, sizes, W, EVEN, TOKENS, CODES, STAGES)),
+        ],
+        [4, 4],
+        [MULTIPLYING, FETCHING],
+    )
+
+
+@gluon.jit
+def _tiles(sizes, TOKENS: gl.constexpr):
+    M, N, K, splits = sizes
+    return gl.cdiv(M, TOKENS) * gl.cdiv(N, 128) * splits
+
+
+@gluon.jit
+def _tile(index, sizes, TOKENS: gl.constexpr, CODES: gl.constexpr):
+    """The first row of x and the first output of a tile, its first step and how many there are, and its part."""
+    M, N, K, splits = sizes
+    # Neighbouring tiles share their weights.
+    blocks_m = gl.cdiv(M, TOKENS)
+    all_blocks = blocks_m * gl.cdiv(N, 128)
+    part, block = index // all_blocks, index % all_blocks
+    steps = gl.cdiv(K, CODES)
+    first = part * steps // splits
+    return block % blocks_m * TOKENS, block // blocks_m * 128, first, (part + 1) * steps // splits - first, part
+
+
+@gluon.jit
+def _fetch(
+    upper, lower, shared, x_ptr, data_ptr, data_stride, sizes, W: gl.constexpr, EVEN: gl.constexpr,
+    TOKENS: gl.constexpr, CODES: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Bring codes and x to shared memory, step by step, as soon as a slot is free."""
+    xs, full, free = shared
+    M, N, K, splits = sizes
+    done = 0
+    for index in range(gl.program_id(0), _tiles(sizes, TOKENS), gl.num_programs(0)):
+        first_m, first_n, first, count, part = _tile(index, sizes, TOKENS, CODES)
+        above = plane_starts(data_ptr, first_n, N, data_stride, CODES, W, 64)
+        below = plane_starts(data_ptr, first_n + 64, N, data_stride, CODES, W, 64)
+        x = input_starts(x_ptr, first_m, M, K, TOKENS, CODES, gl.num_warps())
+        for step in range(count):
+            slot = (done + step) % STAGES
+            mbarrier.wait(free.index(slot), (done + step) // STAGES % 2 ^ 1)
+            copy_codes(upper, above, slot, first + step, K, CODES, W, EVEN)
+            copy_codes(lower, below, slot, first + step, K, CODES, W, EVEN)
+            copy_inputs(xs, x, slot, first + step, K, CODES, EVEN)
+            async_copy.mbarrier_arrive(full.index(slot), increment_count=False)
+        done += count
+
+
+@gluon.jit
+def _multiply(
+    planes, shared, sides, stores, offset, sizes, W: gl.constexpr, ACTIVATION: gl.constexpr, EVEN: gl.constexpr,
+    TOKENS: gl.constexpr, CODES: gl.constexpr, PIECE: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """The products of the 64 weight rows of each tile from `offset` on."""
+    WARPS: gl.constexpr = gl.num_warps()
+    BLOCKS: gl.constexpr = blocks(TOKENS)
+    PIECES: gl.constexpr = CODES // PIECE
+    xs, full, free = shared
+    DTYPE: gl.constexpr = xs[0].dtype
+    M, N, K, splits = sizes
+    scale_ptr, zero_ptr, scale_stride, zero_stride = sides
+    row = gl.arange(0, 64, layout=gl.SliceLayout(1, rows_layout(1, WARPS)))
+    done = 0
+    for index in range(gl.program_id(0), _tiles(sizes, TOKENS), gl.num_programs(0)):
+        first_m, first_n, first, count, part = _tile(index, sizes, TOKENS, CODES)
+        first_n += offset
+        near = gl.minimum(row, N - 1 - first_n)
+        scale = scale_ptr + first_n.to(gl.int64) * scale_stride, near * scale_stride
+        zero = None if zero_ptr is None else (zero_ptr + first_n.to(gl.int64) * zero_stride, near * zero_stride)
+        sums = ()
+        for i in gl.static_range(len(BLOCKS)):
+            sums += (gl.full([64, BLOCKS[i][1]], 0.0, gl.float32, layout=sums_layout(BLOCKS[i][1], WARPS, True)),)
+        now = read_sides(scale, zero, first, K, CODES, PIECE, W, EVEN)
+        mbarrier.wait(full.index(done % STAGES), done // STAGES % 2)
+        words = read_words(planes, done % STAGES, CODES, PIECE, W, WARPS)
+        a = piece_weights(words, now, 0, CODES, PIECE, W, DTYPE)
+        for step in range(count):
+            slot = (done + step) % STAGES
+            next = done + gl.minimum(step + 1, count - 1)
+            following = read_sides(scale, zero, first + step + 1, K, CODES, PIECE, W, EVEN)
+            for piece in gl.static_range(PIECES):
+                begun = ()
+                for i in gl.static_range(len(BLOCKS)):
+                    b = xs[i].index(slot).slice(piece * PIECE, PIECE, 1).permute((1, 0))
+                    begun += (_begun(gl.reshape(a, [64, PIECE]), b, sums[i], WARPS),)
+                if piece + 1 == PIECES:
+                    mbarrier.wait(full.index(next % STAGES), next // STAGES % 2)
+                    later = read_words(planes, next % STAGES, CODES, PIECE, W, WARPS)
+                # Products under way at a loop's end would be waited for one by one: ptxas gives up (C7515).
+                sums = _waited(begun, len(BLOCKS)) if piece > 0 else begun
+                if piece + 1 < PIECES:
+                    a = piece_weights(words, now, piece + 1, CODES, PIECE, W, DTYPE)
+            words, now = later, following
+            a = piece_weights(words, now, 0, CODES, PIECE, W, DTYPE)
+            sums = _waited(sums, 0)
+            barrier()  # all four warps have multiplied
+            mbarrier.arrive(free.index(slot), count=1)
+        done += count
+        for i in gl.static_range(len(BLOCKS)):
+            y = sums[i]
+            n = gl.minimum(first_n + gl.arange(0, 64, layout=gl.SliceLayout(1, y.type.layout)), N - 1)
+            if W.group == 0:
+                y *= gl.load(scale_ptr + n.to(gl.int64) * scale_stride).to(gl.float32)[:, None]
+            if stores[0] is not None:
+                y += gl.load(stores[0] + n).to(gl.float32)[:, None]
+            y = activate(y, ACTIVATION).to(stores[1].dtype.element_ty)
+            _store(y, stores[1], first_n, first_m + BLOCKS[i][0], part, M, N)
+
+
+@gluon.jit
+def _begun(a, b, acc, WARPS: gl.constexpr):
+    """acc + a @ b, under way."""
+    L: gl.constexpr = sums_layout(b.shape[1], WARPS, True)
+    a = gl.convert_layout(a, gl.DotOperandLayout(0, L, 2), assert_trivial=True)
+    return hopper.warpgroup_mma(a, b, acc, is_async=True)
+
+
+@gluon.jit
+def _waited(begun, LEFT: gl.constexpr):
+    """The sums, once no more than so many products are under way."""
+    done = hopper.warpgroup_mma_wait(LEFT, deps=begun)
+    return done if len(begun) > 1 else (done,)
+
+
+@gluon.jit
+def _store(y, out_ptr, first_n, first_m, part, M, N):
+    """Write y (outputs, rows of x) to a part of out (parts, M, N), 32 bytes at least together."""
+    WIDE: gl.constexpr = y.dtype.primitive_bitwidth == 32
+    # Numbers of 16 bits change places among the lanes of a warp, which has whole rows.
+    L: gl.constexpr = y.type.layout if WIDE else gl.BlockedLayout([8, 1], [2, 16], [gl.num_warps(), 1], [0, 1])
+    n = first_n + gl.arange(0, y.shape[0], layout=gl.SliceLayout(1, L))
+    m = first_m + gl.arange(0, y.shape[1], layout=gl.SliceLayout(0, L))
+    row = part.to(gl.int64) * M + m.to(gl.int64)
+    at = row[None, :] * N + n[:, None]
+    gl.store(out_ptr + at, gl.convert_layout(y, L), mask=(m < M)[None, :] & (n < N)[:, None])
