@@ -261,12 +261,19 @@ def part_sweep(report: Report, cases: tuple[Case, ...], deadline: float) -> None
 def tiles(case: Case) -> Iterator[AttentionTile]:
     """Tiles that give every multiprocessor something to do, and no more than eight programs to each."""
     pairs, rows = case.batch * case.kv_heads, case.tile().rows
-    blocks = ((32, 4, 3), (64, 4, 3), (64, 4, 2), (64, 8, 3), (128, 4, 2), (128, 8, 3))
+    blocks: tuple[tuple[int, ...], ...] = (
+        (32, 4, 3),
+        (64, 4, 3),
+        (64, 8, 3),
+        (128, 8, 3),
+        (64, 4, 3, 4),
+        (128, 8, 3, 8),
+    )
     if case.codes:
         blocks = ((32, 2, 1), (64, 4, 1), (64, 8, 1), (128, 8, 1))
-    for splits, (keys, warps, stages) in itertools.product((1, 2, 4, 8, 16, 32, 64), blocks):
+    for splits, (keys, *others) in itertools.product((1, 2, 4, 8, 16, 32, 64), blocks):
         if splits <= max(1, case.capacity // keys) and (64 <= pairs * splits <= 1056 or case.width < 32):
-            yield AttentionTile(splits, rows, keys, warps, stages)
+            yield AttentionTile(splits, rows, keys, *others)
 
 
 def part_pdl(report: Report, cases: tuple[Case, ...], deadline: float) -> None:

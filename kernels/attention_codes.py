@@ -234,7 +234,7 @@ def _split_codes(
     if mask_ptr is not None:
         seen_head = kv_head * (rows // length) + seen_row // length
         mask_ptr += batch * mask_batch + seen_head * mask_head + (seen_row % length).to(tl.int64) * mask_row
-        first, end = _seen_steps(mask_ptr, mask_column, seen_row < rows, end, keys, BLOCK_N, MASK_ROWS, SCAN)
+        first, end, _ = _seen_steps(mask_ptr, mask_column, seen_row < rows, end, keys, BLOCK_N, MASK_ROWS, SCAN, "")
     word, v_word = tl.arange(0, BLOCK_D // 4)[None, :], tl.arange(0, BLOCK_DV // 4)[None, :]
     k_ptr += batch * k_batch + kv_head * k_head + word
     v_ptr += batch * v_batch + kv_head * v_head + v_word

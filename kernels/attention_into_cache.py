@@ -1,7 +1,8 @@
 """attention_into_cache: `_step` over parts of the keys, and attention_decode's `_combine` of what they found.
 
 As `_split` of attention_decode, for one query position. Each program turns the queries that it loads; the one in whose
-part the new position lies turns the new key, uses it and the new value from registers, and writes them to the cache.
+part the new position lies turns the new key, writes it and the new value to the cache, and reads them there as others.
+While it waits for the kernel before, it has the first keys and values brought to the L2 cache.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from torch import Tensor
 
 from qcompile.kernels import _tuning, attention_decode, rope_into_cache
 from qcompile.kernels._tiles import (
-    cdiv,
     dependent_launch,
     gdc_launch_dependents,
     gdc_wait,
@@ -21,11 +21,15 @@ from qcompile.kernels._tiles import (
 )
 from qcompile.kernels.attention_decode import (
     SCAN_ELEMENTS,
-    _attended,
-    _capped,
+    _beside,
     _leave,
+    _mask_at,
+    _masked,
+    _places,
     _product,
     _seen_steps,
+    _together,
+    _turned,
     _weights,
     combine,
 )
@@ -33,6 +37,7 @@ from qcompile.ops.attention_into_cache import attention_into_cache
 from qcompile.ops.registry import known, opaque
 
 MAX_GROUP = 64
+FETCHED = 2  # steps
 
 
 def refuses(
@@ -107,8 +112,10 @@ def attention_into_cache_cuda(
         BLOCK_N=tile.keys,
         BLOCK_D=block_d,
         BLOCK_DV=block_dv,
+        BESIDE=tile.beside,
         SCAN=SCAN_ELEMENTS,
-        EARLY=cdiv(capacity, tile.keys * tile.splits) <= 2,
+        FETCHED=FETCHED,
+        EARLY=attention_decode.lets_start(tile, batch * kv_heads, capacity, device),
         PDL=dependent_launch(query),
         num_warps=tile.warps,
         num_stages=tile.stages,
@@ -127,11 +134,27 @@ def attention_into_cache_triton(
 
 
 @triton.jit
-def _turned(x_ptr, inside, cos, sin, d, HALF: tl.constexpr):
-    """rope of the rows at x_ptr, rounded to their dtype."""
+def _halves(x_ptr, inside, d, HALF: tl.constexpr):
+    """The rows at x_ptr, and what rope mixes them with."""
     x = tl.load(x_ptr + d, mask=inside, other=0.0)
-    other = tl.load(x_ptr + tl.where(d < HALF, d + HALF, d - HALF), mask=inside, other=0.0).to(tl.float32)
-    return (x.to(tl.float32) * cos + tl.where(d < HALF, -other, other) * sin).to(x.dtype)
+    return x, tl.load(x_ptr + tl.where(d < HALF, d + HALF, d - HALF), mask=inside, other=0.0)
+
+
+@triton.jit
+def _rotated(x, other, cos, sin, d, HALF: tl.constexpr):
+    """rope of rows, rounded to their dtype."""
+    other = other.to(tl.float32)
+    y = x.to(tl.float32) * cos.to(tl.float32) + tl.where(d < HALF, -other, other) * sin.to(tl.float32)
+    return y.to(x.dtype)
+
+
+@triton.jit
+def _fetch(ptr, n, row, limit, WIDTH: tl.constexpr):
+    """Begin to bring rows n of a cache, those before `limit`, to the L2 cache."""
+    LINE: tl.constexpr = 128 // (ptr.dtype.element_ty.primitive_bitwidth // 8)
+    column = tl.arange(0, (WIDTH + LINE - 1) // LINE)[None, :] * LINE
+    at = (ptr + tl.minimum(n, limit - 1)[:, None].to(tl.int64) * row + column).to(tl.int64)
+    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at], tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -140,61 +163,69 @@ def _step(
     kv_heads, group, capacity, scale, softcap, q_batch, q_head, k_batch, k_head, v_batch, v_head, angle_batch,
     keys_batch, keys_head, keys_row, values_batch, values_head, values_row, mask_batch, mask_column,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr, SCAN: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_DV: tl.constexpr, BESIDE: tl.constexpr, SCAN: tl.constexpr, FETCHED: tl.constexpr, EARLY: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    if PDL:
-        if EARLY:
-            gdc_launch_dependents()
-        gdc_wait()
+    if PDL and EARLY:
+        gdc_launch_dependents()
     pair = tl.program_id(0).to(tl.int64)
     batch, kv_head = pair // kv_heads, pair % kv_heads
     part, splits = tl.program_id(1), tl.num_programs(1)
     row = tl.arange(0, BLOCK_M)[:, None]
     d, dv = tl.arange(0, BLOCK_D)[None, :], tl.arange(0, BLOCK_DV)[None, :]
-    # A position outside the cache is the caller's mistake, and must not become a write to other memory.
-    position = tl.load(positions_ptr)
-    cos = tl.load(cos_ptr + batch * angle_batch + d, mask=d < D, other=0.0).to(tl.float32)
-    sin = tl.load(sin_ptr + batch * angle_batch + d, mask=d < D, other=0.0).to(tl.float32)
-    head = kv_head * group + row
-    q = _turned(q_ptr + batch * q_batch + head * q_head, (row < group) & (d < D), cos, sin, d, D // 2)
-    new_k = _turned(k_ptr + batch * k_batch + kv_head * k_head, d < D, cos, sin, d, D // 2)
-    new_v = tl.load(v_ptr + batch * v_batch + kv_head * v_head + dv, mask=dv < DV, other=0.0)
+    keys_ptr += batch * keys_batch + kv_head * keys_head
+    values_ptr += batch * values_batch + kv_head * values_head
     # Step s of this program is block s * splits + part.
     steps = tl.cdiv(tl.cdiv(capacity, BLOCK_N) - part, splits)
-    first, end = 0, steps
-    mask_ptr = mask_ptr if mask_ptr is None else mask_ptr + batch * mask_batch
+    first, end, limit = 0, steps, capacity
+    rows = tl.full((1, 1), 1, tl.int1)
     if mask_ptr is not None:
-        rows = tl.full((1, 1), 1, tl.int1)
-        first, end = _seen_steps(mask_ptr, mask_column, rows, steps, capacity, BLOCK_N, 1, SCAN)
-    keys_ptr += batch * keys_batch + kv_head * keys_head + d
-    values_ptr += batch * values_batch + kv_head * values_head + dv
-    offset = tl.arange(0, BLOCK_N)
-    top = tl.full((BLOCK_M, 1), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_M, 1), tl.float32)
-    y = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
+        mask_ptr += batch * mask_batch
+    if PDL:
+        if FETCHED > 0:
+            if mask_ptr is not None:  # as it is by now: the kernel before may have yet to write it
+                first, end, limit = _seen_steps(mask_ptr, mask_column, rows, steps, capacity, BLOCK_N, 1, SCAN, ".cg")
+            if limit > 0:
+                for step in tl.static_range(FETCHED):
+                    n = ((first + step) * splits + part) * BLOCK_N + tl.arange(0, BLOCK_N)
+                    _fetch(keys_ptr, n, keys_row, limit, D)
+                    _fetch(values_ptr, n, values_row, limit, DV)
+        gdc_wait()
+    # A position outside the cache is the caller's mistake, and must not become a write to other memory.
+    position = tl.full((1, 1), 0, tl.int64) + tl.load(positions_ptr)
+    owns = (position >= 0) & (position < capacity) & (position // BLOCK_N % splits == part)
+    # All reads before what depends on one of them.
+    cos = tl.load(cos_ptr + batch * angle_batch + d, mask=d < D, other=0.0)
+    sin = tl.load(sin_ptr + batch * angle_batch + d, mask=d < D, other=0.0)
+    head = kv_head * group + row
+    q, q_other = _halves(q_ptr + batch * q_batch + head * q_head, (row < group) & (d < D), d, D // 2)
+    new_k, k_other = _halves(k_ptr + batch * k_batch + kv_head * k_head, d < D, d, D // 2)
+    new_v = tl.load(v_ptr + batch * v_batch + kv_head * v_head + dv, mask=dv < DV, other=0.0)
+    if mask_ptr is not None:
+        first, end, limit = _seen_steps(mask_ptr, mask_column, rows, steps, capacity, BLOCK_N, 1, SCAN, "")
+    q, new_k = _rotated(q, q_other, cos, sin, d, D // 2), _rotated(new_k, k_other, cos, sin, d, D // 2)
+    tl.store(keys_ptr + position * keys_row + d, new_k, mask=owns & (d < D))
+    tl.store(values_ptr + position * values_row + dv, new_v, mask=owns & (dv < DV))
+    tl.debug_barrier()  # what one thread has written others read
+    top = _beside(tl.full((BLOCK_M, 1), float("-inf"), tl.float32), BESIDE)
+    total = _beside(tl.zeros((BLOCK_M, 1), tl.float32), BESIDE)
+    y = _beside(tl.zeros((BLOCK_M, BLOCK_DV), tl.float32), BESIDE)
+    q = _beside(q, BESIDE)
+    down, across = _places(BLOCK_N, BESIDE)
+    n = (first * splits + part) * BLOCK_N + across
+    mask = _mask_at(mask_ptr, n, mask_column, n < limit)
     # From zero: Triton 3.9 loses sight of the alignment of loads in a loop that begins at a reduction's result.
     for step in range(0, end - first):  # type: ignore[operator]
-        n = ((first + step) * splits + part) * BLOCK_N + offset  # type: ignore[operator]
-        down, across = n[:, None].to(tl.int64), n[None, :].to(tl.int64)
-        k = tl.load(keys_ptr + down * keys_row, mask=(down < capacity) & (d < D), other=0.0)
-        v = tl.load(values_ptr + down * values_row, mask=(down < capacity) & (dv < DV), other=0.0)
-        k, v = tl.where(down == position, new_k, k), tl.where(down == position, new_v, v)
-        logits = _product(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), tl.float32)) * scale
-        if softcap is not None:
-            logits = _capped(logits, softcap)
-        inside = across < capacity
-        if mask_ptr is not None:
-            mask = tl.load(mask_ptr + across * mask_column, mask=inside)
-            inside &= _attended(mask)
-            if mask.dtype != tl.int1:
-                logits += mask.to(tl.float32)
-        logits = tl.where(inside, logits, float("-inf"))
+        start = ((first + step) * splits + part) * BLOCK_N  # type: ignore[operator]
+        k_at, v_at = keys_ptr + start.to(tl.int64) * keys_row, values_ptr + start.to(tl.int64) * values_row
+        k = tl.load(k_at + (down * keys_row + d), mask=(start + down < limit) & (d < D), other=0.0)
+        v = tl.load(v_at + (down * values_row + dv), mask=(start + down < limit) & (dv < DV), other=0.0)
+        logits = _masked(_product(q, _turned(k), None) * scale, mask, n < limit, softcap)
+        n += splits * BLOCK_N
+        mask = _mask_at(mask_ptr, n, mask_column, n < limit)  # the next step's, which nothing waits for here
         p, shrink, top, total = _weights(logits, top, total)
         y = _product(p, v, y * shrink)
     if PDL and not EARLY:
         gdc_launch_dependents()
-    if (position >= 0) & (position < capacity) & (position // BLOCK_N % splits == part):
-        at = position.to(tl.int64)
-        tl.store(keys_ptr + at * keys_row, new_k, mask=d < D)
-        tl.store(values_ptr + at * values_row, new_v, mask=dv < DV)
+    y, top, total = _together(y, top, total)
     _leave(y, top, total, out_ptr, sums_ptr, parts_ptr, pair * group + row, row < group, dv, DV)

@@ -12,7 +12,7 @@ from qcompile.kernels import _tuning, attention_decode
 from qcompile.kernels._tuning import AttentionTile
 from qcompile.ops.attention import attention
 
-TILES = [AttentionTile(1, 16, 16, 4, 2), AttentionTile(4, 2, 32, 4, 1)]
+TILES = [AttentionTile(1, 16, 16, 4, 2), AttentionTile(4, 2, 32, 4, 1), AttentionTile(2, 16, 64, 4, 2, beside=4)]
 # batch, heads, kv_heads, length, keys, width, value width
 SHAPES = {
     "one key": (1, 1, 1, 1, 1, 8, 8),
@@ -63,7 +63,9 @@ MASKS = {
 }
 
 
-@pytest.mark.parametrize(("shape", "tile"), list(zip((SHAPES["grouped"], SHAPES["few queries"]), TILES)), ids=str)
+@pytest.mark.parametrize(
+    ("shape", "tile"), list(zip((SHAPES["grouped"], SHAPES["few queries"], SHAPES["few queries"]), TILES)), ids=str
+)
 @pytest.mark.parametrize("mask_shape", MASKS.values(), ids=MASKS)
 @pytest.mark.parametrize("additive", [False, True], ids=["bool", "additive"])
 def test_masks(
@@ -86,10 +88,10 @@ def test_keys_that_nobody_attends_to_are_not_read(tile: AttentionTile, heads: Ca
     for lo, hi in ((0, 129), (192, 256), (299, 300)):
         mask = torch.zeros(2, 1, 1, 300, dtype=torch.bool, device=q.device)
         mask[..., lo:hi] = True
-        first, last = lo // tile.keys * tile.keys, math.ceil(hi / tile.keys) * tile.keys
+        first = lo // tile.keys * tile.keys
         holey = [torch.full_like(x, math.nan) for x in (k, v)]
         for x, full in zip(holey, (k, v)):
-            x[:, :, first:last] = full[:, :, first:last]
+            x[:, :, first:hi] = full[:, :, first:hi]
         want = exact(q, k[:, :, lo:hi], v[:, :, lo:hi], None, 0.2)
         assert_close(attention_decode.attend(q, *holey, mask, 0.2, tile), want)
 
@@ -198,5 +200,6 @@ def test_tiles(major: int, shared: int, pairs: int, keys: int) -> None:
         for number in (tile.splits, tile.rows, tile.keys):
             assert number & (number - 1) == 0
         assert 1 <= tile.splits <= math.ceil(keys / tile.keys)
-        assert tile.stages == 1 or tile.stages * tile.keys * 2 * columns * itemsize < shared << 10
+        assert tile.stages == 1 or (tile.stages - 1) * tile.keys * 2 * columns * itemsize < shared << 10
+        assert tile.beside == 1 or tile.beside == tile.warps <= tile.keys // 16
         assert (tile.rows >= 16) == (major == 8 and itemsize == 2)

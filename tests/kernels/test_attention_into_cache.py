@@ -50,17 +50,25 @@ def check(args: list[Tensor], mask: Tensor | None, assert_close: Callable, softc
     assert torch.equal(values, new_values)
 
 
-@pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize("tile", [*(AttentionTile(n, 16, 16, 4, 1) for n in (1, 4)), AttentionTile(2, 16, 64, 4, 3, 4)])
 @pytest.mark.parametrize("masked", ["not", "boolean", "additive"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_meaning(
-    shape: Any, masked: str, splits: int, arguments: Callable, assert_close: Callable, monkeypatch: Any
+    shape: Any, masked: str, tile: AttentionTile, arguments: Callable, assert_close: Callable, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(_tuning, "attention_tile", lambda *_: AttentionTile(splits, 16, 16, 4, 1))
+    monkeypatch.setattr(_tuning, "attention_tile", lambda *_: tile)
     args, capacity, at = arguments(*shape), shape[5], shape[6]
     seen = (torch.arange(capacity, device=args[0].device) <= at)[None, None, None]
     mask = {"not": None, "boolean": seen, "additive": torch.where(seen, 0.0, float("-inf")).to(args[0].dtype)}[masked]
     check(args, mask, assert_close)
+
+
+def test_what_the_cache_held_there_is_not_read(arguments: Callable, assert_close: Callable) -> None:
+    args = arguments(*SHAPES["grouped"])
+    keys, values, at = args[5:]
+    for cache in (keys, values):
+        cache[:, :, at] = float("nan")
+    check(args, None, assert_close)
 
 
 def test_soft_cap(arguments: Callable, assert_close: Callable) -> None:

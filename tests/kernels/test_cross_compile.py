@@ -56,6 +56,9 @@ WIDELY = (80, 90)  # where every variant is tried; elsewhere one a kernel, to sa
 # Kernels that read several elements of x at once.
 PACKED = {linear_gemv._gemv: "*i64", linear_dot._dot: "*i64"}
 
+# Sizes that are multiples of 16.
+ALIGNED = ("N", "K", "columns", "keys", "capacity")
+
 # What a cache is called that may hold codes.
 CACHES = {
     attention_codes._split_codes: ("k_ptr", "v_ptr"),
@@ -119,7 +122,7 @@ def compiled(
             signature[name] = f"*{short}"
         else:
             signature[name] = "fp32" if name in ("eps", "scale", "softcap", "tail", "min_p") else "i32"
-        aligned = name.endswith(("_ptr", "_batch", "_head", "_row", "_stride")) or name in ("N", "K", "columns")
+        aligned = name.endswith(("_ptr", "_batch", "_head", "_row", "_stride")) or name in ALIGNED
         if aligned and name not in constants:
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, signature, constants, attributes)
@@ -342,11 +345,14 @@ def attentions(gpu: int, device: _tuning.Device) -> dict[str, Any]:
         tile = _tuning.attention_tile(pairs, rows, 8192, width, 2, device)
         sizes = {"D": width, "DV": width, "BLOCK_D": width, "BLOCK_DV": width, "BLOCK_M": tile.rows}
         steps = {"BLOCK_N": tile.keys, "MASK_ROWS": 1, "SCAN": attention_decode.SCAN_ELEMENTS, "EARLY": True}
+        beside = {"BESIDE": tile.beside}
         # The widest with a soft-cap.
         absent = ("softcap",) * (width < 256) + ("sums_ptr", "parts_ptr") * (tile.splits == 1)
         plain = {"k_column": 1, "v_column": 1, "mask_column": 1}
         name = f"attention, {rows} rows of {width}"
-        found[name] = compiled(attention_decode._split, gpu, absent, tile.warps, tile.stages, **sizes, **steps, **plain)
+        found[name] = compiled(
+            attention_decode._split, gpu, absent, tile.warps, tile.stages, **sizes, **steps, **beside, **plain
+        )
         tile = _tuning.codes_tile(pairs, rows, 8192, width, 2, device)
         sizes["BLOCK_M"], steps["BLOCK_N"] = tile.rows, tile.keys
         for codes in codes_of(gpu):
@@ -364,7 +370,9 @@ def attentions(gpu: int, device: _tuning.Device) -> dict[str, Any]:
         tile.warps,
         tile.stages,
         **sizes,
+        BESIDE=tile.beside,
         SCAN=1024,
+        FETCHED=attention_into_cache.FETCHED,
         EARLY=True,
         mask_column=1,
     )
