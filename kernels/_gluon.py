@@ -106,16 +106,39 @@ def _signed(word: int) -> int:
 
 
 @gluon.jit
-def store_outputs(y, bias_ptr, out_ptr, first_n, first_m, M, N, ACTIVATION: gl.constexpr):
-    """Write act(y + bias), (outputs, rows of x), to part program_id(1) of out (parts, M, N)."""
+def row_of(place, first, N, GATED: gl.constexpr):
+    """The weight's row at this place of a program that makes outputs from `first` on, less `first`. Gated, of sixteen
+    places eight are rows of the gate, and eight those of its factor, which lie N further on."""
+    if GATED:
+        return gl.minimum(place // 16 * 8 + place % 8, N - 1 - first) + place // 8 % 2 * N
+    else:
+        return gl.minimum(place, N - 1 - first)
+
+
+@gluon.jit
+def store_outputs(y, bias_ptr, out_ptr, first_n, first_m, M, N, ACTIVATION: gl.constexpr, GATED: gl.constexpr = False):
+    """Write act(y + bias), (outputs, rows of x), to part program_id(1) of out (parts, M, N); gated, act(gate) * factor,
+    of rows in the order of `row_of`."""
+    MADE: gl.constexpr = y.shape[0] // 2 if GATED else y.shape[0]
     # Neighbouring threads write neighbouring outputs.
-    WIDE: gl.constexpr = min(32, y.shape[0] // 4)
+    WIDE: gl.constexpr = min(32, MADE // 4)
     L: gl.constexpr = gl.BlockedLayout([4, 1], [WIDE, 32 // WIDE], [1, gl.num_warps()], [0, 1])
-    n = first_n + gl.arange(0, y.shape[0], layout=gl.SliceLayout(1, L))
+    n = first_n + gl.arange(0, MADE, layout=gl.SliceLayout(1, L))
     m = first_m + gl.arange(0, y.shape[1], layout=gl.SliceLayout(0, L))
-    y = gl.convert_layout(y, L)
-    if bias_ptr is not None:
-        y += gl.load(bias_ptr + n, mask=n < N, other=0).to(gl.float32)[:, None]
+    if GATED:
+        PAIRS: gl.constexpr = gl.BlockedLayout([4, 1, 2], [WIDE, 32 // WIDE, 1], [1, gl.num_warps(), 1], [2, 0, 1])
+        y = gl.permute(gl.reshape(y, [MADE // 8, 2, 8, y.shape[1]]), (0, 2, 3, 1))
+        gate, up = gl.split(gl.convert_layout(gl.reshape(y, [MADE, y.shape[2], 2]), PAIRS))
+        gate, up = gl.convert_layout(gate, L, assert_trivial=True), gl.convert_layout(up, L, assert_trivial=True)
+        if bias_ptr is not None:
+            gate += gl.load(bias_ptr + n, mask=n < N, other=0).to(gl.float32)[:, None]
+            up += gl.load(bias_ptr + N + n, mask=n < N, other=0).to(gl.float32)[:, None]
+        y = activate(gate, ACTIVATION) * up
+    else:
+        y = gl.convert_layout(y, L)
+        if bias_ptr is not None:
+            y += gl.load(bias_ptr + n, mask=n < N, other=0).to(gl.float32)[:, None]
+        y = activate(y, ACTIVATION)
     row = gl.program_id(1).to(gl.int64) * M + m.to(gl.int64)
-    y = activate(y, ACTIVATION).to(out_ptr.dtype.element_ty)
+    y = y.to(out_ptr.dtype.element_ty)
     gl.store(out_ptr + row[None, :] * N + n[:, None], y, mask=(m < M)[None, :] & (n < N)[:, None])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qcompile.kernels._gluon import begin_copy, gl, gluon
+from qcompile.kernels._gluon import begin_copy, gl, gluon, row_of
 from qcompile.kernels._tiles import constexpr_function, plane_words
 
 
@@ -33,20 +33,26 @@ def _copying(codes, width, warps):
 
 
 @gluon.jit
-def plane_starts(data_ptr, first_n, N, data_stride, CODES: gl.constexpr, W: gl.constexpr, ROWS: gl.constexpr):
+def plane_starts(
+    data_ptr, first_n, N, data_stride, CODES: gl.constexpr, W: gl.constexpr, ROWS: gl.constexpr,
+    GATED: gl.constexpr = False,
+):  # fmt: skip
     """Where the rows of each plane begin, and the words of a step."""
-    data = (_data_of(data_ptr, first_n, N, data_stride, CODES, W.p0, ROWS),)
+    data = (_data_of(data_ptr, first_n, N, data_stride, CODES, W.p0, ROWS, GATED),)
     if W.p1 > 0:
-        data += (_data_of(data_ptr, first_n, N, data_stride, CODES, W.p1, ROWS),)
+        data += (_data_of(data_ptr, first_n, N, data_stride, CODES, W.p1, ROWS, GATED),)
     if W.p2 > 0:
-        data += (_data_of(data_ptr, first_n, N, data_stride, CODES, W.p2, ROWS),)
+        data += (_data_of(data_ptr, first_n, N, data_stride, CODES, W.p2, ROWS, GATED),)
     return data
 
 
 @gluon.jit
-def _data_of(data_ptr, first_n, N, data_stride, CODES: gl.constexpr, WIDTH: gl.constexpr, ROWS: gl.constexpr):
+def _data_of(
+    data_ptr, first_n, N, data_stride, CODES: gl.constexpr, WIDTH: gl.constexpr, ROWS: gl.constexpr,
+    GATED: gl.constexpr,
+):  # fmt: skip
     L: gl.constexpr = _copying(CODES, WIDTH, gl.num_warps())
-    row = gl.minimum(gl.arange(0, ROWS, layout=gl.SliceLayout(1, L)), N - 1 - first_n)[:, None]
+    row = row_of(gl.arange(0, ROWS, layout=gl.SliceLayout(1, L)), first_n, N, GATED)[:, None]
     word = gl.arange(0, CODES * WIDTH // 32, layout=gl.SliceLayout(0, L))[None, :]
     return data_ptr + first_n.to(gl.int64) * (data_stride * 4), row * (data_stride * 4) + word, word
 

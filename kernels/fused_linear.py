@@ -1,4 +1,7 @@
-"""fused_linear of one or two rows on CUDA, in one launch of linear_dot; a pass makes no such op of more rows."""
+"""fused_linear on CUDA: of one or two rows in one launch of linear_dot, and a gate of any number of rows.
+
+Where linear_few and linear_mma make whole sums, they make the gate's product too; elsewhere it is a kernel of its own.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,14 @@ import math
 from torch import Tensor
 
 from qcompile.kernels import _gluon, _tuning, linear_cuda
+from qcompile.kernels._gluon import can_read
 from qcompile.kernels._tables import choose
 from qcompile.kernels._ways import Product
 from qcompile.kernels._weight import Layout, Weight
+from qcompile.kernels.gated_act import gated_act_cuda
 from qcompile.kernels.linear_dot import Around, dot
+from qcompile.kernels.linear_few import few_gated
+from qcompile.kernels.linear_mma import mma_gated
 from qcompile.ops.fused_linear import fused_linear
 from qcompile.ops.registry import known, opaque
 
@@ -24,6 +31,8 @@ def refuses(
         return f"takes no rounding of x, such as {rounding}"
     if reason := linear_cuda.refuses(x, data, scale, zero, bias, spec, activation):
         return reason
+    if gated and eps is None and residual is None:
+        return None
     if reason := _gluon.refuses(x, layout := Layout.of(spec)):
         return reason
     rows = math.prod(known(size) or 0 for size in x.shape[:-1])
@@ -39,17 +48,29 @@ def fused_linear_cuda(
     x: Tensor, norm_weight: Tensor | None, eps: float | None, weight_offset: float, data: Tensor, scale: Tensor,
     zero: Tensor | None, bias: Tensor | None, residual: Tensor | None, spec: str, activation: str | None, gated: bool,
 ) -> Tensor:  # fmt: skip
-    columns = x.shape[-1]
+    columns, shape = x.shape[-1], (*x.shape[:-1], data.shape[0] // (2 if gated else 1))
+    if x.numel() == 0 or data.numel() == 0:
+        return fused_linear.meaning(
+            x, norm_weight, eps, weight_offset, data, scale, zero, bias, residual, spec, activation, gated
+        )
     rows = x.reshape(-1, columns).contiguous()
     if rows.data_ptr() % 16:
         rows = rows.clone()
     weight = Weight.of(data, scale, zero, spec, columns)
     residual = None if residual is None else residual.contiguous()
     bias = None if bias is None else bias.contiguous()
-    around = Around(norm_weight, eps, weight_offset, residual, activation, gated)
-    _, tile = choose(Product(spec, rows.shape[0], weight.rows, columns, rows.dtype, True), x.device)
-    assert isinstance(tile, _tuning.DotTile)
-    return dot(rows, weight, bias, around, tile).reshape(*x.shape[:-1], -1)
+    product = Product(spec, rows.shape[0], weight.rows, columns, rows.dtype, can_read(rows, weight))
+    way, tile = choose(product, x.device)
+    if isinstance(tile, _tuning.DotTile):
+        around = Around(norm_weight, eps, weight_offset, residual, activation, gated)
+        return dot(rows, weight, bias, around, tile).reshape(shape)
+    assert gated and activation is not None and eps is None and residual is None
+    if isinstance(tile, _tuning.MmaTile) and tile.splits == 1:
+        return mma_gated(rows, weight, bias, activation, tile).reshape(shape)
+    if isinstance(tile, _tuning.FewTile) and tile.parts == 1:
+        return few_gated(rows, weight, bias, activation, tile).reshape(shape)
+    y = linear_cuda.KERNELS[way](rows, weight, bias, None, tile)
+    return gated_act_cuda(*y.chunk(2, -1), activation).reshape(shape)
 
 
 @fused_linear.implementation("triton", refuses, device="cuda")

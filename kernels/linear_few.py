@@ -20,6 +20,7 @@ from qcompile.kernels._gluon import (
     gl,
     gluon,
     launch_dependents,
+    row_of,
     store_outputs,
     wait,
     wait_for_copies,
@@ -38,42 +39,58 @@ def can_sum(dtype: torch.dtype, layout: Layout) -> bool:
 
 def few(x: Tensor, weight: Weight, bias: Tensor | None, activation: str | None, tile: _tuning.FewTile) -> Tensor:
     """act(x @ W.T + bias) for contiguous x (M, K) that _gluon.can_read, with codes that it can_sum."""
-    (m, k), n = x.shape, weight.rows
-    out = x.new_empty(m, n)
-    shared = tile.parts > 1
-    parts = x.new_empty(tile.parts, m, n, dtype=torch.float32) if shared else out
+    out = x.new_empty(x.shape[0], weight.rows)
+    if tile.parts > 1:
+        parts = x.new_empty(tile.parts, *out.shape, dtype=torch.float32)
+        _launch(x, weight, None, parts, None, tile)
+        finish(parts, bias, out, activation)
+    else:
+        _launch(x, weight, bias, out, activation, tile)
+    return out
+
+
+def few_gated(x: Tensor, weight: Weight, bias: Tensor | None, activation: str, tile: _tuning.FewTile) -> Tensor:
+    """act(gate) * factor of the halves of x @ W.T + bias, for a tile of one part."""
+    out = x.new_empty(x.shape[0], weight.rows // 2)
+    _launch(x, weight, bias, out, activation, tile, gated=True)
+    return out
+
+
+def _launch(
+    x: Tensor, weight: Weight, bias: Tensor | None, out: Tensor, activation: str | None, tile: _tuning.FewTile,
+    gated: bool = False,
+) -> None:  # fmt: skip
+    (m, k), n = x.shape, out.shape[-1]
     launch(
         _few,
-        (cdiv(n, tile.rows) * cdiv(m, tile.tokens), tile.parts),
+        (cdiv(n, tile.rows // 2 if gated else tile.rows) * cdiv(m, tile.tokens), tile.parts),
         x,
         *weight.pointers[:3],
-        None if shared else bias,
-        parts,
+        bias,
+        out,
         m,
         n,
         k,
         *weight.strides,
         W=weight.layout,
-        ACTIVATION=None if shared else activation,
+        ACTIVATION=activation,
         EVEN=k % (tile.codes * tile.split) == 0,
         TOKENS=tile.tokens,
         CODES=tile.codes,
         STAGES=tile.stages,
         SPLIT=tile.split,
+        GATED=gated,
         PDL=dependent_launch(x) and not weight.copied,
         num_warps=tile.warps,
         maxnreg=min(255, 2048 // (tile.warps * tile.together)),
     )
-    if shared:
-        finish(parts, bias, out, activation)
-    return out
 
 
 @gluon.jit
 def _few(
     x_ptr, data_ptr, scale_ptr, zero_ptr, bias_ptr, out_ptr, M, N, K, data_stride, scale_stride, zero_stride,
     W: gl.constexpr, ACTIVATION: gl.constexpr, EVEN: gl.constexpr, TOKENS: gl.constexpr, CODES: gl.constexpr,
-    STAGES: gl.constexpr, SPLIT: gl.constexpr, PDL: gl.constexpr,
+    STAGES: gl.constexpr, SPLIT: gl.constexpr, GATED: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     TALL: gl.constexpr = gl.num_warps() // SPLIT  # warps one below the other
     ROWS: gl.constexpr = 16 * TALL
@@ -90,20 +107,19 @@ def _few(
         launch_dependents()
     blocks_m = gl.cdiv(M, TOKENS)
     first_m = gl.program_id(0) % blocks_m * TOKENS
-    first_n = gl.program_id(0) // blocks_m * ROWS
+    first_n = gl.program_id(0) // blocks_m * (ROWS // 2 if GATED else ROWS)
     steps = gl.cdiv(K, STEP)
     first = gl.program_id(1) * steps // gl.num_programs(1)
     count = (gl.program_id(1) + 1) * steps // gl.num_programs(1) - first
 
     planes = make_planes(STEP, STAGES, W, ROWS)
-    data = plane_starts(data_ptr, first_n, N, data_stride, STEP, W, ROWS)
+    data = plane_starts(data_ptr, first_n, N, data_stride, STEP, W, ROWS, GATED)
     for i in gl.static_range(AHEAD):
         if i < count:
             copy_codes(planes, data, i, first + i, K, STEP, W, EVEN)
         commit_copies()
-    row = gl.minimum(
-        gl.arange(0, ROWS, layout=gl.SliceLayout(1, _of_sides(SPLIT, TALL, CODES // SHARE))), N - 1 - first_n
-    )
+    place = gl.arange(0, ROWS, layout=gl.SliceLayout(1, _of_sides(SPLIT, TALL, CODES // SHARE)))
+    row = row_of(place, first_n, N, GATED)
     scale = scale_ptr + first_n.to(gl.int64) * scale_stride, row * scale_stride
     zero = None if zero_ptr is None else (zero_ptr + first_n.to(gl.int64) * zero_stride, row * zero_stride)
     sides = _sides(scale, zero, first, K, CODES, SPLIT, W, EVEN)
@@ -141,7 +157,7 @@ def _few(
                     total += _scaled(sums, sums_x, sides, (piece * PIECE + part * PART) // SHARE, W, DTYPE)
                     sums, sums_x = nothing, nothing
         sides = following
-    store_outputs(gl.sum(total, 0), bias_ptr, out_ptr, first_n, first_m, M, N, ACTIVATION)
+    store_outputs(gl.sum(total, 0), bias_ptr, out_ptr, first_n, first_m, M, N, ACTIVATION, GATED)
 
 
 # Scales and zero points

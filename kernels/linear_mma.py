@@ -1,8 +1,8 @@
 """Rows times a quantized weight on tensor cores, with codes and x brought through shared memory some steps ahead.
 
-A program makes 16 * warps outputs of TOKENS rows of x. Codes become the first operand of mma or wgmma in registers (see
-_operand.py); x is the second as it lies. With splits > 1 the steps are dealt out to several programs, and linear_gemm's
-second kernel adds their sums.
+A program makes 16 * warps outputs of TOKENS rows of x, or half as many of a gate and its factor. Codes become the first
+operand of mma or wgmma in registers (see _operand.py); x is the second as it lies. With splits > 1 the steps are dealt
+out to several programs, and linear_gemm's second kernel adds their sums.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from qcompile.kernels._gluon import (
     gluon,
     hopper,
     launch_dependents,
+    row_of,
     store_outputs,
     wait,
     wait_for_copies,
@@ -33,42 +34,58 @@ from qcompile.kernels.linear_gemm import finish
 
 def mma(x: Tensor, weight: Weight, bias: Tensor | None, activation: str | None, tile: _tuning.MmaTile) -> Tensor:
     """act(x @ W.T + bias) for contiguous x (M, K) that _gluon.can_read."""
-    (m, k), n = x.shape, weight.rows
-    out = x.new_empty(m, n)
-    split = tile.splits > 1
-    parts = x.new_empty(tile.splits, m, n, dtype=torch.float32) if split else out
+    out = x.new_empty(x.shape[0], weight.rows)
+    if tile.splits > 1:
+        parts = x.new_empty(tile.splits, *out.shape, dtype=torch.float32)
+        _launch(x, weight, None, parts, None, tile)
+        finish(parts, bias, out, activation)
+    else:
+        _launch(x, weight, bias, out, activation, tile)
+    return out
+
+
+def mma_gated(x: Tensor, weight: Weight, bias: Tensor | None, activation: str, tile: _tuning.MmaTile) -> Tensor:
+    """act(gate) * factor of the halves of x @ W.T + bias, for a tile without splits."""
+    out = x.new_empty(x.shape[0], weight.rows // 2)
+    _launch(x, weight, bias, out, activation, tile, gated=True)
+    return out
+
+
+def _launch(
+    x: Tensor, weight: Weight, bias: Tensor | None, out: Tensor, activation: str | None, tile: _tuning.MmaTile,
+    gated: bool = False,
+) -> None:  # fmt: skip
+    (m, k), n = x.shape, out.shape[-1]
     launch(
         _mma,
-        (cdiv(n, 16 * tile.warps) * cdiv(m, tile.tokens), tile.splits),
+        (cdiv(n, (8 if gated else 16) * tile.warps) * cdiv(m, tile.tokens), tile.splits),
         x,
         *weight.pointers[:3],
-        None if split else bias,
-        parts,
+        bias,
+        out,
         m,
         n,
         k,
         *weight.strides,
         W=weight.layout,
-        ACTIVATION=None if split else activation,
+        ACTIVATION=activation,
         EVEN=k % tile.codes == 0,
         TOKENS=tile.tokens,
         CODES=tile.codes,
         STAGES=tile.stages,
         WARP_GROUPS=tile.warp_groups,
+        GATED=gated,
         PDL=dependent_launch(x) and not weight.copied,
         num_warps=tile.warps,
         maxnreg=min(255, 2048 // (tile.warps * tile.together)),
     )
-    if split:
-        finish(parts, bias, out, activation)
-    return out
 
 
 @gluon.jit
 def _mma(
     x_ptr, data_ptr, scale_ptr, zero_ptr, bias_ptr, out_ptr, M, N, K, data_stride, scale_stride, zero_stride,
     W: gl.constexpr, ACTIVATION: gl.constexpr, EVEN: gl.constexpr, TOKENS: gl.constexpr, CODES: gl.constexpr,
-    STAGES: gl.constexpr, WARP_GROUPS: gl.constexpr, PDL: gl.constexpr,
+    STAGES: gl.constexpr, WARP_GROUPS: gl.constexpr, GATED: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     WARPS: gl.constexpr = gl.num_warps()
     ROWS: gl.constexpr = 16 * WARPS
@@ -82,14 +99,14 @@ def _mma(
         launch_dependents()
     blocks_m = gl.cdiv(M, TOKENS)
     first_m = gl.program_id(0) % blocks_m * TOKENS
-    first_n = gl.program_id(0) // blocks_m * ROWS
+    first_n = gl.program_id(0) // blocks_m * (ROWS // 2 if GATED else ROWS)
     steps = gl.cdiv(K, CODES)
     first = gl.program_id(1) * steps // gl.num_programs(1)
     count = (gl.program_id(1) + 1) * steps // gl.num_programs(1) - first
 
     planes = make_planes(CODES, STAGES, W, ROWS)
-    data = plane_starts(data_ptr, first_n, N, data_stride, CODES, W, ROWS)
-    row = gl.minimum(gl.arange(0, ROWS, layout=gl.SliceLayout(1, rows_layout(1, WARPS))), N - 1 - first_n)
+    data = plane_starts(data_ptr, first_n, N, data_stride, CODES, W, ROWS, GATED)
+    row = row_of(gl.arange(0, ROWS, layout=gl.SliceLayout(1, rows_layout(1, WARPS))), first_n, N, GATED)
     scale = scale_ptr + first_n.to(gl.int64) * scale_stride, row * scale_stride
     zero = None if zero_ptr is None else (zero_ptr + first_n.to(gl.int64) * zero_stride, row * zero_stride)
     for i in gl.static_range(AHEAD):
@@ -138,9 +155,9 @@ def _mma(
     for i in gl.static_range(len(BLOCKS)):
         y = sums[i]
         if W.group == 0:
-            n = first_n + gl.arange(0, ROWS, layout=gl.SliceLayout(1, y.type.layout))
-            y *= gl.load(scale_ptr + gl.minimum(n, N - 1).to(gl.int64) * scale_stride).to(gl.float32)[:, None]
-        store_outputs(y, bias_ptr, out_ptr, first_n, first_m + BLOCKS[i][0], M, N, ACTIVATION)
+            n = first_n + row_of(gl.arange(0, ROWS, layout=gl.SliceLayout(1, y.type.layout)), first_n, N, GATED)
+            y *= gl.load(scale_ptr + n.to(gl.int64) * scale_stride).to(gl.float32)[:, None]
+        store_outputs(y, bias_ptr, out_ptr, first_n, first_m + BLOCKS[i][0], M, N, ACTIVATION, GATED)
 
 
 @gluon.jit

@@ -14,7 +14,7 @@
 Why: at a token of decoding each of these is a launch of its own that moves a few kilobytes.
 
 Where no kernel for this type of device has signed up, or the rows are many or not known, nothing is looked at: there
-the ops apart are faster.
+the ops apart are faster. But for the second: a gate joins its linear wherever a kernel takes any number of rows.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from qcompile.graph.match import Miss, aten, is_call, is_input, only_user, same_
 from qcompile.graph.rewrite import Rewriter
 from qcompile.ops.activation import gated_act
 from qcompile.ops.activation_rounding import round_activation
-from qcompile.ops.fused_linear import fused_linear, has_few_rows
+from qcompile.ops.fused_linear import fused_linear, has_few_rows, has_known_rows
 from qcompile.ops.linear import linear
 from qcompile.ops.norm import layer_norm, rms_norm
 from qcompile.ops.registry import MEANING, known
@@ -51,7 +51,8 @@ class FuseLinear:
         if is_call(node, linear.overload):
             return _after(node)
         if is_call(node, gated_act.overload):
-            return _gated(node)
+            found = _gated(node)
+            return found if isinstance(found, Fused) or has_few_rows(value(node)) else None
         return _summed(node) if is_call(node, aten.add.Tensor) else None
 
     def rewrite(self, g: Rewriter, m: Fused) -> None:
@@ -93,7 +94,7 @@ def _gated(node: Node) -> Fused | Miss | None:
     if not (is_call(gate, aten.narrow.default) and is_call(up, aten.narrow.default)):
         return None
     wide = gate.args[0]
-    arguments = _arguments(wide)
+    arguments = _arguments(wide, few=has_known_rows(value(node)))
     if arguments is None or up.args[0] is not wide:
         return None
     if set(wide.users) != {gate, up} or any(only_user(half) is not node for half in (gate, up)):
@@ -128,8 +129,9 @@ def _summed(node: Node) -> Fused | Miss | None:
     return misses[0] if misses else None
 
 
-def _arguments(node: Any) -> dict[str, Any] | None:
-    """Those of fused_linear by name, for a linear over few rows on a device where it has kernels; else None."""
+def _arguments(node: Any, few: bool = True) -> dict[str, Any] | None:
+    """Those of fused_linear by name, for a linear, over few rows if so asked, on a device where it has kernels; else
+    None."""
     if is_call(node, linear.overload):
         given = dict(zip(("x", "data", "scale", "zero", "bias", "spec", "activation"), node.args))
     elif is_call(node, fused_linear.overload):
@@ -137,7 +139,7 @@ def _arguments(node: Any) -> dict[str, Any] | None:
     else:
         return None
     x = value(given["x"])
-    if not has_few_rows(x) or not fused_linear.serves(x.device):
+    if (few and not has_few_rows(x)) or not fused_linear.serves(x.device):
         return None
     return _DEFAULTS | given
 

@@ -20,6 +20,11 @@ def has_few_rows(x: Tensor) -> bool:
     return 0 < math.prod(known(size) or 0 for size in x.shape[:-1]) <= FEW_ROWS
 
 
+def has_known_rows(x: Tensor) -> bool:
+    """Is the number of rows of x (…, n) known?"""
+    return all(known(size) is not None for size in x.shape[:-1])
+
+
 def _empty(
     x: Tensor, norm_weight: Tensor | None, eps: float | None, weight_offset: float, data: Tensor, scale: Tensor,
     zero: Tensor | None, bias: Tensor | None, residual: Tensor | None, spec: str, activation: str | None, gated: bool,

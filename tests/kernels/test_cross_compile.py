@@ -273,8 +273,9 @@ def on_tensor_cores(gpu: int, device: _tuning.Device) -> dict[str, Any]:
         sizes = {"TOKENS": few.tokens, "CODES": few.codes, "STAGES": few.stages, "SPLIT": few.split}
         absent, registers = ("bias_ptr", *absent_of(layout)[1:]), min(255, 2048 // (few.warps * few.together))
         sizes |= {"ACTIVATION": "silu", "W": layout, "EVEN": layout is not THREE_BITS}
-        name = f"few, {layout.bits} bits, {rows} rows"
-        found[name] = compiled(linear_few._few, gpu, absent, few.warps, registers=registers, **sizes)
+        for gated in (False, True) if rows == 4 else (False,):
+            name = f"few, {layout.bits} bits, {rows} rows" + ", gated" * gated
+            found[name] = compiled(linear_few._few, gpu, absent, few.warps, registers=registers, GATED=gated, **sizes)
     some = [(FOUR_BITS, rows) for rows in (16, 30, 48, 64, 80, 112, 160, 256, 300)]
     for layout, rows in (*some, (TWO_BITS, 16), (THREE_BITS, 200), (EIGHT_BITS, 64), (EIGHT_BITS, 160)):
         if (layout, rows) != (FOUR_BITS, 16) and gpu not in WIDELY:
@@ -283,8 +284,9 @@ def on_tensor_cores(gpu: int, device: _tuning.Device) -> dict[str, Any]:
         sizes = {"TOKENS": tile.tokens, "CODES": tile.codes, "STAGES": tile.stages, "WARP_GROUPS": tile.warp_groups}
         absent, registers = ("bias_ptr", *absent_of(layout)[1:]), min(255, 2048 // (tile.warps * tile.together))
         sizes |= {"ACTIVATION": "silu", "W": layout, "EVEN": layout is not THREE_BITS}
-        name = f"mma, {layout.bits} bits, {rows} rows"
-        found[name] = compiled(linear_mma._mma, gpu, absent, tile.warps, registers=registers, **sizes)
+        for gated in (False, True) if layout is FOUR_BITS and rows in (16, 160) else (False,):
+            name = f"mma, {layout.bits} bits, {rows} rows" + ", gated" * gated
+            found[name] = compiled(linear_mma._mma, gpu, absent, tile.warps, registers=registers, GATED=gated, **sizes)
     return found | by_warp_groups(gpu, device)
 
 

@@ -55,6 +55,27 @@ def test_meaning(
 
 
 @pytest.mark.cuda
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(
+    ("spec", "m", "n", "k"),
+    [
+        *((U4, m, n, k) for m, n, k in ((3, 10, 192), (8, 130, 1024), (16, 4098, 4096), (70, 66, 576))),
+        *(("i8/row/sym", 9, 66, 144), ("u3/g64/asym", 12, 38, 320), ("nf4/g64/sym", 20, 6, 128)),
+    ],
+)
+def test_a_gate_of_any_number_of_rows(
+    spec: str, m: int, n: int, k: int, biased: bool, random_weight: Callable[..., QTensor],
+    assert_close: Callable[..., None],
+) -> None:  # fmt: skip
+    q, x = random_weight(spec, n, k, torch.bfloat16), torch.randn(m, 1, k, device="cuda").bfloat16() + 0.25
+    bias = torch.randn(n, device="cuda").bfloat16() if biased else None
+    args = (x, None, None, 0.0, q.data, q.scale, q.zero, bias, None, spec, "silu", True)
+    assert fused_linear.refuses(*args) is None
+    want = op.meaning(*(exactly(arg) if i in (0, 7) else arg for i, arg in enumerate(args)))
+    assert_close(fused_linear_cuda(*args), want, rounded=True)
+
+
+@pytest.mark.cuda
 def test_operator(random_weight: Callable[..., QTensor]) -> None:
     q = random_weight(U4, 32, 128, torch.bfloat16)
     x, residual = torch.randn(2, 1, 1, 128, device="cuda").bfloat16()
@@ -82,18 +103,17 @@ def refusal(monkeypatch: pytest.MonkeyPatch, spec: str = U4, rows: int = 1, k: i
     arguments = {"norm_weight": None, "eps": 1e-5, "weight_offset": 0.0, "bias": None, "residual": None}
     arguments |= {"rounding": None, **others}
     names = [argument.name for argument in op.overload._schema.arguments]
-    arguments |= dict(zip(("data", "scale", "zero"), sides)) | {
-        "x": x,
-        "spec": spec,
-        "activation": None,
-        "gated": False,
-    }
+    arguments = {"activation": None, "gated": False} | arguments | dict(zip(("data", "scale", "zero"), sides))
+    arguments |= {"x": x, "spec": spec}
     return fused_linear.refuses(*(arguments[name] for name in names))
 
 
 def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     assert refusal(monkeypatch) is None and refusal(monkeypatch, rows=2) is None
     assert "one or two rows" in str(refusal(monkeypatch, rows=3))
+    gate = {"eps": None, "gated": True, "activation": "silu"}
+    assert refusal(monkeypatch, rows=3, **gate) is None
+    assert "one or two rows" in str(refusal(monkeypatch, rows=3, **gate | {"residual": torch.empty(3, 32)}))
     assert "not 2 by u3/g64/sym" in str(refusal(monkeypatch, "u3/g64/sym", rows=2))
     assert "16 bits" in str(refusal(monkeypatch, dtype=torch.float32))
     assert "integers" in str(refusal(monkeypatch, "nf4/g64/sym"))

@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from qcompile.kernels import gated_act
+from qcompile.kernels import fused_linear, gated_act
 from qcompile.ops.activation import ACTIVATIONS
 from qcompile.ops.activation import gated_act as op
+from qcompile.ops.fused_linear import fused_linear as fused_op
+from qcompile.quant.tensor import QTensor
 
 SHAPES = [(1, 1), (3, 7), (2, 5, 100), (17, 128), (1, 1030), (4, 2, 3, 33), (300, 2)]
 
@@ -37,6 +39,18 @@ def test_other_strides(random_tensor: Callable[..., Tensor], assert_close: Calla
         (random_tensor(2, 3, 4, 8).permute(2, 0, 1, 3), random_tensor(4, 1, 3, 8).expand(4, 2, 3, 8)),
     ):
         assert_close(gated_act.gated_act_cuda(gate, up, "tanh"), op.meaning(gate.double(), up.double(), "tanh"))
+
+
+@pytest.mark.parametrize("rows", [3, 20])
+def test_behind_a_linear_that_leaves_it_to_another_kernel(
+    rows: int, random_tensor: Callable[..., Tensor], random_weight: Callable[..., QTensor], assert_close: Callable
+) -> None:
+    x, bias = random_tensor(1, rows, 64), random_tensor(10)
+    q = random_weight("nf4/g64/sym", 10, 64, x.dtype)
+    args = (x, None, None, 0.0, q.data, q.scale, q.zero, bias, None, str(q.spec), "silu", True)
+    assert fused_linear.refuses(*args) is None
+    want = fused_op.meaning(x.double(), *args[1:7], bias.double(), *args[8:])
+    assert_close(fused_linear.fused_linear_cuda(*args), want, rounded=True)
 
 
 def test_large_values(device: str) -> None:

@@ -8,7 +8,7 @@ import torch
 from qcompile.kernels import _tuning
 from qcompile.kernels._tuning import FewTile
 from qcompile.kernels._weight import Layout, Weight
-from qcompile.kernels.linear_few import can_sum, few
+from qcompile.kernels.linear_few import can_sum, few, few_gated
 from qcompile.ops.activation import ACTIVATIONS
 from qcompile.ops.linear import linear
 from qcompile.quant.tensor import QTensor
@@ -100,6 +100,18 @@ def test_tiles(tile: FewTile, random_weight: Callable[..., QTensor], assert_clos
     bias = torch.randn(277, device="cuda").half()
     got = few(x, Weight.of(q.data, q.scale, q.zero, spec, 1600), bias, "silu", tile)
     assert_close(got, linear.meaning(x.double(), q.data, q.scale, q.zero, bias.double(), spec, "silu"))
+
+
+@pytest.mark.parametrize("split", [1, 4])
+@pytest.mark.parametrize("spec", ["u4/g64/asym", "i8/row/sym"])
+def test_gated(spec: str, split: int, random_weight: Callable[..., QTensor], assert_close: Callable[..., None]) -> None:
+    """Halves that no tile divides."""
+    tile = FewTile(tokens=8, codes=128, stages=3, parts=1, split=split, warps=4, together=2)
+    q, x = random_weight(spec, 278, 1600, torch.float16), torch.randn(13, 1600, device="cuda").half()
+    bias = torch.randn(278, device="cuda").half()
+    got = few_gated(x, Weight.of(q.data, q.scale, q.zero, spec, 1600), bias, "silu", tile)
+    gate, up = linear.meaning(x.double(), q.data, q.scale, q.zero, bias.double(), spec, None).chunk(2, -1)
+    assert_close(got, ACTIVATIONS["silu"](gate) * up)
 
 
 def test_inputs_far_from_zero(random_weight: Callable[..., QTensor], assert_close: Callable[..., None]) -> None:

@@ -8,7 +8,7 @@ import torch
 from qcompile.kernels import _tuning
 from qcompile.kernels._tuning import MmaTile
 from qcompile.kernels._weight import Weight
-from qcompile.kernels.linear_mma import mma
+from qcompile.kernels.linear_mma import mma, mma_gated
 from qcompile.ops.activation import ACTIVATIONS
 from qcompile.ops.linear import linear
 from qcompile.quant.tensor import QTensor
@@ -107,6 +107,21 @@ def test_tiles(tile: MmaTile, random_weight: Callable[..., QTensor], assert_clos
     bias = torch.randn(277, device="cuda").half()
     got = mma(x, Weight.of(q.data, q.scale, q.zero, spec, 1600), bias, "silu", tile)
     assert_close(got, linear.meaning(x.double(), q.data, q.scale, q.zero, bias.double(), spec, "silu"))
+
+
+@pytest.mark.parametrize(
+    "tile",
+    [MmaTile(8, 64, 3, 1, 4, 1, False), MmaTile(16, 128, 4, 1, 8, 1, HOPPER), MmaTile(48, 128, 3, 1, 4, 2, HOPPER)],
+    ids=str,
+)
+def test_gated(tile: MmaTile, random_weight: Callable[..., QTensor], assert_close: Callable[..., None]) -> None:
+    """Halves that no tile divides."""
+    for spec in ("u4/g64/asym", "i8/row/sym"):
+        q, x = random_weight(spec, 278, 1600, torch.float16), torch.randn(51, 1600, device="cuda").half()
+        bias = torch.randn(278, device="cuda").half()
+        got = mma_gated(x, Weight.of(q.data, q.scale, q.zero, spec, 1600), bias, "silu", tile)
+        gate, up = linear.meaning(x.double(), q.data, q.scale, q.zero, bias.double(), spec, None).chunk(2, -1)
+        assert_close(got, ACTIVATIONS["silu"](gate) * up, rounded=True)
 
 
 @pytest.mark.skipif(not HOPPER, reason="needs warp groups")

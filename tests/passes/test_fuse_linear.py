@@ -165,9 +165,13 @@ def test_rounding_that_no_kernel_takes(fused):
 
 
 @pytest.mark.parametrize("shape", [(9, 1, 64), (2, 5, 64)])
-def test_many_rows_are_none_of_its_business(fused, shape):
+def test_of_many_rows_a_gate_alone(fused, shape):
     g, result = fused(decoder_layer, shape=shape)
-    assert not result.rewrites and not result.misses and g.count(fused_linear.overload) == 0
+    assert g.count(fused_linear.overload) == 1 and not result.misses
+    (gate_up,) = arguments(g)
+    assert gate_up["gated"] and gate_up["eps"] is None and gate_up["residual"] is None
+    g, result = fused(decoder_layer, shape=shape, reason="handles few rows")
+    assert not result.rewrites and not result.misses
 
 
 def test_devices_without_a_kernel_are_none_of_its_business(fused, monkeypatch, graph, side_by_side):
