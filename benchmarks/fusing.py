@@ -2,9 +2,9 @@
 
     python -m benchmarks.fusing --out FOLDER [--layers 32] [--spec u4/g64/asym] [--lengths 32 64 … 2048] [--record]
 
-A model of Llama-3-8B's shape with random weights: bf16 in eager mode, quantized and compiled without any fusion
-(do_fuse=False), and with them. Prefill is one call over as many tokens; decode continues from there, through generate()
-as a user calls it. Peak memory is that of the row, with weights and cache.
+A model of Llama-3-8B's shape with random weights: bf16 in eager mode, quantized and compiled with all fusions, and
+without any (do_fuse=False). Prefill is one call over as many tokens; decode continues from there, through generate() as
+a user calls it. Peak memory is that of the row, with weights and cache.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def main() -> None:
     options = parser.parse_args()
     report = Report(options.out, "fusing", "Before and after qcompile, unfused and fused")
     report.notes.append(f"{options.layers} of Llama-3-8B's 32 layers, random weights, batch 1.")
-    specs = [f"{options.spec}+unfused", options.spec]
+    specs = [options.spec, f"{options.spec}+unfused"]
     for one in contenders(report, options.layers, specs, only=options.only, tiny=options.tiny):
         for length in options.lengths:
             row = table_row(one, length)
