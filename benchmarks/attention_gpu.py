@@ -6,7 +6,7 @@
 2. capped     soft-capped attention of Gemma 2 (16 query heads over 8 of 256 columns), of a step and of a prompt, beside
               what Inductor makes of its meaning
 3. rope       rope of queries and keys and the writes to the cache, beside what Inductor makes of their meaning
-4. sweep      other tiles, to fill kernels/_tuning.py with; the best three of each case, and the rest in the JSON
+4. sweep      other tiles, to fill kernels/_attention_tiles.py with; the best three of each case, all in the JSON
 5. pdl        the chosen tiles with and without dependent launch
 
 Times are medians of CUDA graph replays, in µs; caches rotate through at least 160 MB, so they come from memory. About
@@ -38,8 +38,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks._gpu import DEVICE, START, Report, log
-from qcompile.kernels import _tuning, attention_codes, attention_decode
-from qcompile.kernels._tuning import AttentionTile
+from qcompile.kernels import _attention_tiles, _tuning, attention_codes, attention_decode
+from qcompile.kernels._attention_tiles import AttentionTile
 from qcompile.kernels.attention_decode import attend
 from qcompile.kernels.rope_into_cache import rope_into_cache_cuda
 from qcompile.ops.attention import attention
@@ -79,7 +79,7 @@ class Case:
     def tile(self) -> AttentionTile:
         pairs, rows = self.batch * self.kv_heads, self.heads // self.kv_heads
         device = _tuning.Device.of(torch.device(DEVICE, 0) if DEVICE == "cuda" else torch.device("cpu"))
-        choose = _tuning.codes_tile if self.codes else _tuning.attention_tile
+        choose = _attention_tiles.codes_tile if self.codes else _attention_tiles.attention_tile
         return choose(pairs, rows, self.capacity, self.width, 2, device)
 
 

@@ -156,19 +156,6 @@ class DequantizeTile:
 
 
 @dataclass(frozen=True)
-class AttentionTile:
-    """What a program of attention_decode makes: `rows` query rows, from every splits-th block of `keys` keys, of which
-    `beside` warps take a share each; powers of two."""
-
-    splits: int
-    rows: int
-    keys: int
-    warps: int
-    stages: int
-    beside: int = 1
-
-
-@dataclass(frozen=True)
 class Device:
     """What the choices depend on: the compute capability's first number, the shared memory of a program, and how many
     multiprocessors there are."""
@@ -230,8 +217,8 @@ def dot_tile(rows: int, outputs: int, inputs: int, step: int, bits: int, device:
     room = 64 << 10 if rows == 1 and wide else 32 << 10
     # A thread holds both rows of x, and the sums and the scales of its weight rows.
     most = min((1024 if wide else 512) // (parts * share), 2048 // step) if rows == 1 else 8
-    tall = _floor_power(min(most * warps // split, max(4, room // row_bytes)))
-    tall = _floor_power(min(tall, (device.shared_bytes - (16 << 10)) // row_bytes))
+    tall = floor_power(min(most * warps // split, max(4, room // row_bytes)))
+    tall = floor_power(min(tall, (device.shared_bytes - (16 << 10)) // row_bytes))
     # Few rows at a time share what x costs with those of other steps; no processor is left without a program.
     # NOTE: two rows, 28672x4096 of i4/g128, H100: four steps 24.1 µs, one 29.3.
     shared = rows == 2 and bits == 4 and wide and threads <= 128
@@ -243,7 +230,7 @@ def dot_tile(rows: int, outputs: int, inputs: int, step: int, bits: int, device:
     return DotTile(tall, split, warps, steps, cdiv(steps, 2), words, late=parts > 1)
 
 
-def _floor_power(n: int) -> int:
+def floor_power(n: int) -> int:
     """The largest power of two that is no more than n, and not less than one."""
     return 1 << max(0, n.bit_length() - 1)
 
@@ -259,7 +246,7 @@ def few_tile(rows: int, outputs: int, inputs: int, bits: int, device: Device) ->
         else:
             together -= 1
     programs = cdiv(outputs, 16 * warps // split) * cdiv(rows, tokens)
-    parts = _floor_power(min(device.processors * together // programs, inputs // (4 * split * codes)))
+    parts = floor_power(min(device.processors * together // programs, inputs // (4 * split * codes)))
     return FewTile(tokens, codes, stages, parts, split, warps, together)
 
 
@@ -286,7 +273,7 @@ def mma_tile(rows: int, outputs: int, inputs: int, bits: int, device: Device) ->
         else:
             together -= 1
     programs = cdiv(outputs, 16 * warps) * cdiv(rows, tokens)
-    splits = _floor_power(min(device.processors * together // programs, inputs // (4 * codes)))
+    splits = floor_power(min(device.processors * together // programs, inputs // (4 * codes)))
     return MmaTile(tokens, codes, stages, splits, warps, together, warp_groups)
 
 
@@ -371,74 +358,6 @@ def _shared_bytes(rows: int, outputs: int, chunks: int, step: int, stages: int) 
 
 def dequantize_tile(bits: int) -> DequantizeTile:
     return DequantizeTile(outputs=8, chunks=16, warps=4)
-
-
-def attention_tile(pairs: int, rows: int, keys: int, columns: int, itemsize: int, device: Device) -> AttentionTile:
-    """For `pairs` sequences and key/value heads, with `rows` query rows for each; keys and values of `columns` columns.
-
-    How many of the keys a mask leaves is not known here: programs share out what there is.
-    """
-    room = device.shared_bytes - (16 << 10)
-    if itemsize > 2 or not device.tensor_cores:
-        # Products of rows, keys and columns are in registers.
-        block, warps, stages = 16, 4, 1
-        tile_rows = min(power_of_two(rows), max(1, 8192 // (block * columns)))
-    else:  # keys and values of all stages but one are in shared memory
-        tile_rows = max(16, min(power_of_two(rows), 8192 // columns))
-        block, warps, stages = 32 if tile_rows > 32 else 64, 4, 3
-        if tile_rows == 16:
-            block, warps = 128 if 2 * 128 * 2 * columns * itemsize <= room else 64, 8
-    programs = pairs * cdiv(rows, tile_rows)
-    splits = _floor_power(min(cdiv(keys, block), device.processors // programs, 64))
-    beside = 1
-    if tile_rows == 16 and columns <= 128 and itemsize == 2:  # more would be more sums than registers
-        # NOTE: a layer of Llama-3-8B at batch 16 over 513 of 1024 keys, H100: 95.5 µs with four warps side by side and
-        # 64 keys, 96.4 with eight that share their sums and 128; over 8192 keys attention alone 189 and 183.
-        if splits == 1 and keys <= 4096:
-            block, warps, beside = 64, 4, 4
-        elif keys <= block * splits:
-            warps = beside = block // 16
-    while stages > 1 and (stages - 1) * block * 2 * columns * itemsize > room:
-        stages -= 1
-    if keys <= block * splits:  # one step a program: nothing to fetch ahead
-        stages = 1
-    return AttentionTile(splits, tile_rows, block, warps, stages, beside)
-
-
-def codes_tile(pairs: int, rows: int, keys: int, columns: int, itemsize: int, device: Device) -> AttentionTile:
-    """As attention_tile, for codes; the itemsize is that of queries. Two programs a multiprocessor hide each other's
-    reading."""
-    if itemsize > 2 or not device.tensor_cores:
-        return attention_tile(pairs, rows, keys, columns, itemsize, device)
-    tile_rows = max(16, min(power_of_two(rows), 32))
-    block, warps = 64 if columns <= 128 else 32, 4 if tile_rows * columns <= 2048 else 8
-    programs = pairs * cdiv(rows, tile_rows)
-    splits = _floor_power(min(cdiv(keys, block), 2 * device.processors // programs, 64))
-    return AttentionTile(splits, tile_rows, block, warps, 1)
-
-
-def prompt_tile(columns: int, itemsize: int, device: Device) -> AttentionTile | None:
-    """For many query rows; None without tensor cores for numbers of this size.
-
-    NOTE: a causal prompt of 2048 tokens, 32 heads over 8 of 128 columns, H100: 127 µs; 128 rows by 64 keys, three
-    stages, 132, by 128 keys 159; torch with the mask 220, with is_causal, which no cache has, 84.
-    """
-    if itemsize != 2 or not device.tensor_cores:
-        return None
-    rows, keys, warps, stages = 64, 32, 4 if columns <= 128 else 8, 2
-    while (rows + stages * 2 * keys) * columns * itemsize > device.shared_bytes - (16 << 10):
-        if stages > 1:
-            stages = 1
-        elif rows > 16:
-            rows //= 2
-        else:
-            return None
-    return AttentionTile(1, rows, keys, warps, stages)
-
-
-def prompt_splits(programs: int, steps: int, device: Device) -> int:
-    """Into how many parts the keys of as many programs are split, so that none of the processors is idle."""
-    return _floor_power(min(device.processors // programs, steps // 4, 16))
 
 
 def slab_rows(inputs: int, height: int, slabs: int = 1) -> int:

@@ -10,7 +10,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qcompile.kernels import _tuning, attention_decode
+from qcompile.kernels import _attention_tiles, _tuning, attention_decode
+from qcompile.kernels._attention import (
+    SCAN_ELEMENTS,
+    add_product,
+    capped,
+    combine,
+    is_attended,
+    leave,
+    partial_results,
+    seen_steps,
+    weigh,
+)
 from qcompile.kernels._row_codes import SMALLEST, refuses_codes
 from qcompile.kernels._tiles import (
     INTERPRET,
@@ -24,16 +35,6 @@ from qcompile.kernels._tiles import (
     refuses_device,
     tl,
     triton,
-)
-from qcompile.kernels.attention_decode import (
-    SCAN_ELEMENTS,
-    _attended,
-    _capped,
-    _leave,
-    _product,
-    _seen_steps,
-    _weights,
-    combine,
 )
 from qcompile.ops.attention import attention
 from qcompile.ops.registry import known, opaque
@@ -76,7 +77,7 @@ def attention_codes(
 
 def attend(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, softcap: float | None,
-    key_scale: Tensor, value_scale: Tensor, tile: _tuning.AttentionTile | None = None,
+    key_scale: Tensor, value_scale: Tensor, tile: _attention_tiles.AttentionTile | None = None,
 ) -> Tensor:  # fmt: skip
     """The op without is_causal, by the tile that is given or else chosen."""
     batch, heads, length, width = query.shape
@@ -91,14 +92,14 @@ def attend(
     block_d, block_dv = (max(16, power_of_two(n)) for n in (width, value_width))
     if tile is None:
         device = _tuning.Device.of(key.device)
-        tile = _tuning.codes_tile(batch * kv_heads, rows, keys, max(block_d, block_dv), query.itemsize, device)
+        tile = _attention_tiles.codes_tile(batch * kv_heads, rows, keys, max(block_d, block_dv), query.itemsize, device)
     mask_strides, mask_rows = [0, 0, 0, 0], 1
     if mask is not None:
         mask_strides = list(mask.expand(batch, heads, length, keys).stride())
         mask_rows = tile.rows if any(mask_strides[1:3]) else 1
     sums = parts = None
     if tile.splits > 1:
-        sums, parts = attention_decode.partial_results(query, batch * heads * length, tile.splits, value_width)
+        sums, parts = partial_results(query, batch * heads * length, tile.splits, value_width)
     launch(
         _split_codes,
         (batch * kv_heads, tile.splits, cdiv(rows, tile.rows)),
@@ -234,7 +235,7 @@ def _split_codes(
     if mask_ptr is not None:
         seen_head = kv_head * (rows // length) + seen_row // length
         mask_ptr += batch * mask_batch + seen_head * mask_head + (seen_row % length).to(tl.int64) * mask_row
-        first, end, _ = _seen_steps(mask_ptr, mask_column, seen_row < rows, end, keys, BLOCK_N, MASK_ROWS, SCAN, "")
+        first, end, _ = seen_steps(mask_ptr, mask_column, seen_row < rows, end, keys, BLOCK_N, MASK_ROWS, SCAN, "")
     word, v_word = tl.arange(0, BLOCK_D // 4)[None, :], tl.arange(0, BLOCK_DV // 4)[None, :]
     k_ptr += batch * k_batch + kv_head * k_head + word
     v_ptr += batch * v_batch + kv_head * v_head + v_word
@@ -258,26 +259,26 @@ def _split_codes(
             k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, n, next_inside, k_row, v_row, word < D // 4, v_word < DV // 4
         )
         turned = tl.trans(_numbers(k, IS_INTEGER))  # type: ignore[arg-type]
-        logits = _product(q, turned, tl.zeros((BLOCK_M, BLOCK_N), tl.float32)) * (scale * k_scale)
+        logits = add_product(q, turned, tl.zeros((BLOCK_M, BLOCK_N), tl.float32)) * (scale * k_scale)
         if softcap is not None:
-            logits = _capped(logits, softcap)
+            logits = capped(logits, softcap)
         seen = inside[None, :]
         if mask_ptr is not None:
-            seen = seen & (seen_row < rows) & _attended(mask)
+            seen = seen & (seen_row < rows) & is_attended(mask)
             if mask.dtype != tl.int1:
                 logits += mask.to(tl.float32)
             mask = tl.load(
                 mask_ptr + n[None, :].to(tl.int64) * mask_column, mask=next_inside[None, :] & (seen_row < rows)
             )
         logits = tl.where(seen, logits, float("-inf"))
-        p, shrink, top, total = _weights(logits, top, total)
+        p, shrink, top, total = weigh(logits, top, total)
         # By the largest scale of the block, as float16 would lose what is small.
         largest = tl.maximum(tl.max(v_scale, 1, keep_dims=True), SMALLEST)
         p *= v_scale * (1.0 / largest)
         if q.dtype != tl.float32:
             p = p.to(tl.float16)
-        y = y * shrink + _product(p, _numbers(v, IS_INTEGER), tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)) * largest
+        y = y * shrink + add_product(p, _numbers(v, IS_INTEGER), tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)) * largest
         k, v, k_scale, v_scale, inside = next_k, next_v, next_k_scale, next_v_scale, next_inside
     if PDL and not EARLY:
         gdc_launch_dependents()  # not earlier: waiting programs would take room from those that read
-    _leave(y, top, total, out_ptr, sums_ptr, parts_ptr, pair * rows + row, row < rows, dv, DV)
+    leave(y, top, total, out_ptr, sums_ptr, parts_ptr, pair * rows + row, row < rows, dv, DV)

@@ -9,7 +9,22 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from qcompile.kernels import _tuning, attention_decode, rope_into_cache
+from qcompile.kernels import _attention_tiles, _tuning, attention_decode, rope_into_cache
+from qcompile.kernels._attention import (
+    SCAN_ELEMENTS,
+    add_product,
+    beside,
+    combine,
+    key_places,
+    leave,
+    mask_at,
+    masked,
+    partial_results,
+    seen_steps,
+    together,
+    turned_keys,
+    weigh,
+)
 from qcompile.kernels._tiles import (
     dependent_launch,
     gdc_launch_dependents,
@@ -18,20 +33,6 @@ from qcompile.kernels._tiles import (
     power_of_two,
     tl,
     triton,
-)
-from qcompile.kernels.attention_decode import (
-    SCAN_ELEMENTS,
-    _beside,
-    _leave,
-    _mask_at,
-    _masked,
-    _places,
-    _product,
-    _seen_steps,
-    _together,
-    _turned,
-    _weights,
-    combine,
 )
 from qcompile.ops.attention_into_cache import attention_into_cache
 from qcompile.ops.registry import known, opaque
@@ -77,11 +78,13 @@ def attention_into_cache_cuda(
     block_d, block_dv = (max(16, power_of_two(n)) for n in (width, value_width))
     group = heads // kv_heads
     device = _tuning.Device.of(keys.device)
-    tile = _tuning.attention_tile(batch * kv_heads, group, capacity, max(block_d, block_dv), keys.itemsize, device)
+    tile = _attention_tiles.attention_tile(
+        batch * kv_heads, group, capacity, max(block_d, block_dv), keys.itemsize, device
+    )
     mask_strides = [0, 0] if mask is None else mask.expand(batch, 1, 1, capacity).stride()[::3]
     sums = parts = None
     if tile.splits > 1:
-        sums, parts = attention_decode.partial_results(query, batch * heads, tile.splits, value_width)
+        sums, parts = partial_results(query, batch * heads, tile.splits, value_width)
     launch(
         _step,
         (batch * kv_heads, tile.splits),
@@ -184,7 +187,7 @@ def _step(
     if PDL:
         if FETCHED > 0:
             if mask_ptr is not None:  # as it is by now: the kernel before may have yet to write it
-                first, end, limit = _seen_steps(mask_ptr, mask_column, rows, steps, capacity, BLOCK_N, 1, SCAN, ".cg")
+                first, end, limit = seen_steps(mask_ptr, mask_column, rows, steps, capacity, BLOCK_N, 1, SCAN, ".cg")
             if limit > 0:
                 for step in tl.static_range(FETCHED):
                     n = ((first + step) * splits + part) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -202,30 +205,30 @@ def _step(
     new_k, k_other = _halves(k_ptr + batch * k_batch + kv_head * k_head, d < D, d, D // 2)
     new_v = tl.load(v_ptr + batch * v_batch + kv_head * v_head + dv, mask=dv < DV, other=0.0)
     if mask_ptr is not None:
-        first, end, limit = _seen_steps(mask_ptr, mask_column, rows, steps, capacity, BLOCK_N, 1, SCAN, "")
+        first, end, limit = seen_steps(mask_ptr, mask_column, rows, steps, capacity, BLOCK_N, 1, SCAN, "")
     q, new_k = _rotated(q, q_other, cos, sin, d, D // 2), _rotated(new_k, k_other, cos, sin, d, D // 2)
     tl.store(keys_ptr + position * keys_row + d, new_k, mask=owns & (d < D))
     tl.store(values_ptr + position * values_row + dv, new_v, mask=owns & (dv < DV))
     tl.debug_barrier()  # what one thread has written others read
-    top = _beside(tl.full((BLOCK_M, 1), float("-inf"), tl.float32), BESIDE)
-    total = _beside(tl.zeros((BLOCK_M, 1), tl.float32), BESIDE)
-    y = _beside(tl.zeros((BLOCK_M, BLOCK_DV), tl.float32), BESIDE)
-    q = _beside(q, BESIDE)
-    down, across = _places(BLOCK_N, BESIDE)
+    top = beside(tl.full((BLOCK_M, 1), float("-inf"), tl.float32), BESIDE)
+    total = beside(tl.zeros((BLOCK_M, 1), tl.float32), BESIDE)
+    y = beside(tl.zeros((BLOCK_M, BLOCK_DV), tl.float32), BESIDE)
+    q = beside(q, BESIDE)
+    down, across = key_places(BLOCK_N, BESIDE)
     n = (first * splits + part) * BLOCK_N + across
-    mask = _mask_at(mask_ptr, n, mask_column, n < limit)
+    mask = mask_at(mask_ptr, n, mask_column, n < limit)
     # From zero: Triton 3.9 loses sight of the alignment of loads in a loop that begins at a reduction's result.
     for step in range(0, end - first):  # type: ignore[operator]
         start = ((first + step) * splits + part) * BLOCK_N  # type: ignore[operator]
         k_at, v_at = keys_ptr + start.to(tl.int64) * keys_row, values_ptr + start.to(tl.int64) * values_row
         k = tl.load(k_at + (down * keys_row + d), mask=(start + down < limit) & (d < D), other=0.0)
         v = tl.load(v_at + (down * values_row + dv), mask=(start + down < limit) & (dv < DV), other=0.0)
-        logits = _masked(_product(q, _turned(k), None) * scale, mask, n < limit, softcap)
+        logits = masked(add_product(q, turned_keys(k), None) * scale, mask, n < limit, softcap)
         n += splits * BLOCK_N
-        mask = _mask_at(mask_ptr, n, mask_column, n < limit)  # the next step's, which nothing waits for here
-        p, shrink, top, total = _weights(logits, top, total)
-        y = _product(p, v, y * shrink)
+        mask = mask_at(mask_ptr, n, mask_column, n < limit)  # the next step's, which nothing waits for here
+        p, shrink, top, total = weigh(logits, top, total)
+        y = add_product(p, v, y * shrink)
     if PDL and not EARLY:
         gdc_launch_dependents()
-    y, top, total = _together(y, top, total)
-    _leave(y, top, total, out_ptr, sums_ptr, parts_ptr, pair * group + row, row < group, dv, DV)
+    y, top, total = together(y, top, total)
+    leave(y, top, total, out_ptr, sums_ptr, parts_ptr, pair * group + row, row < group, dv, DV)

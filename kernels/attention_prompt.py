@@ -13,7 +13,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from qcompile.kernels import _tuning, attention_decode
+from qcompile.kernels import _attention_tiles, _tuning, attention_decode
+from qcompile.kernels._attention import capped, combine, is_attended, leave, partial_results
 from qcompile.kernels._tiles import (
     cdiv,
     constexpr,
@@ -26,7 +27,6 @@ from qcompile.kernels._tiles import (
     tl,
     triton,
 )
-from qcompile.kernels.attention_decode import _attended, _capped, _leave, combine, partial_results
 from qcompile.ops.attention import attention
 from qcompile.ops.registry import known, opaque
 from qcompile.ops.row_codes import dequantize_rows
@@ -53,12 +53,12 @@ def refuses(
     return None
 
 
-def _tile(query: Tensor, value: Tensor) -> _tuning.AttentionTile | None:
+def _tile(query: Tensor, value: Tensor) -> _attention_tiles.AttentionTile | None:
     widths = known(query.shape[3]), known(value.shape[3])
     if None in widths:
         return None
     columns = power_of_two(max(width or 0 for width in widths))
-    return _tuning.prompt_tile(columns, query.itemsize, _tuning.Device.of(query.device))
+    return _attention_tiles.prompt_tile(columns, query.itemsize, _tuning.Device.of(query.device))
 
 
 def _result(query: Tensor, value: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ def attention_prompt(
 
 def attend(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, softcap: float | None = None,
-    tile: _tuning.AttentionTile | None = None,
+    tile: _attention_tiles.AttentionTile | None = None,
 ) -> Tensor:  # fmt: skip
     """The op without is_causal, by the tile that is given or else chosen."""
     batch, heads, length, width = query.shape
@@ -103,7 +103,7 @@ def attend(
         tile = _tile(query, value)
         assert tile is not None
         programs, device = batch * heads * cdiv(length, tile.rows), _tuning.Device.of(query.device)
-        tile = replace(tile, splits=_tuning.prompt_splits(programs, cdiv(keys, tile.keys), device))
+        tile = replace(tile, splits=_attention_tiles.prompt_splits(programs, cdiv(keys, tile.keys), device))
     blocks = cdiv(length, tile.rows), cdiv(keys, tile.keys)
     survey, mask_strides, mask_heads = None, [0, 0, 0, 0], 1
     if mask is not None:
@@ -183,7 +183,7 @@ def _survey(
     at = m.to(tl.int64) * mask_row + n.to(tl.int64) * mask_column
     inside = (m < length) & (n < keys)
     mask = tl.load(mask_ptr + at, mask=inside, other=0)
-    attended = _attended(mask) & inside
+    attended = is_attended(mask) & inside
     plain = attended if mask.dtype == tl.int1 else attended & (mask == 0.0)
     any_one = tl.max(tl.max(attended.to(tl.int32), 1), 0)
     # Rows behind the last one attend to everything: nobody looks at what they find.
@@ -211,13 +211,13 @@ def _step(
         new_top = base
         p = tl.exp2(logits * (scale * LOG2_E) - base * LOG2_E)
     else:
-        logits = logits * scale if softcap is None else _capped(logits * scale, softcap)
+        logits = logits * scale if softcap is None else capped(logits * scale, softcap)
         if not WHOLE:
             seen = across < keys
             if mask_ptr is not None:
                 seen &= row < length
                 mask = tl.load(mask_ptr + across * mask_column, mask=seen, other=0)
-                seen &= _attended(mask)
+                seen &= is_attended(mask)
                 if mask.dtype != tl.int1:
                     logits += mask.to(tl.float32)
             logits = tl.where(seen, logits, float("-inf"))
@@ -291,4 +291,4 @@ def _prompt(
     if PDL:
         gdc_launch_dependents()  # not earlier: waiting programs would take room from those that multiply
     result = (batch * length + row) * heads + head
-    _leave(y, top, total, out_ptr, sums_ptr, parts_ptr, result, row < length, dv, DV)
+    leave(y, top, total, out_ptr, sums_ptr, parts_ptr, result, row < length, dv, DV)

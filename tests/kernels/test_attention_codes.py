@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qcompile.kernels import attention_codes
-from qcompile.kernels._tuning import AttentionTile
+from qcompile.kernels._attention_tiles import AttentionTile
 from qcompile.ops.attention import attention
 from qcompile.ops.row_codes import CODES, quantize_rows
 

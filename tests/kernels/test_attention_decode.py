@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from qcompile.kernels import _tuning, attention_decode
-from qcompile.kernels._tuning import AttentionTile
+from qcompile.kernels import _attention_tiles, _tuning, attention_decode
+from qcompile.kernels._attention_tiles import AttentionTile
 from qcompile.ops.attention import attention
 
 TILES = [AttentionTile(1, 16, 16, 4, 2), AttentionTile(4, 2, 32, 4, 1), AttentionTile(2, 16, 64, 4, 2, beside=4)]
@@ -196,7 +196,7 @@ def test_tiles(major: int, shared: int, pairs: int, keys: int) -> None:
     """Powers of two that fit; no split without a block of its own."""
     device = _tuning.Device(major, shared << 10)
     for rows, columns, itemsize in ((1, 16, 2), (4, 128, 2), (71, 64, 2), (1, 256, 2), (4, 256, 4)):
-        tile = _tuning.attention_tile(pairs, rows, keys, columns, itemsize, device)
+        tile = _attention_tiles.attention_tile(pairs, rows, keys, columns, itemsize, device)
         for number in (tile.splits, tile.rows, tile.keys):
             assert number & (number - 1) == 0
         assert 1 <= tile.splits <= math.ceil(keys / tile.keys)

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from qcompile.kernels import _tuning, attention_into_cache
-from qcompile.kernels._tuning import AttentionTile
+from qcompile.kernels import _attention_tiles, attention_into_cache
+from qcompile.kernels._attention_tiles import AttentionTile
 from qcompile.ops.attention import attention
 from qcompile.ops.rope import rope
 
@@ -56,7 +56,7 @@ def check(args: list[Tensor], mask: Tensor | None, assert_close: Callable, softc
 def test_meaning(
     shape: Any, masked: str, tile: AttentionTile, arguments: Callable, assert_close: Callable, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(_tuning, "attention_tile", lambda *_: tile)
+    monkeypatch.setattr(_attention_tiles, "attention_tile", lambda *_: tile)
     args, capacity, at = arguments(*shape), shape[5], shape[6]
     seen = (torch.arange(capacity, device=args[0].device) <= at)[None, None, None]
     mask = {"not": None, "boolean": seen, "additive": torch.where(seen, 0.0, float("-inf")).to(args[0].dtype)}[masked]

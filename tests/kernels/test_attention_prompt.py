@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from qcompile.kernels import _tuning, attention_prompt
-from qcompile.kernels._tuning import AttentionTile
+from qcompile.kernels import _attention_tiles, _tuning, attention_prompt
+from qcompile.kernels._attention_tiles import AttentionTile
 from qcompile.ops.attention import attention
 from qcompile.ops.row_codes import quantize_rows
 
@@ -214,12 +214,12 @@ def test_refusals(device: str) -> None:
 @pytest.mark.parametrize("columns", [16, 64, 128, 256, 512])
 def test_tiles(shared: int, columns: int) -> None:
     """Powers of two that fit; the keys are split where there are few programs."""
-    assert _tuning.prompt_tile(columns, 2, _tuning.Device(7)) is None
-    assert _tuning.prompt_tile(columns, 4, _tuning.Device()) is None
-    tile = _tuning.prompt_tile(columns, 2, _tuning.Device(8, shared << 10))
+    assert _attention_tiles.prompt_tile(columns, 2, _tuning.Device(7)) is None
+    assert _attention_tiles.prompt_tile(columns, 4, _tuning.Device()) is None
+    tile = _attention_tiles.prompt_tile(columns, 2, _tuning.Device(8, shared << 10))
     assert (tile is None) == (columns * 128 >= shared << 10)
     if tile is None:
         return
     assert (tile.rows + 2 * tile.stages * tile.keys) * columns * 2 < shared << 10
     assert all(n & (n - 1) == 0 for n in (tile.rows, tile.keys))
-    assert [_tuning.prompt_splits(programs, 64, _tuning.Device()) for programs in (1, 32, 512)] == [16, 4, 1]
+    assert [_attention_tiles.prompt_splits(programs, 64, _tuning.Device()) for programs in (1, 32, 512)] == [16, 4, 1]

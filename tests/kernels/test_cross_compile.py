@@ -17,6 +17,8 @@ import pytest
 import torch
 
 from qcompile.kernels import (
+    _attention,
+    _attention_tiles,
     _tuning,
     attention_codes,
     attention_decode,
@@ -344,9 +346,9 @@ def attentions(gpu: int, device: _tuning.Device) -> dict[str, Any]:
     for pairs, rows, width in ((8, 4, 128), (1, 71, 64), (512, 1, 256)):
         if gpu not in WIDELY and width != 128:
             continue
-        tile = _tuning.attention_tile(pairs, rows, 8192, width, 2, device)
+        tile = _attention_tiles.attention_tile(pairs, rows, 8192, width, 2, device)
         sizes = {"D": width, "DV": width, "BLOCK_D": width, "BLOCK_DV": width, "BLOCK_M": tile.rows}
-        steps = {"BLOCK_N": tile.keys, "MASK_ROWS": 1, "SCAN": attention_decode.SCAN_ELEMENTS, "EARLY": True}
+        steps = {"BLOCK_N": tile.keys, "MASK_ROWS": 1, "SCAN": _attention.SCAN_ELEMENTS, "EARLY": True}
         beside = {"BESIDE": tile.beside}
         # The widest with a soft-cap.
         absent = ("softcap",) * (width < 256) + ("sums_ptr", "parts_ptr") * (tile.splits == 1)
@@ -355,7 +357,7 @@ def attentions(gpu: int, device: _tuning.Device) -> dict[str, Any]:
         found[name] = compiled(
             attention_decode._split, gpu, absent, tile.warps, tile.stages, **sizes, **steps, **beside, **plain
         )
-        tile = _tuning.codes_tile(pairs, rows, 8192, width, 2, device)
+        tile = _attention_tiles.codes_tile(pairs, rows, 8192, width, 2, device)
         sizes["BLOCK_M"], steps["BLOCK_N"] = tile.rows, tile.keys
         for codes in codes_of(gpu):
             found[f"{name}, {codes}"] = compiled(
@@ -363,7 +365,7 @@ def attentions(gpu: int, device: _tuning.Device) -> dict[str, Any]:
                 IS_INTEGER=codes == "*i8", **sizes, **steps, mask_column=1,
             )  # fmt: skip
     found |= prompts(gpu, device)
-    tile = _tuning.attention_tile(8, 4, 1024, 128, 2, device)
+    tile = _attention_tiles.attention_tile(8, 4, 1024, 128, 2, device)
     sizes = {"D": 128, "DV": 128, "BLOCK_D": 128, "BLOCK_DV": 128, "BLOCK_M": tile.rows, "BLOCK_N": tile.keys}
     found["attention_into_cache"] = compiled(
         attention_into_cache._step,
@@ -379,7 +381,7 @@ def attentions(gpu: int, device: _tuning.Device) -> dict[str, Any]:
         mask_column=1,
     )
     sizes = {"DV": 128, "BLOCK_DV": 128, "SPLITS": 32}
-    found["attention, combine"] = compiled(attention_decode._combine, gpu, (), 8, **sizes)
+    found["attention, combine"] = compiled(_attention._combine, gpu, (), 8, **sizes)
     return found
 
 
@@ -387,7 +389,7 @@ def prompts(gpu: int, device: _tuning.Device) -> dict[str, Any]:
     """attention_prompt, the widest with a soft-cap."""
     found = {}
     for width in (64, 128, 256) if gpu in WIDELY else (128,):
-        if (tile := _tuning.prompt_tile(width, 2, device)) is None:
+        if (tile := _attention_tiles.prompt_tile(width, 2, device)) is None:
             continue
         blocks, constants = {"BLOCK_M": tile.rows, "BLOCK_N": tile.keys}, {"mask_column": 1}
         sizes = {"D": width, "DV": width, "BLOCK_D": width, "BLOCK_DV": width, "BLOCKS": 64}
@@ -431,5 +433,5 @@ def test_products_of_warp_groups_overlap() -> None:
 def test_keys_and_values_are_fetched_ahead() -> None:
     """Shared memory holds those of several steps."""
     device = _tuning.Device(9, GPUS[90] << 10)
-    tile = _tuning.attention_tile(8, 4, 8192, 128, 2, device)
+    tile = _attention_tiles.attention_tile(8, 4, 8192, 128, 2, device)
     assert attentions(90, device)["attention, 4 rows of 128"].metadata.shared > 2 * tile.keys * 2 * 128 * 2

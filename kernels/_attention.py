@@ -1,0 +1,215 @@
+"""Pieces that the attention kernels share: masks, the sums over keys, and what programs leave for one another.
+
+A program reads some of the keys. With splits > 1 each leaves what it found, and `_combine` makes one result of it.
+Tensors may have a first axis of BESIDE warps, each with its own sums over a share of a block of keys.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qcompile.kernels._tiles import (
+    dependent_launch,
+    gdc_launch_dependents,
+    gdc_wait,
+    launch,
+    power_of_two,
+    tl,
+    triton,
+)
+
+SCAN_ELEMENTS = 1024
+
+
+def partial_results(like: Tensor, rows: int, splits: int, columns: int) -> tuple[Tensor, Tensor]:
+    """Where programs leave what they found in their parts: top and total, and the weighted sums of the values."""
+    sums = like.new_empty(rows, 2, splits, dtype=torch.float32)
+    return sums, like.new_empty(rows, splits, columns, dtype=torch.float32)
+
+
+def combine(sums: Tensor, parts: Tensor, out: Tensor) -> None:
+    """Write to `out`, rows of columns one after the other, what all parts together give."""
+    rows, splits, columns = parts.shape
+    block_dv = max(16, power_of_two(columns))
+    launch(
+        _combine,
+        (rows,),
+        sums,
+        parts,
+        out,
+        DV=columns,
+        BLOCK_DV=block_dv,
+        SPLITS=splits,
+        PDL=dependent_launch(out),
+        num_warps=max(1, min(8, splits * block_dv // 512)),
+    )
+
+
+@triton.jit
+def is_attended(mask):
+    return mask if mask.dtype == tl.int1 else mask.to(tl.float32) != float("-inf")
+
+
+@triton.jit
+def seen_steps(
+    mask_ptr, mask_column, rows, steps, keys,
+    BLOCK_N: tl.constexpr, MASK_ROWS: tl.constexpr, SCAN: tl.constexpr, CACHED: tl.constexpr,
+):  # fmt: skip
+    """Of this program's steps the first one in which anyone attends, the one behind the last, and the key behind the
+    last."""
+    part, splits = tl.program_id(1), tl.num_programs(1)
+    lowest = tl.zeros((MASK_ROWS, SCAN), tl.int32) + keys
+    highest = tl.zeros((MASK_ROWS, SCAN), tl.int32)
+    for start in range(0, steps * BLOCK_N, SCAN):
+        i = start + tl.arange(0, SCAN)[None, :]
+        n = (i // BLOCK_N * splits + part) * BLOCK_N + i % BLOCK_N
+        inside = rows & (n < keys)
+        mask = tl.load(mask_ptr + n.to(tl.int64) * mask_column, mask=inside, cache_modifier=CACHED)
+        attended = is_attended(mask) & inside
+        lowest = tl.where(attended, tl.minimum(lowest, n), lowest)
+        highest = tl.where(attended, tl.maximum(highest, n + 1), highest)
+    # One exchange between warps for both.
+    ends = tl.max(tl.reshape(tl.join(keys - lowest, highest), (MASK_ROWS * SCAN, 2)), 0)
+    before, end = tl.split(ends)
+    return (keys - before) // (BLOCK_N * splits), tl.cdiv(tl.cdiv(end, BLOCK_N) - part, splits), end
+
+
+@triton.jit
+def capped(logits, softcap):
+    """softcap * tanh(logits / softcap)"""
+    x = logits / softcap
+    part = tl.exp(-2 * tl.abs(x))
+    return tl.where(x < 0, -softcap, softcap) * ((1 - part) / (1 + part))
+
+
+@triton.jit
+def add_product(a, b, c):
+    """a @ b + c in float32; c may be None. Tensor cores take 16 rows or more; fewer are multiplied one by one."""
+    if a.shape[len(a.shape) - 2] >= 16:
+        rounded = a.to(b.dtype)
+        c = tl.dot(rounded, b, c, input_precision="ieee")
+        if a.dtype != b.dtype:  # what rounding took away counts as well
+            c = tl.dot((a - rounded.to(a.dtype)).to(b.dtype), b, c, input_precision="ieee")
+        return c
+    else:
+        y = tl.sum(a.to(tl.float32)[:, :, None] * b.to(tl.float32)[None, :, :], 1)
+        return y if c is None else y + c
+
+
+@triton.jit
+def weigh(logits, top, total):
+    """Of one step: the weights of its keys, by what to shrink what was summed before, and the new top and total."""
+    LAST: tl.constexpr = len(logits.shape) - 1
+    new_top = tl.maximum(top, tl.max(logits, LAST, keep_dims=True))
+    # While nothing is attended the top is -inf, and -inf less -inf is no number.
+    base = tl.where(new_top == float("-inf"), 0.0, new_top)
+    p = tl.exp(logits - base)
+    shrink = tl.exp(top - base)
+    return p, shrink, new_top, total * shrink + tl.sum(p, LAST, keep_dims=True)
+
+
+@triton.jit
+def beside(x, BESIDE: tl.constexpr):
+    """The same (rows, columns) for each of the warps side by side."""
+    if BESIDE > 1:
+        x = tl.broadcast_to(x[None, :, :], (BESIDE, x.shape[0], x.shape[1]))
+    return x
+
+
+@triton.jit
+def key_places(BLOCK_N: tl.constexpr, BESIDE: tl.constexpr):
+    """Places of a block of keys, in rows and in columns; where warps are side by side, each one's."""
+    if BESIDE > 1:
+        SHARE: tl.constexpr = BLOCK_N // BESIDE
+        place = tl.arange(0, BESIDE)[:, None] * SHARE + tl.arange(0, SHARE)[None, :]
+        return place[:, :, None], place[:, None, :]
+    else:
+        place = tl.arange(0, BLOCK_N)
+        return place[:, None], place[None, :]
+
+
+@triton.jit
+def turned_keys(k):
+    if len(k.shape) == 3:
+        return tl.trans(k, 0, 2, 1)
+    else:
+        return tl.trans(k)
+
+
+@triton.jit
+def mask_at(mask_ptr, n, mask_column, inside):
+    """The mask of keys `inside`; where there is none all are attended to."""
+    if mask_ptr is None:
+        return tl.full((1, 1), 1, tl.int1)
+    else:
+        return tl.load(mask_ptr + n.to(tl.int64) * mask_column, mask=inside)
+
+
+@triton.jit
+def masked(logits, mask, inside, softcap):
+    """Logits as the cap and the mask leave them."""
+    if softcap is not None:
+        logits = capped(logits, softcap)
+    if mask.dtype != tl.int1:
+        logits += mask.to(tl.float32)
+    return tl.where(inside & is_attended(mask), logits, float("-inf"))
+
+
+@triton.jit
+def together(y, top, total):
+    """What warps side by side have found, as one."""
+    if len(y.shape) == 3:
+        highest = tl.max(top, 0)
+        weight = tl.exp(top - tl.where(highest == float("-inf"), 0.0, highest))
+        y, top, total = _sum_of(y * weight), highest, tl.sum(total * weight, 0)
+    return y, top, total
+
+
+@triton.jit
+def _sum_of(y):
+    """The sum over the first axis. A split brings what is added to one thread; a reduction exchanges all of it."""
+    COUNT: tl.constexpr = y.shape[0]
+    halves = tl.reshape(y, (2, COUNT // 2, y.shape[1], y.shape[2]))
+    a, b = tl.split(tl.permute(halves, (1, 2, 3, 0)))
+    if COUNT > 2:
+        return _sum_of(a + b)
+    else:
+        return tl.reshape(a + b, (y.shape[1], y.shape[2]))
+
+
+@triton.jit
+def leave(y, top, total, out_ptr, sums_ptr, parts_ptr, result, inside, dv, DV: tl.constexpr):
+    """Store the rows that are `inside` as rows of the result, or where there are parts what `_combine` makes it of."""
+    part, splits = tl.program_id(1), tl.num_programs(1)
+    if parts_ptr is None:
+        # Rows that attend to nothing are zeros.
+        y /= tl.where(total == 0.0, 1.0, total)
+        tl.store(out_ptr + result * DV + dv, y.to(out_ptr.dtype.element_ty), mask=inside & (dv < DV))
+    else:
+        tl.store(sums_ptr + result * 2 * splits + part, top, mask=inside)
+        tl.store(sums_ptr + (result * 2 + 1) * splits + part, total, mask=inside)
+        tl.store(parts_ptr + (result * splits + part) * DV + dv, y, mask=inside & (dv < DV))
+
+
+@triton.jit
+def _combine(
+    sums_ptr, parts_ptr, out_ptr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr
+):
+    """One program makes one row of the result."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.arange(0, SPLITS)[:, None]
+    column = tl.arange(0, BLOCK_DV)[None, :]
+    top = tl.load(sums_ptr + row * 2 * SPLITS + part)
+    total = tl.load(sums_ptr + (row * 2 + 1) * SPLITS + part)
+    y = tl.load(parts_ptr + (row * SPLITS + part) * DV + column, mask=column < DV, other=0.0)
+    highest = tl.max(top, 0, keep_dims=True)
+    weight = tl.exp(top - tl.where(highest == float("-inf"), 0.0, highest))
+    whole = tl.sum(total * weight, 0)
+    y = tl.sum(y * weight, 0) / tl.where(whole == 0.0, 1.0, whole)
+    DTYPE: tl.constexpr = out_ptr.dtype.element_ty
+    column = tl.arange(0, BLOCK_DV)
+    tl.store(out_ptr + row * DV + column, y.to(DTYPE), mask=column < DV)

@@ -1,0 +1,89 @@
+"""Tile sizes of the attention kernels by shape class: numbers that were measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qcompile.kernels._tiles import cdiv, power_of_two
+from qcompile.kernels._tuning import Device, floor_power
+
+
+@dataclass(frozen=True)
+class AttentionTile:
+    """What a program of attention_decode makes: `rows` query rows, from every splits-th block of `keys` keys, of which
+    `beside` warps take a share each; powers of two."""
+
+    splits: int
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+    beside: int = 1
+
+
+def attention_tile(pairs: int, rows: int, keys: int, columns: int, itemsize: int, device: Device) -> AttentionTile:
+    """For `pairs` sequences and key/value heads, with `rows` query rows for each; keys and values of `columns` columns.
+
+    How many of the keys a mask leaves is not known here: programs share out what there is.
+    """
+    room = device.shared_bytes - (16 << 10)
+    if itemsize > 2 or not device.tensor_cores:
+        # Products of rows, keys and columns are in registers.
+        block, warps, stages = 16, 4, 1
+        tile_rows = min(power_of_two(rows), max(1, 8192 // (block * columns)))
+    else:  # keys and values of all stages but one are in shared memory
+        tile_rows = max(16, min(power_of_two(rows), 8192 // columns))
+        block, warps, stages = 32 if tile_rows > 32 else 64, 4, 3
+        if tile_rows == 16:
+            block, warps = 128 if 2 * 128 * 2 * columns * itemsize <= room else 64, 8
+    programs = pairs * cdiv(rows, tile_rows)
+    splits = floor_power(min(cdiv(keys, block), device.processors // programs, 64))
+    beside = 1
+    if tile_rows == 16 and columns <= 128 and itemsize == 2:  # more would be more sums than registers
+        # NOTE: a layer of Llama-3-8B at batch 16 over 513 of 1024 keys, H100: 95.5 µs with four warps side by side and
+        # 64 keys, 96.4 with eight that share their sums and 128; over 8192 keys attention alone 189 and 183.
+        if splits == 1 and keys <= 4096:
+            block, warps, beside = 64, 4, 4
+        elif keys <= block * splits:
+            warps = beside = block // 16
+    while stages > 1 and (stages - 1) * block * 2 * columns * itemsize > room:
+        stages -= 1
+    if keys <= block * splits:  # one step a program: nothing to fetch ahead
+        stages = 1
+    return AttentionTile(splits, tile_rows, block, warps, stages, beside)
+
+
+def codes_tile(pairs: int, rows: int, keys: int, columns: int, itemsize: int, device: Device) -> AttentionTile:
+    """As attention_tile, for codes; the itemsize is that of queries. Two programs a multiprocessor hide each other's
+    reading."""
+    if itemsize > 2 or not device.tensor_cores:
+        return attention_tile(pairs, rows, keys, columns, itemsize, device)
+    tile_rows = max(16, min(power_of_two(rows), 32))
+    block, warps = 64 if columns <= 128 else 32, 4 if tile_rows * columns <= 2048 else 8
+    programs = pairs * cdiv(rows, tile_rows)
+    splits = floor_power(min(cdiv(keys, block), 2 * device.processors // programs, 64))
+    return AttentionTile(splits, tile_rows, block, warps, 1)
+
+
+def prompt_tile(columns: int, itemsize: int, device: Device) -> AttentionTile | None:
+    """For many query rows; None without tensor cores for numbers of this size.
+
+    NOTE: a causal prompt of 2048 tokens, 32 heads over 8 of 128 columns, H100: 127 µs; 128 rows by 64 keys, three
+    stages, 132, by 128 keys 159; torch with the mask 220, with is_causal, which no cache has, 84.
+    """
+    if itemsize != 2 or not device.tensor_cores:
+        return None
+    rows, keys, warps, stages = 64, 32, 4 if columns <= 128 else 8, 2
+    while (rows + stages * 2 * keys) * columns * itemsize > device.shared_bytes - (16 << 10):
+        if stages > 1:
+            stages = 1
+        elif rows > 16:
+            rows //= 2
+        else:
+            return None
+    return AttentionTile(1, rows, keys, warps, stages)
+
+
+def prompt_splits(programs: int, steps: int, device: Device) -> int:
+    """Into how many parts the keys of as many programs are split, so that none of the processors is idle."""
+    return floor_power(min(device.processors // programs, steps // 4, 16))
