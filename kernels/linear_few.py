@@ -29,7 +29,7 @@ from qcompile.kernels._operand import bases, beside, floats, own_words, unstack
 from qcompile.kernels._planes import copy_codes, make_planes, plane_starts
 from qcompile.kernels._tiles import cdiv, constexpr_function, dependent_launch, launch, stack
 from qcompile.kernels._weight import Layout, Weight
-from qcompile.kernels.linear_gemm import finish
+from qcompile.kernels.linear_gemm import in_parts
 
 
 def can_sum(dtype: torch.dtype, layout: Layout) -> bool:
@@ -39,14 +39,7 @@ def can_sum(dtype: torch.dtype, layout: Layout) -> bool:
 
 def few(x: Tensor, weight: Weight, bias: Tensor | None, activation: str | None, tile: _tuning.FewTile) -> Tensor:
     """act(x @ W.T + bias) for contiguous x (M, K) that _gluon.can_read, with codes that it can_sum."""
-    out = x.new_empty(x.shape[0], weight.rows)
-    if tile.parts > 1:
-        parts = x.new_empty(tile.parts, *out.shape, dtype=torch.float32)
-        _launch(x, weight, None, parts, None, tile)
-        finish(parts, bias, out, activation)
-    else:
-        _launch(x, weight, bias, out, activation, tile)
-    return out
+    return in_parts(_launch, x, weight, bias, activation, tile, tile.parts)
 
 
 def few_gated(x: Tensor, weight: Weight, bias: Tensor | None, activation: str, tile: _tuning.FewTile) -> Tensor:

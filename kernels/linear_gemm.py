@@ -8,6 +8,9 @@ programs a tile, and a second kernel adds their sums.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -30,23 +33,42 @@ FINISH_BLOCK = 1024
 
 def gemm(x: Tensor, weight: Weight, bias: Tensor | None, activation: str | None, tile: _tuning.GemmTile) -> Tensor:
     """act(x @ W.T + bias) for contiguous x (M, K)."""
+    return in_parts(_launch, x, weight, bias, activation, tile, tile.splits)
+
+
+def in_parts(
+    run: Callable[..., None], x: Tensor, weight: Weight, bias: Tensor | None, activation: str | None, tile: Any,
+    parts: int,
+) -> Tensor:  # fmt: skip
+    """What `run(x, weight, bias, out, activation, tile)` writes to `out` (M, N), or in so many parts of the inputs to
+    `out` (parts, M, N), of which `finish` makes one."""
+    out = x.new_empty(x.shape[0], weight.rows)
+    if parts == 1:
+        run(x, weight, bias, out, activation, tile)
+    else:
+        sums = x.new_empty(parts, *out.shape, dtype=torch.float32)
+        run(x, weight, None, sums, None, tile)
+        finish(sums, bias, out, activation)
+    return out
+
+
+def _launch(
+    x: Tensor, weight: Weight, bias: Tensor | None, out: Tensor, activation: str | None, tile: _tuning.GemmTile
+) -> None:
     (m, k), n = x.shape, weight.rows
-    out = x.new_empty(m, n)
-    split = tile.splits > 1
-    parts = x.new_empty(tile.splits, m, n, dtype=torch.float32) if split else out
     launch(
         _gemm,
         (cdiv(m, tile.rows) * cdiv(n, tile.outputs), tile.splits),
         x,
         *weight.pointers,
-        None if split else bias,
-        parts,
+        bias,
+        out,
         m,
         n,
         k,
         *weight.strides,
         W=weight.layout,
-        ACTIVATION=None if split else activation,
+        ACTIVATION=activation,
         EVEN=k % (tile.chunks * weight.step) == 0,
         BLOCK_M=tile.rows,
         BLOCK_N=tile.outputs,
@@ -55,9 +77,6 @@ def gemm(x: Tensor, weight: Weight, bias: Tensor | None, activation: str | None,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-    if split:
-        finish(parts, bias, out, activation)
-    return out
 
 
 def finish(parts: Tensor, bias: Tensor | None, out: Tensor, activation: str | None) -> None:

@@ -7,7 +7,6 @@ out to several programs, and linear_gemm's second kernel adds their sums.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from qcompile.kernels import _tuning
@@ -29,19 +28,12 @@ from qcompile.kernels._operand import piece_weights, read_sides, read_words, row
 from qcompile.kernels._planes import copy_codes, make_planes, plane_starts
 from qcompile.kernels._tiles import cdiv, dependent_launch, launch
 from qcompile.kernels._weight import Weight
-from qcompile.kernels.linear_gemm import finish
+from qcompile.kernels.linear_gemm import in_parts
 
 
 def mma(x: Tensor, weight: Weight, bias: Tensor | None, activation: str | None, tile: _tuning.MmaTile) -> Tensor:
     """act(x @ W.T + bias) for contiguous x (M, K) that _gluon.can_read."""
-    out = x.new_empty(x.shape[0], weight.rows)
-    if tile.splits > 1:
-        parts = x.new_empty(tile.splits, *out.shape, dtype=torch.float32)
-        _launch(x, weight, None, parts, None, tile)
-        finish(parts, bias, out, activation)
-    else:
-        _launch(x, weight, bias, out, activation, tile)
-    return out
+    return in_parts(_launch, x, weight, bias, activation, tile, tile.splits)
 
 
 def mma_gated(x: Tensor, weight: Weight, bias: Tensor | None, activation: str, tile: _tuning.MmaTile) -> Tensor:

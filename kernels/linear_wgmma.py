@@ -8,7 +8,6 @@ next tile. With splits > 1 the steps are dealt out to several tiles, and linear_
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from qcompile.kernels import _tuning
@@ -18,7 +17,7 @@ from qcompile.kernels._operand import piece_weights, read_sides, read_words, row
 from qcompile.kernels._planes import copy_codes, make_planes, plane_starts
 from qcompile.kernels._tiles import activate, cdiv, dependent_launch, launch
 from qcompile.kernels._weight import Weight
-from qcompile.kernels.linear_gemm import finish
+from qcompile.kernels.linear_gemm import in_parts
 
 # Of the inputs of a step, what is unpacked while as many are multiplied.
 PIECE = 64
@@ -28,25 +27,28 @@ MULTIPLYING, FETCHING, LAUNCHED = 208, 88, 168
 
 def wgmma(x: Tensor, weight: Weight, bias: Tensor | None, activation: str | None, tile: _tuning.WgmmaTile) -> Tensor:
     """act(x @ W.T + bias) for contiguous x (M, K) that _gluon.can_read."""
+    return in_parts(_launch, x, weight, bias, activation, tile, tile.splits)
+
+
+def _launch(
+    x: Tensor, weight: Weight, bias: Tensor | None, out: Tensor, activation: str | None, tile: _tuning.WgmmaTile
+) -> None:
     (m, k), n = x.shape, weight.rows
-    out = x.new_empty(m, n)
-    split = tile.splits > 1
-    parts = x.new_empty(tile.splits, m, n, dtype=torch.float32) if split else out
     tiles = cdiv(n, 128) * cdiv(m, tile.tokens) * tile.splits
     launch(
         _wgmma,
         (min(tiles, _tuning.Device.of(x.device).processors),),
         x,
         *weight.pointers[:3],
-        None if split else bias,
-        parts,
+        bias,
+        out,
         m,
         n,
         k,
         *weight.strides,
         tile.splits,
         W=weight.layout,
-        ACTIVATION=None if split else activation,
+        ACTIVATION=activation,
         EVEN=k % _tuning.WGMMA_CODES == 0,
         TOKENS=tile.tokens,
         CODES=_tuning.WGMMA_CODES,
@@ -58,9 +60,6 @@ def wgmma(x: Tensor, weight: Weight, bias: Tensor | None, activation: str | None
         num_warps=4,
         maxnreg=LAUNCHED,
     )
-    if split:
-        finish(parts, bias, out, activation)
-    return out
 
 
 @gluon.jit
