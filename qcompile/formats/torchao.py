@@ -16,75 +16,36 @@ https://github.com/pytorch/ao (torchao/prototype/safetensors, torchao/quantizati
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from qcompile.errors import CheckpointError
 from qcompile.files.checkpoint import Checkpoint
+from qcompile.formats import _torchao_rounding as rounding
 from qcompile.formats._bits import fields
+from qcompile.formats._torchao_weight import Weight, weights_in
 from qcompile.formats.stored import Read, Rounding, Stored, finite
 from qcompile.quant.element import Element
 from qcompile.quant.granularity import Granularity, PerBlock, PerGroup, PerRow, PerTensor
 from qcompile.quant.spec import QSpec, Zero
 from qcompile.quant.tensor import QTensor
 
-FLOAT8 = {torch.float8_e4m3fn: "fp8_e4m3", torch.float8_e5m2: "fp8_e5m2"}
 SCALES = (torch.float32, torch.float16, torch.bfloat16)
 # Offsets in a run of 32 inputs that the eight fields of a tinygemm word hold; two more a lane.
 TILE = (0, 8, 16, 24, 1, 9, 17, 25)
-
-
-@dataclass(frozen=True)
-class Weight:
-    """One flattened subclass: its parameter, its class and attributes, and where its tensors are."""
-
-    checkpoint: Checkpoint
-    path: str
-    kind: str
-    data: dict[str, Any]
-
-    def name(self, part: str) -> str:
-        module, _, parameter = self.path.rpartition(".")
-        return f"{module}._{parameter}_{part}"
-
-    def has(self, part: str) -> bool:
-        return self.name(part) in self.checkpoint.tensors
-
-    @property
-    def tensors(self) -> tuple[str, ...]:
-        return tuple(name for name in self.checkpoint.tensors if name.startswith(self.name("")))
-
-    def counts(self, key: str) -> tuple[int, ...]:
-        value = self.data.get(key)
-        if not isinstance(value, list) or not value or not all(type(n) is int and n > 0 for n in value):
-            raise CheckpointError(f"{self.path}: {key} is {str(value)[:80]}, not a list of counts")
-        return tuple(value)
-
-    def stored(
-        self, spec: QSpec, shape: tuple[int, ...], read: Callable[[Read], QTensor], rounding: Rounding | None
-    ) -> Stored:
-        if self.has("act_pre_scale"):
-            raise CheckpointError(
-                f"{self.name('act_pre_scale')} multiplies the input of the layer, which is not done here; "
-                "fold it into the layer before, or quantize the float original with qcompile.optimize"
-            )
-        return Stored(self.path, spec, shape, self.tensors, read, rounding)
 
 
 class TorchAO:
     name = "torchao"
 
     def claims(self, checkpoint: Checkpoint) -> bool:
-        return checkpoint.quantization.get("quant_method") == self.name or any(_weights(checkpoint))
+        return checkpoint.quantization.get("quant_method") == self.name or any(weights_in(checkpoint))
 
     def weights(self, checkpoint: Checkpoint) -> Iterator[Stored]:
-        found = list(_weights(checkpoint))
+        found = list(weights_in(checkpoint))
         for weight in found:
             if weight.kind not in READERS:
                 raise CheckpointError(
@@ -100,25 +61,6 @@ class TorchAO:
             )
 
 
-def _weights(checkpoint: Checkpoint) -> Iterator[Weight]:
-    for path, text in checkpoint.metadata.items():
-        if not isinstance(text, str) or "." not in path or '"_type"' not in text:
-            continue
-        try:
-            entry = json.loads(text)
-            kind, data, parts = entry["_type"], entry.get("_data", {}), entry.get("_tensor_data_names", [])
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise CheckpointError(f"the header's {path} is no torchao description: {error!r}") from error
-        if kind == "Tensor":
-            continue
-        if not isinstance(kind, str) or not isinstance(data, dict) or not isinstance(parts, list):
-            raise CheckpointError(f"the header's {path} is no torchao description: {text[:80]}")
-        weight = Weight(checkpoint, path, kind, data)
-        for part in parts:
-            checkpoint.need(weight.name(str(part)))
-        yield weight
-
-
 def _granularity(weight: Weight, shape: tuple[int, ...]) -> Granularity:
     block = weight.counts("block_size") if weight.data.get("block_size") else shape
     rows, columns = math.prod(shape[:-1]), shape[-1]
@@ -132,20 +74,17 @@ def _granularity(weight: Weight, shape: tuple[int, ...]) -> Granularity:
 
 
 def _int8(weight: Weight) -> Stored:
-    return _integers(weight, 8, _int8_rounding(weight))
+    return _integers(weight, 8, rounding.of_int8(weight))
 
 
 def _intx(weight: Weight) -> Stored:
-    said = _plain(weight.data.get("target_dtype"))
+    said = weight.attribute("target_dtype")
     if str(said) not in {f"int{bits}" for bits in range(1, 9)}:
         raise CheckpointError(f"{weight.path}: target_dtype is {said!r}, not int1 … int8")
-    rule = _plain(weight.data.get("activation_quantization"))
-    if rule not in (None, "int8_asym_per_token", "INT8_ASYM_PER_TOKEN"):
-        raise CheckpointError(f"{weight.path}: unknown activation_quantization {rule!r}; known: int8_asym_per_token")
-    return _integers(weight, int(said[3:]), Rounding("u8/token/dynamic") if rule else None)
+    return _integers(weight, int(said[3:]), rounding.of_intx(weight))
 
 
-def _integers(weight: Weight, bits: int, rounding: Rounding | None) -> Stored:
+def _integers(weight: Weight, bits: int, inputs: Rounding | None) -> Stored:
     checkpoint, qdata, scale, zero = weight.checkpoint, *(weight.name(n) for n in ("qdata", "scale", "zero_point"))
     shape, half = checkpoint.need(qdata, dtypes=torch.int8).shape, 2 ** (bits - 1)
     granularity = _granularity(weight, shape)
@@ -182,24 +121,24 @@ def _integers(weight: Weight, bits: int, rounding: Rounding | None) -> Stored:
             shift = shift.to(torch.uint8)
         return QTensor.from_rows(spec, shape, codes, finite(scale, tensor(scale)).reshape(groups), shift)
 
-    return weight.stored(spec, shape, read, rounding)
+    return weight.stored(spec, shape, read, inputs)
 
 
 def _float8(weight: Weight) -> Stored:
     checkpoint, qdata, scale = weight.checkpoint, weight.name("qdata"), weight.name("scale")
-    info = checkpoint.need(qdata, dtypes=tuple(FLOAT8))
+    info = checkpoint.need(qdata, dtypes=tuple(rounding.FLOAT8))
     shape = info.shape
     granularity = _granularity(weight, shape)
     groups = granularity.scale_shape(math.prod(shape[:-1]), shape[-1])
     _need_numbers(checkpoint, scale, groups, SCALES)
-    spec = QSpec(Element.parse(FLOAT8[info.dtype]), granularity, Zero.NONE)
+    spec = QSpec(Element.parse(rounding.FLOAT8[info.dtype]), granularity, Zero.NONE)
 
     def read(tensor: Read) -> QTensor:
         flat = tensor(qdata).view(torch.uint8).reshape(-1, shape[-1])
         numbers = finite(scale, tensor(scale)).reshape(groups)
         return QTensor.from_rows(spec, shape, lambda start, stop: flat[start:stop], numbers)
 
-    return weight.stored(spec, shape, read, _float8_rounding(weight))
+    return weight.stored(spec, shape, read, rounding.of_float8(weight))
 
 
 def _int4(weight: Weight) -> Stored:
@@ -224,12 +163,7 @@ def _int4(weight: Weight) -> Stored:
         shift = None if symmetric else _shift(step, rows(zero))
         return QTensor.from_rows(spec, shape, lambda start, stop: fields(flat[start:stop], 4) ^ 8, step, shift)
 
-    # float8 activations are rounded by row.
-    rule = _plain(weight.data.get("activation_dtype"))
-    if rule not in (None, "bfloat16", "float8_e4m3fn"):
-        raise CheckpointError(f"{weight.path}: unknown activation_dtype {rule!r}; known: bfloat16, float8_e4m3fn")
-    rounding = Rounding("fp8_e4m3/token/dynamic") if rule == "float8_e4m3fn" else None
-    return weight.stored(spec, shape, read, rounding)
+    return weight.stored(spec, shape, read, rounding.of_int4(weight))
 
 
 def _tiles(weight: Weight) -> Stored:
@@ -274,62 +208,6 @@ READERS: dict[str, Callable[[Weight], Stored]] = {
     "Int4Tensor": _int4,
     "Int4TilePackedTo4dTensor": _tiles,
 }
-
-
-def _int8_rounding(weight: Weight) -> Rounding | None:
-    if (rule := _rule(weight)) is None:
-        return None
-    if rule.get("reduce_range"):
-        raise CheckpointError(
-            f"{weight.path} asks for activations of reduced range, 7 bits, which are not rounded here"
-        )
-    mapping = _plain(rule.get("mapping_type")) or "SYMMETRIC"
-    if mapping not in ("SYMMETRIC", "ASYMMETRIC"):
-        raise CheckpointError(f"{weight.path}: unknown mapping_type {mapping!r} of activations")
-    element = "i8" if mapping == "SYMMETRIC" else "u8"
-    if weight.has("act_quant_scale"):
-        zero = weight.name("act_quant_zero_point") if weight.has("act_quant_zero_point") else None
-        return Rounding(f"{element}/tensor/static", weight.name("act_quant_scale"), zero)
-    return Rounding(f"{element}/{_sharing(weight, rule)}/dynamic" + ("/half" if element == "i8" else ""))
-
-
-def _float8_rounding(weight: Weight) -> Rounding | None:
-    if (rule := _rule(weight)) is None:
-        return None
-    said = _plain(rule.get("float8_dtype")) or "float8_e4m3fn"
-    elements = {str(dtype).removeprefix("torch."): element for dtype, element in FLOAT8.items()}
-    if str(said) not in elements:
-        raise CheckpointError(f"{weight.path}: unknown float8_dtype {said!r} of activations; known: {list(elements)}")
-    text = f"{elements[said]}/{_sharing(weight, rule)}/dynamic"
-    for option, key in (("max", "hp_value_ub"), ("min", "hp_value_lb")):
-        if (bound := rule.get(key)) is not None:
-            if type(bound) not in (int, float) or not 0 <= bound < math.inf:
-                raise CheckpointError(f"{weight.path}: {key} is {bound!r}, not a magnitude")
-            text += f"/{option}({float(bound)})"
-    return Rounding(text)
-
-
-def _rule(weight: Weight) -> dict[str, Any] | None:
-    """The attributes of act_quant_kwargs; None where activations stay as they are."""
-    value = weight.data.get("act_quant_kwargs")
-    if value is None:
-        return None
-    if not isinstance(value, dict) or not isinstance(value.get("_data"), dict):
-        raise CheckpointError(f"{weight.path}: act_quant_kwargs is {str(value)[:80]}, not a description")
-    return value["_data"]
-
-
-def _sharing(weight: Weight, rule: dict[str, Any]) -> str:
-    said = rule.get("granularity")
-    kind = said.get("_type") if isinstance(said, dict) else None
-    if kind not in ("PerRow", "PerTensor"):
-        raise CheckpointError(f"{weight.path}: activations by {str(said)[:80]}; known: PerRow, PerTensor")
-    return "token" if kind == "PerRow" else "tensor"
-
-
-def _plain(value: Any) -> Any:
-    """A dtype or an enumeration by its name."""
-    return value.get("_data") if isinstance(value, dict) else value
 
 
 def _need_numbers(

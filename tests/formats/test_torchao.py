@@ -14,8 +14,8 @@ from torch import Tensor
 from qcompile.errors import CheckpointError
 from qcompile.files.checkpoint import open_checkpoint
 from qcompile.formats import Stored
+from qcompile.formats.stored import Rounding
 from qcompile.formats.torchao import TorchAO
-from qcompile.quant.activation import ActivationSpec
 
 
 @pytest.mark.parametrize(
@@ -117,39 +117,24 @@ def test_int4_tiles(tmp_path: Path, shape: tuple[int, int]) -> None:
     assert torch.equal(read(tmp_path, weight), want[: shape[0], : shape[1]])
 
 
-KWARGS = "act_quant_kwargs"
-ROW, TENSOR = ({"_type": kind, "_data": {}} for kind in ("PerRow", "PerTensor"))
+INT8 = {"block_size": [1, 8]}
+BY_ROW = {"act_quant_kwargs": {"_data": {"granularity": {"_type": "PerRow", "_data": {}}}}}
 
 
 @pytest.mark.parametrize(
-    ("kind", "rule", "text"),
+    ("kind", "dtype", "rounding"),
     [
-        ("Int8Tensor", None, None),
-        ("Int8Tensor", {"granularity": ROW}, "i8/token/dynamic/half"),
-        ("Int8Tensor", {"granularity": TENSOR, "mapping_type": {"_data": "SYMMETRIC"}}, "i8/tensor/dynamic/half"),
-        ("Int8Tensor", {"granularity": ROW, "mapping_type": {"_data": "ASYMMETRIC"}}, "u8/token/dynamic"),
-        ("Float8Tensor", {"granularity": TENSOR}, "fp8_e4m3/tensor/dynamic"),
-        ("Float8Tensor", {"granularity": ROW, "hp_value_ub": 1200}, "fp8_e4m3/token/dynamic/max(1200.0)"),
-        ("Float8Tensor", {"granularity": ROW, "float8_dtype": {"_data": "float8_e5m2"}}, "fp8_e5m2/token/dynamic"),
+        ("Int8Tensor", torch.int8, Rounding("i8/tensor/static", "m._weight_act_quant_scale")),
+        ("Float8Tensor", torch.float8_e4m3fn, Rounding("fp8_e4m3/token/dynamic")),
     ],
 )
-def test_activations(tmp_path: Path, kind: str, rule: dict[str, Any] | None, text: str | None) -> None:
-    (weight,) = written(tmp_path, kind, numbers(kind), {"block_size": [1, 8], KWARGS: rule and {"_data": rule}})
-    assert (weight.input and weight.input.spec) == text
-    assert text is None or str(ActivationSpec.parse(text)) == text
-
-
-def test_static_activations(tmp_path: Path) -> None:
-    tensors = numbers("Int8Tensor") | {"act_quant_scale": torch.ones(1, 1)}
-    (weight,) = written(
-        tmp_path, "Int8Tensor", tensors, {"block_size": [1, 8], KWARGS: {"_data": {"granularity": ROW}}}
-    )
-    assert weight.input is not None
-    assert (weight.input.spec, weight.input.scale) == ("i8/tensor/static", "m._weight_act_quant_scale")
+def test_activations(tmp_path: Path, kind: str, dtype: torch.dtype, rounding: Rounding) -> None:
+    tensors = {"qdata": torch.ones(4, 8).to(dtype), "scale": torch.ones(4, 1), "act_quant_scale": torch.ones(1, 1)}
+    (weight,) = written(tmp_path, kind, tensors, INT8 | BY_ROW)
+    assert weight.input == rounding
     assert "m._weight_act_quant_scale" in weight.tensors
 
 
-INT8 = {"block_size": [1, 8]}
 BAD: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "class": ("AffineQuantizedTensor", {}, {}, "m.weight is a torchao AffineQuantizedTensor, which is not read here"),
     "no qdata": ("Int8Tensor", {"qdata": None}, INT8, "m._weight_qdata is missing"),
@@ -162,16 +147,13 @@ BAD: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "range": ("IntxUnpackedToInt8Tensor", {"qdata": torch.full((4, 8), 9, dtype=torch.int8)},
               {**INT8, "target_dtype": "int4"}, "codes outside -8 … 7"),
     "width": ("IntxUnpackedToInt8Tensor", {}, {**INT8, "target_dtype": "int9"}, "target_dtype is 'int9'"),
-    "rule": ("IntxUnpackedToInt8Tensor", {}, {**INT8, "target_dtype": "int8", "activation_quantization": "x"},
-             "unknown activation_quantization 'x'"),
-    "sharing": ("Int8Tensor", {}, {**INT8, KWARGS: {"_data": {"granularity": {"_type": "PerX"}}}}, "activations by"),
-    "reduced": ("Int8Tensor", {}, {**INT8, KWARGS: {"_data": {"granularity": ROW, "reduce_range": True}}}, "reduced"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("kind", "change", "data", "message"), BAD.values(), ids=BAD)
 def test_errors(tmp_path: Path, kind: str, change: dict[str, Any], data: dict[str, Any], message: str) -> None:
-    tensors = {k: v for k, v in (numbers("Int8Tensor") | change).items() if v is not None}
+    numbers = {"qdata": torch.ones(4, 8, dtype=torch.int8), "scale": torch.ones(4, 1)}
+    tensors = {k: v for k, v in (numbers | change).items() if v is not None}
     with pytest.raises(CheckpointError, match=message):
         (weight,) = written(tmp_path, kind, tensors, data)
         read(tmp_path, weight)
@@ -183,11 +165,6 @@ def test_a_configuration_without_quantized_tensors(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"int4_weight_only, and no tensor is quantized.*qcompile\.optimize"):
         list(TorchAO().weights(open_checkpoint(tmp_path)))
-
-
-def numbers(kind: str) -> dict[str, Tensor]:
-    dtype = torch.float8_e4m3fn if kind == "Float8Tensor" else torch.int8
-    return {"qdata": torch.ones(4, 8).to(dtype), "scale": torch.ones(4, 1)}
 
 
 def written(folder: Path, kind: str, tensors: dict[str, Tensor], data: dict[str, Any]) -> list[Stored]:
