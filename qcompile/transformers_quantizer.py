@@ -31,8 +31,8 @@ from qcompile.api import optimize
 from qcompile.config import Config
 from qcompile.errors import CheckpointError, UnsupportedError
 from qcompile.files.checkpoint import Checkpoint, open_checkpoint
+from qcompile.filler import Filler
 from qcompile.formats import Stored
-from qcompile.load import Filler
 
 METHOD = "qcompile"
 

@@ -25,7 +25,7 @@ LAYERS = [
     {"storage"},
     {"layer_loop"},
     {"step", "caches", "few_layers"},
-    {"roles", "unroll"},
+    {"roles", "unroll", "filler"},
     {"plan"},
     {"pipeline"},
     {"explain"},
