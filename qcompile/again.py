@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from qcompile import _torch, calls
+from qcompile import _guards, calls
 from qcompile.program import Program
 from qcompile.replay import Form, strides
 
@@ -32,7 +32,7 @@ class Again:
         self.given = {name: _known(value) for name, value in kwargs.items()}
         self.names = tuple(kwargs)
         self.stay = sorted(flat.cached | program.written)
-        self.form = _torch.same_form([*weights, *(flat.tensors[i] for i in self.stay)])
+        self.form = _guards.same_form([*weights, *(flat.tensors[i] for i in self.stay)])
 
     def __call__(self, kwargs: Mapping[str, Any]) -> Bound | None:
         if tuple(kwargs) != self.names:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qcompile import _torch, calls
+from qcompile import _guards, calls
 from qcompile.graph.alias import is_written
 from qcompile.graph.dump import type_text
 from qcompile.launches import Launch, compiled_meanwhile, launches
@@ -96,7 +96,7 @@ def draft_call(model: nn.Module, forward: Forward, kwargs: Mapping[str, Any], pi
     fakes = [fake for given, fake in zip(captured.inputs, captured.fakes, strict=True) if given.user is not None]
     kept = [fake for given, fake in zip(captured.inputs, captured.fakes, strict=True) if given.user is None]
     types = [(fake.dtype, fake.device) for fake in kept]
-    accepts = _torch.shape_guards(fakes)
+    accepts = _guards.shape_guards(fakes)
     outcome = pipeline.transform(captured.gm, describe(kwargs, fakes))
     places = zip(captured.gm.graph.find_nodes(op="placeholder"), captured.inputs, strict=True)
     written = frozenset(given.user for node, given in places if given.user is not None and is_written(node))

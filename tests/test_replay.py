@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import qcompile
-from qcompile import _torch, recordings, replay
+from qcompile import _guards, recordings, replay
 from qcompile.replay import KEPT, WARM, Replay
 from qcompile.runtime import runner_of
 
@@ -84,11 +84,11 @@ def test_other_memory_and_other_shapes_are_other_recordings(step: Replay) -> Non
 
 def test_memory_read_in_another_way_is_another_recording(step: Replay) -> None:
     weight, cache, token = torch.arange(4.0).view(2, 2), torch.zeros(1), torch.ones(1, 1)
-    forms = [_torch.same_form([x, cache]) for x in (weight, weight.t())]
+    forms = [_guards.same_form([x, cache]) for x in (weight, weight.t())]
     for _ in range(WARM + 2):
         call(step, weight, token, cache, form=forms[0])
     assert Recorded.made == 1
-    assert call(step, weight, token, cache, form=_torch.same_form([weight, cache])) and Recorded.made == 1
+    assert call(step, weight, token, cache, form=_guards.same_form([weight, cache])) and Recorded.made == 1
     assert torch.equal(call(step, weight.t(), token, cache, form=forms[1])[0], weight.t() + cache)
     assert Recorded.made == 2
 
