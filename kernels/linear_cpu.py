@@ -28,6 +28,7 @@ SOURCES = (
     "vectors.h",
     "team.h",
     "cache_rows.h",
+    "likeliest.h",
     "fused.h",
     "linear.h",
     "linear_op.cpp",
@@ -141,7 +142,11 @@ def without_python() -> ctypes.CDLL | None:
         return None
     size, number = ctypes.c_int64, ctypes.c_int
     op.know.argtypes = [ctypes.c_char_p, size, ctypes.c_void_p, *[size] * 7, number, number, ctypes.c_float]
-    op.know.restype = op.forget.restype = None
+    pointer = ctypes.c_void_p
+    op.put_likeliest.argtypes = [
+        pointer, *[size] * 3, number, *[pointer] * 2, size, pointer, size, *[pointer] * 5, size,
+    ]  # fmt: skip
+    op.know.restype = op.forget.restype = op.put_likeliest.restype = None
     return op
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from qcompile.calls import PLAIN
 from qcompile.decode_state import State
+from qcompile.kernels import likeliest_cpu
 from qcompile.kernels.draw import draw, refuses
 
 Process = Callable[[Tensor, Tensor], Tensor]
@@ -38,7 +39,8 @@ _MODULE = "transformers.generation.logits_process"
 
 
 class Choice:
-    """Puts the next token of every sequence into a state: `choose(logits, ids)` of f32[batch, vocabulary].
+    """Puts the next token of every sequence into a state: `choose(logits, ids)` of f32[batch, vocabulary], or where it
+    is `direct` of the model's own numbers.
 
     The tokens and, with `return_scores`, the scores are those of transformers' loop after the same seed. If more than
     TIES tokens (on GPUs more than 14 of one part of the vocabulary) have the score of the last of the top_k, only so
@@ -56,6 +58,10 @@ class Choice:
             count = self.processors[first].top_k + TIES
             self.narrow = first if vocabulary > WIDE and count * PARTS < vocabulary // 2 else None
         self.borders = None if self.narrow is None else _borders(self.processors[self.narrow :])
+        # On a CPU the likeliest token needs neither float32 nor scores of its own.
+        greedy = not (sample or return_scores or steady) and all(isinstance(p, Banned) for p in self.processors)
+        self.direct = greedy and likeliest_cpu.refuses(state.text) is None
+        self.bans = _bans(state) if self.direct else None
 
     @property
     def key(self) -> Hashable | None:
@@ -70,6 +76,11 @@ class Choice:
     def __call__(self, logits: Tensor, ids: Tensor) -> Tensor:
         """The scores. `ids` i64[batch, …] are the text, as the processors are to see it."""
         processors, places = self.processors, None
+        if self.bans is not None:
+            state = self.state
+            texts = (state.text, state.at, state.token, state.unfinished, state.pad, state.ends)
+            likeliest_cpu.put_likeliest(logits, *self.bans, *texts)
+            return logits
         if self.narrow is not None:
             scores = _processed(processors[: self.narrow], ids, logits)
             noise = torch.empty_like(scores).exponential_()
@@ -194,6 +205,15 @@ def _steady(processors: Sequence[Any], state: State, vocabulary: int) -> Sequenc
         with torch.inference_mode(False):
             state.banned, state.least = torch.stack(banned), torch.tensor(least, device=device)
     return exchanged
+
+
+def _bans(state: State) -> tuple[Tensor, Tensor]:
+    """Banned tokens in ascending order, and how many tokens there have to be before each of them may come."""
+    if state.banned is None or state.least is None:
+        none = torch.empty(0, dtype=torch.int64)
+        return none, none
+    tokens, processors = state.banned.t().nonzero(as_tuple=True)
+    return tokens.contiguous(), state.least[processors]
 
 
 def _least(processor: Any) -> int | None:

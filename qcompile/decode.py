@@ -62,6 +62,7 @@ def decode(
         state.pad = config._pad_token_tensor.to(input_ids.device)
         state.ends = _ends(stopping_criteria, input_ids.device)
     choose = Choice(logits_processor, config.do_sample, state, logits.shape[1], all_scores is not None, steady)
+    step.as_is = choose.direct and all_logits is None
     ended = Ended(streamer, limit, input_ids.device if late else None)
     advance = Advance(step, choose, recordings if steady else None)
     state.make_room(length + 1)
@@ -194,18 +195,21 @@ class Read:
     """On its way from a GPU, and there when `event` has come: whether a sequence goes on, and the last tokens."""
 
     def __init__(self, state: State, length: int, with_tokens: bool, stream: Any):
-        self.from_gpu = state.unfinished.any()  # kept until it is read: its memory is the other stream's as well
         self.event = self.tokens = None
-        if stream is not None:
-            stream.wait_stream(torch.cuda.current_stream(stream.device))
+        if stream is None:
+            self.going = any(state.unfinished.tolist())
+            if with_tokens:
+                self.tokens = state.text[:, length - 1].to("cpu", copy=True)
+            return
+        self.from_gpu = state.unfinished.any()  # kept until it is read: its memory is the other stream's as well
+        stream.wait_stream(torch.cuda.current_stream(stream.device))
         with torch.cuda.stream(stream):
             # On the way from a GPU `non_blocking` memory is pinned.
-            self.going = self.from_gpu.to("cpu", non_blocking=stream is not None)
+            self.going = self.from_gpu.to("cpu", non_blocking=True)
             if with_tokens:
-                self.tokens = state.text[:, length - 1].to("cpu", non_blocking=stream is not None, copy=True)
-            if stream is not None:
-                self.event = torch.cuda.Event(blocking=True)
-                self.event.record(stream)
+                self.tokens = state.text[:, length - 1].to("cpu", non_blocking=True, copy=True)
+            self.event = torch.cuda.Event(blocking=True)
+            self.event.record(stream)
 
 
 def _without_known(criteria: Any) -> tuple[Any, float]:

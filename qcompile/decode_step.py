@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ NO_CACHE = "there is no key/value cache"
 
 class Step:
     """The model's calls: `first` on the prompt, then on one more token of every sequence, which lies in a state. Both
-    give the logits of the next token, f32[batch, vocabulary].
+    give the logits of the next token, f32[batch, vocabulary]; as the model has them from where `as_is` is set.
 
     `room` is the length of a static cache: an attention mask for it has that length from the start, of ones for the
     tokens to come, which the model hides by itself. Other masks grow.
@@ -39,6 +40,7 @@ class Step:
         self.plain = {name: value for name, value in model_kwargs.items() if name not in _CARRIED}
         self.cache = model_kwargs["past_key_values"]
         self.bound: Bound | None = None
+        self.as_is = False
 
     def first(self, input_ids: Tensor) -> Tensor:
         return self._logits(self.model._prefill(input_ids, self.config, self.given))
@@ -62,7 +64,9 @@ class Step:
         runner, hooks = runner_of(self.model), (self.model._forward_hooks, self.model._forward_pre_hooks)
         if self.room is not None and runner is not None and not any(hooks):
             bound = runner.bind(self._arguments())
-            self.bound = None if isinstance(bound, str) else bound
+            if not isinstance(bound, str):
+                build = bound[0].build.only("logits", "past_key_values")
+                self.bound = replace(bound[0], build=build), *bound[1:]
         return self.bound
 
     def __call__(self) -> Tensor:
@@ -86,8 +90,9 @@ class Step:
 
     def _logits(self, outputs: Any) -> Tensor:
         self.cache = outputs.get("past_key_values", self.cache)
+        logits = outputs["logits"][:, -1]
         # A copy: a view of the last row would keep the logits of a whole prompt.
-        return outputs.logits[:, -1].to(copy=True, dtype=torch.float32)
+        return logits if self.as_is else logits.to(copy=True, dtype=torch.float32)
 
     def undo(self, count: int) -> None:
         """Forget the last tokens of a static cache. What they wrote will be written over and is hidden until then."""

@@ -33,7 +33,7 @@ class Program:
     run: Callable[..., Sequence[Any]]
     weights: list[Place]
     ties: list[tuple[Place, Place]]
-    build: Callable[..., Any]
+    build: calls.Build
     accepts: Callable[[Sequence[Tensor]], bool]
     outcome: Outcome
     types: list[tuple[torch.dtype, torch.device]]
@@ -72,7 +72,7 @@ class Draft:
 
     parts: Parts
     weights: list[str | Tensor]
-    build: Callable[..., Any]
+    build: calls.Build
     accepts: Callable[[Sequence[Tensor]], bool]
     outcome: Outcome
     types: list[tuple[torch.dtype, torch.device]]

@@ -206,3 +206,33 @@ def test_processors_that_need_more_say_so() -> None:
     choose, state = choice([More()])
     with pytest.raises(ValueError, match=r"required parameters.*more"):
         choose(torch.randn(3, VOCABULARY), state.text)
+
+
+def test_the_likeliest_token_on_a_cpu_is_found_without_scores() -> None:
+    ends = torch.tensor([3, 9])
+    processors = [theirs.MinLengthLogitsProcessor(7, ends), theirs.MinNewTokensLengthLogitsProcessor(5, 4, ends)]
+    for given in (processors, []):
+        choose, state = choice(given, sample=False, steady=False, vocabulary=100)
+        twin, other = choice(given, sample=False, steady=False, vocabulary=100, return_scores=True)
+        other.text.copy_(state.text)
+        assert choose.direct and not twin.direct
+        for step in range(6):
+            logits = torch.randn(3, 100).bfloat16()
+            logits[0, 3], logits[1, 9] = 9, 9
+            assert choose(logits, state.text[:, : 5 + step]) is logits
+            twin(logits.float(), other.text[:, : 5 + step])
+            assert torch.equal(state.text, other.text) and torch.equal(state.token, other.token)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sample": True},
+        {"return_scores": True},
+        {"steady": True},
+        {"processors": [theirs.TemperatureLogitsWarper(0.6)]},
+    ],
+)
+def test_where_scores_are_asked_for_they_are_made(options: dict[str, Any]) -> None:
+    given: dict[str, Any] = {"processors": [], "sample": False, "steady": False, **options}
+    assert not choice(**given)[0].direct
