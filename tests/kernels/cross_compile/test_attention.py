@@ -1,0 +1,80 @@
+"""Attention's kernels, for 32 query heads over 8 of 128 columns, 71 over one of 64, and 16 over 16 of 256."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from qcompile.kernels import (
+    _attention,
+    _attention_tiles,
+    attention_codes,
+    attention_decode,
+    attention_into_cache,
+    attention_prompt,
+)
+from qcompile.kernels._tuning import Device
+
+widely = pytest.mark.widely
+heads = pytest.mark.parametrize(
+    ("pairs", "rows", "width"),
+    [(8, 4, 128), pytest.param(1, 71, 64, marks=widely), pytest.param(512, 1, 256, marks=widely)],
+)
+
+
+def sizes_of(width: int) -> dict[str, int]:
+    return {"D": width, "DV": width, "BLOCK_D": width, "BLOCK_DV": width}
+
+
+def absent_of(width: int, splits: int) -> tuple[str, ...]:
+    """The widest has a soft-cap."""
+    return ("softcap",) * (width < 256) + ("sums_ptr", "parts_ptr") * (splits == 1)
+
+
+def steps_of(tile: _attention_tiles.AttentionTile) -> dict[str, Any]:
+    return {"BLOCK_M": tile.rows, "BLOCK_N": tile.keys, "MASK_ROWS": 1, "SCAN": _attention.SCAN_ELEMENTS, "EARLY": True}
+
+
+@heads
+def test_decode(chip: Device, compiled: Callable, assert_fits: Callable, pairs: int, rows: int, width: int) -> None:
+    tile = _attention_tiles.attention_tile(pairs, rows, 8192, width, 2, chip)
+    around = {"BESIDE": tile.beside, "k_column": 1, "v_column": 1, "mask_column": 1}
+    absent, constants = absent_of(width, tile.splits), sizes_of(width) | steps_of(tile) | around
+    kernel = compiled(attention_decode._split, tile.warps, tile.stages, absent, **constants)
+    assert_fits(kernel)
+    if chip.major == 9 and width == 128:  # keys and values of several steps are fetched ahead
+        assert kernel.metadata.shared > 2 * tile.keys * 2 * width * 2
+
+
+@heads
+def test_codes(
+    gpu: int, chip: Device, compiled: Callable, assert_fits: Callable, pairs: int, rows: int, width: int
+) -> None:
+    tile = _attention_tiles.codes_tile(pairs, rows, 8192, width, 2, chip)
+    constants = sizes_of(width) | steps_of(tile) | {"mask_column": 1}
+    types = {"k_ptr": "*i32", "v_ptr": "*i32"}
+    for integers in (True, False) if gpu >= 89 else (True,):
+        kernel = attention_codes._split_codes
+        absent = absent_of(width, tile.splits)
+        assert_fits(compiled(kernel, tile.warps, 1, absent, types=types, IS_INTEGER=integers, **constants))
+
+
+@pytest.mark.parametrize("width", [128, pytest.param(64, marks=widely), pytest.param(256, marks=widely)])
+def test_prompt(chip: Device, compiled: Callable, assert_fits: Callable, width: int) -> None:
+    if (tile := _attention_tiles.prompt_tile(width, 2, chip)) is None:
+        pytest.skip("has no tile here")
+    blocks = {"BLOCK_M": tile.rows, "BLOCK_N": tile.keys, "mask_column": 1}
+    absent, kernel = absent_of(width, 1), attention_prompt._prompt
+    assert_fits(compiled(kernel, tile.warps, tile.stages, absent, BLOCKS=64, **sizes_of(width), **blocks))
+    assert_fits(compiled(attention_prompt._survey, 4, **blocks))
+
+
+def test_into_cache(chip: Device, compiled: Callable, assert_fits: Callable) -> None:
+    tile = _attention_tiles.attention_tile(8, 4, 1024, 128, 2, chip)
+    sizes = sizes_of(128) | {"BLOCK_M": tile.rows, "BLOCK_N": tile.keys, "BESIDE": tile.beside, "SCAN": 1024}
+    constants = sizes | {"FETCHED": attention_into_cache.FETCHED, "EARLY": True, "mask_column": 1}
+    assert_fits(compiled(attention_into_cache._step, tile.warps, tile.stages, ("softcap",), **constants))
+
+
+def test_combine(compiled: Callable, assert_fits: Callable) -> None:
+    assert_fits(compiled(_attention._combine, 8, DV=128, BLOCK_DV=128, SPLITS=32))

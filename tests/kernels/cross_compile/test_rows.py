@@ -1,0 +1,56 @@
+"""Kernels that make rows of others: norms, activations, rope, codes, and the choice of a token."""
+
+from collections.abc import Callable
+
+import pytest
+
+from qcompile.kernels import draw, gated_act, gated_codes, norm, rope, rope_into_cache, scale_sums
+
+
+def test_norm(compiled: Callable, assert_fits: Callable) -> None:
+    assert_fits(compiled(norm._rms_norm, 8, OFFSET=0.0, BLOCK_M=1, BLOCK_N=4096))
+    assert_fits(compiled(norm._layer_norm, 8, BLOCK_M=1, BLOCK_N=4096))
+
+
+def test_gated_act(compiled: Callable, assert_fits: Callable) -> None:
+    assert_fits(compiled(gated_act._gated_act, 4, ACTIVATION="silu", BLOCK_M=1, BLOCK_N=1024))
+
+
+@pytest.mark.parametrize("element", ["*i8", "*u8"])
+def test_gated_codes(gpu: int, compiled: Callable, assert_fits: Callable, element: str) -> None:
+    if element == "*u8" and gpu < 89:
+        pytest.skip("has no fp8")
+    types = {"codes_ptr": element, "step_ptr": "*fp32"}
+    assert_fits(compiled(gated_codes._gated_codes, 16, types=types, ACTIVATION="silu", BLOCK=16384))
+
+
+@pytest.mark.parametrize("parts", ["*i32", "*fp32", "*i8", "*fp8e4nv"])
+def test_scale_sums(gpu: int, compiled: Callable, assert_fits: Callable, parts: str) -> None:
+    """Sums of products, and codes that are to be floats."""
+    if parts == "*fp8e4nv" and gpu < 89:
+        pytest.skip("has no fp8")
+    types = {"parts_ptr": parts, "step_ptr": "*fp32", "scale_ptr": "*fp32"}
+    codes = parts in ("*i8", "*fp8e4nv")
+    around = {"PARTS": 1, "ACTIVATION": None} if codes else {"PARTS": 2, "ACTIVATION": "silu"}
+    absent, kernel = ("scale_ptr", "bias_ptr") if codes else (), scale_sums._scale_sums
+    assert_fits(compiled(kernel, 4, absent=absent, types=types, BLOCK=scale_sums.BLOCK, **around))
+
+
+def test_rope(compiled: Callable, assert_fits: Callable) -> None:
+    assert_fits(compiled(rope._rope, 4, HALF=64, BLOCK_M=8, BLOCK_N=64))
+
+
+@pytest.mark.parametrize("codes", [None, "*i8", "*u8"])
+def test_rope_into_cache(gpu: int, compiled: Callable, assert_fits: Callable, codes: str | None) -> None:
+    if codes == "*u8" and gpu < 89:
+        pytest.skip("has no fp8")
+    absent = () if codes else ("key_scales_ptr", "value_scales_ptr")
+    types = {"keys_ptr": codes, "values_ptr": codes} if codes else {}
+    sizes = {"HALF": 64, "WIDTH": 128, "BLOCK_M": 4, "BLOCK_N": 64, "BLOCK_V": 128}
+    assert_fits(compiled(rope_into_cache._rope_into_cache, 4, absent=absent, types=types, **sizes))
+
+
+def test_draw(compiled: Callable, assert_fits: Callable) -> None:
+    assert_fits(compiled(draw._candidates, 4, PART=draw.PART, ROOM=64))
+    assert_fits(compiled(draw._draw, 8, BLOCK=4096))
+    assert_fits(compiled(draw._draw, 16, BLOCK=draw.MOST))
