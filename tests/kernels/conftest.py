@@ -4,6 +4,7 @@ import functools
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -48,6 +49,27 @@ if INTERPRETER:
         return self.rewrite()(*args, **kwargs)
 
     interpreter.InterpretedFunction.__call__ = _call
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """In the interpreter, which is slow, the cases of a test take the dtypes in turn; a GPU has the whole product."""
+    if not INTERPRETER:
+        return
+    tests: dict[tuple[Path, str], dict[str, dict[str, pytest.Item]]] = {}
+    for item in items:
+        if isinstance(item, pytest.Function) and "dtype" in getattr(item, "fixturenames", ()):
+            dtype = item.callspec.params["dtype"]
+            cases = tests.setdefault((item.path, item.originalname), {})
+            cases.setdefault(item.name.replace(str(dtype), "", 1), {})[dtype] = item
+    left = set()
+    for cases in tests.values():
+        both = [case for case in cases.values() if {"float32", "float16"} <= case.keys()]
+        for number, case in enumerate(both if len(both) > 1 else ()):
+            # By the parity of the number's bits: every other case often is of one kind.
+            left.add(case[("float16", "float32")[number.bit_count() % 2]])
+    config.hook.pytest_deselected(items=list(left))
+    items[:] = [item for item in items if item not in left]
+
 
 # The norm of the error by the norm of the result: the rounding of the result, and of the weight where `rounded`.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-4, torch.bfloat16: 4e-3}
