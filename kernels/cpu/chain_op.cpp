@@ -1,5 +1,6 @@
 // chain_packed: steps of few rows in one team of threads, which waits between them and forks and joins once. The text
-// of the steps is taken apart once. What is not for it goes to chain_anyhow, the same in Python (chain_cpu.py).
+// of the steps is taken apart once, and what is made of a step's tensors is kept for the next call with the same ones.
+// What is not for it goes to chain_anyhow, the same in Python (chain_cpu.py).
 
 #include <atomic>
 #include <deque>
@@ -29,7 +30,7 @@ struct Call {
 };
 struct Text {
     std::vector<Call> calls;
-    mutable std::atomic<int64_t> work{0};  // the most that a step was, when it last ran
+    std::vector<std::vector<const Argument*>> given;  // of each call those that are tensors
 };
 
 int64_t numbers_of(const std::string& words, int64_t* to) {
@@ -74,8 +75,13 @@ std::shared_ptr<const Text> text_of(const std::string& steps) {
         for (std::string word; words >> word;) call.arguments.push_back(argument_of(word));
         text->calls.push_back(call);
     }
+    for (const Call& call : text->calls) {
+        auto& given = text->given.emplace_back();
+        for (const Argument& a : call.arguments)
+            if (a.type == Argument::GIVEN || a.type == Argument::CACHE) given.push_back(&a);
+    }
     std::unique_lock<std::shared_mutex> writing(lock);
-    return known[steps] = text;
+    return known.emplace(steps, text).first->second;  // another thread's, if that was first
 }
 
 // A tensor, or part of what a step makes.
@@ -114,25 +120,99 @@ View view_of(const Tensor& t) {
 
 using Step = std::variant<Linear, Rope, Attention>;
 
+// What a tensor was like.
+struct Seen {
+    void* at = nullptr;
+    int64_t dims = -1, sizes[MOST_DIMS], strides[MOST_DIMS];
+    int32_t dtype = -1;
+    int64_t call = -1;  // the last one that looked, and whether the tensor was then as before
+    bool same = false;
+
+    void look(const Tensor& t, int64_t call) {
+        if (this->call == call) return;
+        void* at;
+        int64_t dims, *sizes, *strides;
+        int32_t dtype;
+        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(t.get(), &at));
+        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(t.get(), &dims));
+        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(t.get(), &sizes));
+        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(t.get(), &strides));
+        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+        same = at == this->at && dims == this->dims && dtype == this->dtype &&
+               std::equal(sizes, sizes + dims, this->sizes) && std::equal(strides, strides + dims, this->strides);
+        this->call = call;
+        if (same || dims > MOST_DIMS) return;
+        this->at = at, this->dims = dims, this->dtype = dtype;
+        std::copy_n(sizes, dims, this->sizes), std::copy_n(strides, dims, this->strides);
+    }
+};
+
+// What a thread keeps of a chain's last call.
+struct Kept {
+    std::vector<Seen> tensors, caches;
+    std::vector<Step> steps;
+    std::vector<View> results;
+    std::deque<Scratch> memory;  // of each step its result, and what it needs
+    int64_t calls = 0, work = 0;  // the most that a step has been
+    int64_t readers_known = 0;
+};
+
 // The steps of one call. A step is made ready while the one before it runs: the tensors that it asks for are far away,
 // and meanwhile the other threads do the first one's share.
 class Chain {
   public:
     Chain(const Text& text, const std::vector<Tensor>& tensors, const std::vector<Tensor>& caches)
-        : text(text), tensors(tensors), caches(caches), memory(scratch()) {
-        memory.resize(std::max(memory.size(), 2 * text.calls.size()));
-        steps.reserve(text.calls.size());
-        results.reserve(text.calls.size());
+        : text(text), tensors(tensors), caches(caches), kept(kept_of(text)), memory(kept.memory), steps(kept.steps),
+          results(kept.results) {
+        const size_t count = text.calls.size();
+        if (kept.readers_known != readers_known.load()) {
+            steps.clear(), results.clear();
+            kept.readers_known = readers_known.load();
+        }
+        kept.tensors.resize(tensors.size()), kept.caches.resize(caches.size()), memory.resize(2 * count);
+        steps.reserve(count), results.reserve(count);
+        kept.calls++;
     }
 
     // None where a step is not for it; then nothing but what it would have written is written.
     std::optional<Tensor> run() {
-        threads = threads_for(text.work.load(std::memory_order_relaxed));
-        if (!add()) return std::nullopt;
+        std::optional<Tensor> made;
+        try {
+            made = run_steps();
+        } catch (...) {
+            forget();
+            throw;
+        }
+        if (!made) forget();
+        return made;
+    }
+
+  private:
+    const Text& text;
+    const std::vector<Tensor>&tensors, &caches;
+    Kept& kept;
+    std::deque<Scratch>& memory;
+    std::vector<Step>& steps;
+    std::vector<View>& results;
+    int64_t threads = 1;
+    size_t at = 0;  // the step that is being made ready
+    bool moved = false;  // whether a result is elsewhere, or of another shape, than in the last call
+    std::optional<Tensor> out;
+
+    static Kept& kept_of(const Text& text) {
+        static thread_local std::unordered_map<const Text*, Kept> all;
+        return all[&text];
+    }
+    // What was made ready belongs together: some of it is of no use.
+    void forget() { steps.clear(), results.clear(), kept.tensors.clear(), kept.caches.clear(); }
+
+    std::optional<Tensor> run_steps() {
+        threads = threads_for(kept.work);
+        if (!ready()) return std::nullopt;
         const size_t count = text.calls.size();
         auto begin = [&](int64_t n) {
             threads = n;
-            begin_last();
+            begin_step();
         };
         std::atomic<size_t> made{1};
         std::exception_ptr error;
@@ -140,7 +220,8 @@ class Chain {
             for (size_t i = 0; i < made; i++) {
                 if (thread == 0 && i + 1 < count) {
                     try {
-                        made += add();
+                        at = i + 1;
+                        made += ready();
                     } catch (...) {
                         error = std::current_exception();
                     }
@@ -151,48 +232,56 @@ class Chain {
             }
         });
         if (error) std::rethrow_exception(error);
-        int64_t work = 0;
-        for (const Step& step : steps) std::visit([&](const auto& s) { work = std::max(work, s.work()); }, step);
-        text.work.store(work, std::memory_order_relaxed);
         return made == count ? out : std::nullopt;
     }
 
-  private:
-    const Text& text;
-    const std::vector<Tensor>&tensors, &caches;
-    std::deque<Scratch>& memory;  // of each step its result, and what it needs
-    int64_t threads = 1;
-    std::vector<Step> steps;
-    std::vector<View> results;
-    std::optional<Tensor> out;
-
-    static std::deque<Scratch>& scratch() {
-        static thread_local std::deque<Scratch> memory;
-        return memory;
+    const Tensor& tensor(const Argument& a) const { return (a.type == Argument::GIVEN ? tensors : caches).at(a.index); }
+    std::optional<Tensor> tensor_or_none(const Argument& a) const {
+        const bool there = a.type == Argument::GIVEN || a.type == Argument::CACHE;
+        return there ? std::optional<Tensor>(tensor(a)) : std::nullopt;
     }
-
-    std::optional<Tensor> tensor(const Argument& a) const {
-        if (a.type == Argument::GIVEN) return tensors.at(a.index);
-        return a.type == Argument::CACHE ? std::optional<Tensor>(caches.at(a.index)) : std::nullopt;
+    // Whether the step is what it was. The last one never is: its result is the op's.
+    bool is_known() {
+        if (at >= steps.size() || at + 1 == text.calls.size() || moved) return false;
+        bool same = true;
+        for (const Argument* a : text.given[at]) {
+            Seen& seen = (a->type == Argument::GIVEN ? kept.tensors : kept.caches).at(a->index);
+            seen.look(tensor(*a), kept.calls);
+            same &= seen.same;
+        }
+        if (same)
+            if (const Rope* rope = std::get_if<Rope>(&steps[at])) rope->check_positions();
+        return same;
     }
-    bool add() {
-        const Call& call = text.calls[steps.size()];
-        const bool fits = call.op == "fused_linear"      ? add_linear(call.arguments)
-                          : call.op == "rope_into_cache" ? add_rope(call.arguments)
-                          : call.op == "attention"       ? add_attention(call.arguments)
-                                                         : false;
-        if (fits) begin_last();
+    bool ready() {
+        const bool fits = is_known() || add();
+        if (fits) begin_step();
         return fits;
     }
-    void begin_last() {
-        Scratch& its = memory[2 * steps.size() - 1];
-        std::visit([&](auto& s) { s.begin(its.get<char>(s.bytes(threads)), threads); }, steps.back());
+    bool add() {
+        const Call& call = text.calls[at];
+        for (const Argument* a : text.given[at])
+            (a->type == Argument::GIVEN ? kept.tensors : kept.caches).at(a->index).look(tensor(*a), kept.calls);
+        return call.op == "fused_linear"      ? add_linear(call.arguments)
+               : call.op == "rope_into_cache" ? add_rope(call.arguments)
+               : call.op == "attention"       ? add_attention(call.arguments)
+                                              : false;
+    }
+    template <typename T> bool keep(const T& step) {
+        if (at < steps.size()) steps[at] = step;
+        else steps.push_back(step);
+        kept.work = std::max(kept.work, step.work());
+        return true;
+    }
+    void begin_step() {
+        Scratch& its = memory[2 * at + 1];
+        std::visit([&](auto& s) { s.begin(its.get<char>(s.bytes(threads)), threads); }, steps[at]);
     }
 
     // None has no dimensions.
     View view(const Argument& a) const {
         if (a.type != Argument::RESULT) {
-            const std::optional<Tensor> t = tensor(a);
+            const std::optional<Tensor> t = tensor_or_none(a);
             return t ? view_of(*t) : View{};
         }
         View v = results.at(a.index);
@@ -214,14 +303,17 @@ class Chain {
         View v;
         v.kind = kind, v.dims = dims;
         std::copy_n(sizes, dims, v.sizes);
-        if (results.size() + 1 < text.calls.size()) {
-            v.at = memory[2 * results.size()].get<char>(v.numel() * size_of(kind));
+        if (at + 1 < text.calls.size()) {
+            v.at = memory[2 * at].get<char>(v.numel() * size_of(kind));
         } else {
             auto like = std::find_if(tensors.begin(), tensors.end(), [&](auto& t) { return kind_of(t) == kind; });
             if (like == tensors.end()) return nullptr;
             out = empty(*like, sizes, dims), v.at = (char*)out->data_ptr();
         }
-        results.push_back(v);
+        if (at >= results.size()) results.resize(at + 1);
+        const View& last = results[at];
+        moved |= v.at != last.at || v.kind != last.kind || v.dims != last.dims || !std::equal(sizes, sizes + dims, last.sizes);
+        results[at] = v;
         return v.at;
     }
 
@@ -230,13 +322,13 @@ class Chain {
         for (int i : {1, 4, 5, 6, 7})
             if (a[i].type == Argument::RESULT) return false;
         const View x = view(a[0]), residual = view(a[8]);
-        const std::optional<Tensor> data = tensor(a[4]), scale = tensor(a[5]);
+        const std::optional<Tensor> data = tensor_or_none(a[4]), scale = tensor_or_none(a[5]);
         const std::optional<double> eps = word(a[2]) ? std::optional<double>(a[2].number) : std::nullopt;
         Linear linear;
         if (!x.dims || !x.is_dense() || !data || !scale || !linear.take_x(x.at, x.kind, x.numel(), x.sizes[x.dims - 1]))
             return false;
-        if (!linear.take_weight(a[9].word, *data, *scale, tensor(a[6]), tensor(a[7])) || !linear.outputs ||
-            !linear.take_norm(tensor(a[1]), eps, a[3].number) ||
+        if (!linear.take_weight(a[9].word, *data, *scale, tensor_or_none(a[6]), tensor_or_none(a[7])) || !linear.outputs ||
+            !linear.take_norm(tensor_or_none(a[1]), eps, a[3].number) ||
             !linear.take_activation(word(a[10]), a[11].word == "True") || !linear.take_rounding(word(or_none(a, 12))))
             return false;
         if (residual.dims) {
@@ -248,8 +340,7 @@ class Chain {
         std::copy_n(x.sizes, x.dims, sizes);
         sizes[x.dims - 1] = linear.width();
         if (!(linear.y = place(x.dims, sizes, x.kind))) return false;
-        steps.push_back(linear);
-        return true;
+        return keep(linear);
     }
 
     // Whether keys and values are numbers of this kind, or codes with scales, which go to `floats` and `strides`.
@@ -269,7 +360,7 @@ class Chain {
     bool add_rope(const std::vector<Argument>& a) {
         const View query = view(a[0]), key = view(a[1]), value = view(a[2]), keys = view(a[5]), values = view(a[6]);
         const View angles[] = {view(a[3]), view(a[4])}, scales[] = {view(or_none(a, 8)), view(or_none(a, 9))};
-        const std::optional<Tensor> positions = tensor(a[7]);
+        const std::optional<Tensor> positions = tensor_or_none(a[7]);
         Rope rope = {};
         for (const View* each : {&query, &key, &value, &keys, &values})
             if (each->dims != 4 || each->strides[3] != 1) return false;
@@ -293,18 +384,15 @@ class Chain {
         if (!positions || positions->scalar_type() != ScalarType::Long || !positions->is_contiguous() ||
             positions->numel() != rope.length)
             return false;
-        rope.positions = (const int64_t*)positions->data_ptr();
-        for (int64_t i = 0; i < rope.length; i++)
-            if (rope.positions[i] < 0 || rope.positions[i] >= std::min(keys.sizes[2], values.sizes[2]))
-                throw std::runtime_error("index out of bounds: a position is not in the cache");
+        rope.positions = (const int64_t*)positions->data_ptr(), rope.room = std::min(keys.sizes[2], values.sizes[2]);
+        rope.check_positions();
         query.copy_strides(rope.query_strides, 3), key.copy_strides(rope.key_strides, 3);
         value.copy_strides(rope.value_strides, 3);
         keys.copy_strides(rope.keys_strides, 3), values.copy_strides(rope.values_strides, 3);
         rope.query = query.at, rope.key = key.at, rope.value = value.at, rope.cos = angles[0].at;
         rope.sin = angles[1].at, rope.keys = keys.at, rope.values = values.at;
         if (!(rope.out = place(4, query.sizes, query.kind))) return false;
-        steps.push_back(rope);
-        return true;
+        return keep(rope);
     }
 
     // query, key, value, mask, is_causal, scale, softcap, key_scale, value_scale
@@ -333,8 +421,7 @@ class Chain {
         }
         const int64_t sizes[] = {query.sizes[0], query.sizes[1], query.sizes[2], value.sizes[3]};
         if (!(attention.out = place(4, sizes, query.kind))) return false;
-        steps.push_back(attention);
-        return true;
+        return keep(attention);
     }
 };
 

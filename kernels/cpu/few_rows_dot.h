@@ -33,19 +33,32 @@ struct Fixed {
     const int8_t* x;
     const float *scales, *sums;
     int64_t steps, groups;  // groups rounded up to sixteen
+};
 
-    INLINE __m512i at(int64_t m, int64_t step, int plane, int field) const {
-        return _mm512_load_si512(x + (m * steps + step) * (128 * FIELDS) + (plane * FIELDS + field) * 64);
+// Where a step of some rows of x and of the weight lies: of each the first row, and how far the next one is. gcc would
+// compute all of it anew from more numbers than there are registers for.
+struct At {
+    const int8_t* x;
+    const float *x_scale, *scale;
+    const uint8_t* plane[PLANES];
+    int64_t steps, stride, scale_stride;
+
+    INLINE __m512i x_of(int64_t m, int plane, int field) const {
+        return _mm512_load_si512(x + m * steps * (128 * FIELDS) + (plane * FIELDS + field) * 64);
     }
-    INLINE __m512 scale(int64_t m, int64_t step) const { return _mm512_load_ps(scales + (m * steps + step) * LANES); }
+    INLINE __m512 x_scale_of(int64_t m) const { return _mm512_load_ps(x_scale + m * steps * LANES); }
+    INLINE const uint8_t* codes(int p, int64_t r) const { return plane[p] + r * stride; }
+    INLINE void advance() {
+        x += 128 * FIELDS, x_scale += LANES;
+        for (int p = 0; p < PLANES; p++) plane[p] += 64 * width_of(p) / width_of(0);
+    }
 };
 
 // Sixteen bytes of the first plane are a lane; of another plane, each lane gets the bytes that hold its codes' bits,
 // turned so that they begin at bit 0.
-template <bool LAST> INLINE __m512i lanes_of(int p, const Row& row, int64_t step, int64_t columns) {
-    const int64_t size = 64 * width_of(p) / width_of(0), at = step * size;
-    const int64_t left = LAST ? plane_bytes(p, columns) - at : size;
-    const uint8_t* from = row.plane[p] + at;
+template <bool LAST> INLINE __m512i lanes_of(int p, const uint8_t* from, int64_t columns) {
+    const int64_t size = 64 * width_of(p) / width_of(0);
+    const int64_t left = LAST ? plane_bytes(p, columns) - columns / STEP * size : size;
     if (size == 64) return LAST ? _mm512_maskz_loadu_epi8(_bzhi_u64(~0ull, left), from) : _mm512_loadu_si512(from);
     auto turn = [&](int lane) { return lane * FIELDS % (8 / width_of(p)) * width_of(p); };
     const __m512i turns = _mm512_set_epi32(turn(3), turn(3), turn(3), turn(3), turn(2), turn(2), turn(2), turn(2),
@@ -62,10 +75,10 @@ template <bool LAST> INLINE __m512i lanes_of(int p, const Row& row, int64_t step
 
 // The codes of one step of one row of the weight, a field of each lane after the other.
 template <bool LAST>
-INLINE void unpack_step(__m512i (&w)[FIELDS], const Row& row, int64_t step, int64_t columns) {
+INLINE void unpack_step(__m512i (&w)[FIELDS], const At& at, int64_t r, int64_t columns) {
     __m512i v[PLANES];
     for (int p = 0; p < PLANES; p++) {
-        v[p] = lanes_of<LAST>(p, row, step, columns);
+        v[p] = lanes_of<LAST>(p, at.codes(p, r), columns);
         asm("" : "+v"(v[p]));  // else gcc reads it once for each use
     }
 #pragma GCC unroll 8
@@ -90,26 +103,23 @@ struct Scales {
     const int32_t* first;
     __m512i place[4];
 
-    INLINE __m512 of(int64_t row, int64_t step, int part) const {
-        return _mm512_permutexvar_ps(place[part], _mm512_loadu_ps(scale + row * stride + first[step]));
-    }
 };
 
 template <int R, int M, int SPLIT, bool LAST>
-INLINE void add_step(__m512 (&total)[R][M], const Row* row, int64_t step, int64_t columns, const Fixed& x,
-                     int64_t m0, const Scales& scales, int64_t r0) {
+INLINE void add_step(__m512 (&total)[R][M], const At& at, int64_t columns, const __m512i (&place)[SPLIT]) {
     // Several at a time, as many as there are registers for: reading 64 bytes of x takes as long as multiplying them.
     constexpr int SIDE = R * FIELDS <= 8 ? R : R > 1 ? 2 : 1;
     for (int r = 0; r < R; r += SIDE) {
         __m512i w[SIDE][FIELDS];
         for (int i = 0; i < SIDE; i++) {
-            unpack_step<LAST>(w[i], row[r + i], step, columns);
+            unpack_step<LAST>(w[i], at, r + i, columns);
             for (int64_t line = 0; line < STEP_BYTES; line += 64)
-                __builtin_prefetch(row[r + i].plane[0] + step * STEP_BYTES + line + AHEAD, 0, 2);
+                __builtin_prefetch(at.codes(0, r + i) + line + AHEAD, 0, 2);
         }
         for (int part = 0; part < SPLIT; part++) {
             __m512 scale[SIDE];
-            for (int i = 0; i < SIDE; i++) scale[i] = scales.of(r0 + r + i, step, part);
+            for (int i = 0; i < SIDE; i++)
+                scale[i] = _mm512_permutexvar_ps(place[part], _mm512_loadu_ps(at.scale + (r + i) * at.scale_stride));
 #pragma GCC unroll 8
             for (int m = 0; m < M; m++) {
                 __m512i sum[SIDE];
@@ -117,7 +127,7 @@ INLINE void add_step(__m512 (&total)[R][M], const Row* row, int64_t step, int64_
                 auto add = [&](int plane) __attribute__((always_inline)) {
 #pragma GCC unroll 8
                     for (int field = part * FIELDS / SPLIT; field < (part + 1) * FIELDS / SPLIT; field++) {
-                        __m512i mine = x.at(m0 + m, step, plane, field);
+                        __m512i mine = at.x_of(m, plane, field);
                         if (SIDE > 1) asm("" : "+v"(mine));
                         for (int i = 0; i < SIDE; i++) sum[i] = _mm512_dpbusd_epi32(sum[i], w[i][field], mine);
                     }
@@ -125,7 +135,7 @@ INLINE void add_step(__m512 (&total)[R][M], const Row* row, int64_t step, int64_
                 add(0);
                 for (int i = 0; i < SIDE; i++) sum[i] = _mm512_slli_epi32(sum[i], 8);
                 add(1);
-                const __m512 mine = x.scale(m0 + m, step);
+                const __m512 mine = at.x_scale_of(m);
                 for (int i = 0; i < SIDE; i++)
                     total[r + i][m] =
                         _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[i]), _mm512_mul_ps(scale[i], mine), total[r + i][m]);
@@ -138,8 +148,6 @@ INLINE void add_step(__m512 (&total)[R][M], const Row* row, int64_t step, int64_
 template <int R, int M, int SPLIT>
 void few_rows_dot(const Weight& w, int64_t n, const Fixed& x, int64_t m0, const Scales& scales, int64_t r0,
                   const Output& out) {
-    Row row[R];
-    for (int r = 0; r < R; r++) row[r] = w.row(n + r);
     __m512 total[R][M];
     for (int r = 0; r < R; r++)
         for (int m = 0; m < M; m++) total[r][m] = _mm512_setzero_ps();
@@ -151,9 +159,22 @@ void few_rows_dot(const Weight& w, int64_t n, const Fixed& x, int64_t m0, const 
                 total[r][m] = _mm512_fnmadd_ps(shift, _mm512_loadu_ps(x.sums + (m0 + m) * x.groups + g), total[r][m]);
         }
     }
+    const Row row = w.row(n);
+    At at = {x.x + m0 * x.steps * (128 * FIELDS), x.scales + m0 * x.steps * LANES, nullptr, {}, x.steps, w.data_stride,
+             scales.stride};
+    std::copy_n(row.plane, PLANES, at.plane);
+    __m512i place[SPLIT];
+    std::copy_n(scales.place, SPLIT, place);
+    const float* scale = scales.scale + r0 * scales.stride;
     const int64_t full = w.columns / STEP;
-    for (int64_t s = 0; s < full; s++) add_step<R, M, SPLIT, false>(total, row, s, w.columns, x, m0, scales, r0);
-    if (full * STEP < w.columns) add_step<R, M, SPLIT, true>(total, row, full, w.columns, x, m0, scales, r0);
+    for (int64_t s = 0; s < full; s++, at.advance()) {
+        at.scale = scale + scales.first[s];
+        add_step<R, M, SPLIT, false>(total, at, w.columns, place);
+    }
+    if (full * STEP < w.columns) {
+        at.scale = scale + scales.first[full];
+        add_step<R, M, SPLIT, true>(total, at, w.columns, place);
+    }
     for (int m = 0; m < M; m++) {
         __m512 each[4];
         for (int r = 0; r < 4; r++) each[r] = r < R ? total[r < R ? r : 0][m] : _mm512_setzero_ps();

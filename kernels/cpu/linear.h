@@ -25,6 +25,7 @@ struct Reader {
 
 std::map<std::pair<std::string, int64_t>, Reader> readers;
 std::shared_mutex lock;
+std::atomic<int64_t> readers_known{0};  // changes with what is known of them
 
 std::optional<Reader> find_reader(const std::string& spec, int64_t columns) {
     std::shared_lock<std::shared_mutex> reading(lock);

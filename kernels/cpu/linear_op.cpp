@@ -75,11 +75,13 @@ extern "C" void know(const char* spec, int64_t columns, void* few_rows, int64_t 
     std::unique_lock<std::shared_mutex> writing(lock);
     readers[{spec, columns}] = {(ShareFewRows)few_rows, {float32, bfloat16, float16}, group, groups, height, bytes,
                                 by_row, added, offset};
+    readers_known++;
 }
 
 extern "C" void forget() {
     std::unique_lock<std::shared_mutex> writing(lock);
     readers.clear();
+    readers_known++;
 }
 
 STABLE_TORCH_LIBRARY_IMPL(qcompile_kernels, CPU, m) {

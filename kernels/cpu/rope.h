@@ -1,6 +1,8 @@
 // Rotary embedding of queries and keys, and the writing of keys and values to a cache, as a team of threads does it. A
 // cache of codes gets what quantize_rows makes of them or, where its scales are fixed, quantize_rows_by.
 
+#include <stdexcept>
+
 namespace {
 
 struct Rope {
@@ -8,7 +10,7 @@ struct Rope {
     const int64_t* positions;
     void *keys, *values, *out;
     float *key_scales, *value_scales;  // null, or of each token and head
-    int64_t batch, heads, kv_heads, length, width, value_width;
+    int64_t batch, heads, kv_heads, length, width, value_width, room;
     // Of batch, head and row; angles have no heads.
     int64_t query_strides[3], key_strides[3], value_strides[3], keys_strides[3], values_strides[3], angle_strides[2][2];
     int64_t scale_strides[2][3];
@@ -16,6 +18,11 @@ struct Rope {
     bool fixed;
 
     int64_t work() const { return batch * (heads + 2 * kv_heads) * length * width; }
+    void check_positions() const {
+        for (int64_t i = 0; i < length; i++)
+            if (positions[i] < 0 || positions[i] >= room)
+                throw std::runtime_error("index out of bounds: a position is not in the cache");
+    }
     int64_t bytes(int64_t) const { return 0; }
     void begin(void*, int64_t threads) { this->threads = threads; }
     void prefetch(int64_t) const {}

@@ -302,3 +302,37 @@ def test_refusals() -> None:
     assert "argument 7 of fused_linear is what another step makes" in why(
         tensors, caches, text.replace("none none u4/g32/asym", "#0@0:1:1 none u4/g32/asym")
     )
+
+
+def test_what_is_kept_of_a_call_is_that_of_these_tensors() -> None:
+    layer = Layer(torch.bfloat16)
+    first, second, text = layer.arguments
+
+    def same(tensors: list[Tensor], caches: list[Tensor]) -> None:
+        twins = [cache.clone() for cache in caches]
+        want = chain_anyhow(tensors, twins, text)
+        got = chain_packed(tensors, caches, text)
+        assert (got - want).norm() <= 0.02 * want.norm()
+        assert all(torch.equal(cache, twin) for cache, twin in zip(caches, twins))
+
+    for _ in range(3):
+        same(first, second)
+    for index in range(len(first)):  # elsewhere, one after the other, and what was there is another tensor's now
+        tensors = list(first)
+        tensors[index] = first[index].clone()
+        same(tensors, second)
+        if first[index].is_floating_point():
+            first[index].mul_(0.5)
+        same(first, second)
+    # The same memory of another shape: a cache of fewer places, keys that lie apart.
+    memory = [torch.randn(1, 2, CAPACITY, 64).bfloat16() for _ in range(2)]
+    same(first, [m[..., :32] for m in memory])
+    same(first, [m.view(1, 2, 2 * CAPACITY, 32)[:, :, :CAPACITY] for m in memory])
+    same(first, [m.view(1, 4, CAPACITY, 32)[:, :2] for m in memory])
+    # A position that is not in the cache, where the tensor stays where it is.
+    positions = first[layer.positions.index]
+    positions.fill_(CAPACITY)
+    with pytest.raises((RuntimeError, IndexError)):
+        chain_packed(first, second, text)
+    positions.fill_(3)
+    same(first, second)
