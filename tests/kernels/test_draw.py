@@ -39,7 +39,7 @@ def processed(scores: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_token_that_torch_draws(way: dict[str, Any], dtype: torch.dtype, device: str) -> None:
     borders = {**ALL, **way}
-    for _ in range(3):
+    for _ in range(3 if device == "cuda" else 1):
         # In bfloat16 many scores are equal, also at the borders.
         scores = (2 * torch.randn(4, VOCABULARY, device=device)).to(dtype).float()
         noise = torch.empty_like(scores).exponential_()
