@@ -109,6 +109,7 @@ def main() -> None:
     parser.add_argument("--without", nargs="*", default=(), help="eager, compile, torchao, llama.cpp")
     parser.add_argument("--note", default="", help="what a reader should know of the machine")
     parser.add_argument("--record", action="store_true", help="write benchmarks/results/")
+    parser.add_argument("--named", help="a word in the name of the record, beside others of this shape")
     options = parser.parse_args()
     torch.manual_seed(0)
     model = models.load(models.find_demo(), "bfloat16", "cpu") if options.shape == "smollm2" else llama_1b()
@@ -128,7 +129,7 @@ def main() -> None:
     text = "\n\n".join((notes(options, limit), *tables(lines, limit.rate), steps(ours)))
     print(text)
     if options.record:
-        name = f"cpu-{options.shape}-{device_slug('cpu')}"
+        name = "-".join(filter(None, ("cpu", options.shape, options.named, device_slug("cpu"))))
         print(record(name, f"Whole models on the CPU: {options.shape}", text, "cpu"))
 
 
