@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qcompile.errors import FormatError
-from qcompile.kernels._cpp import load_cpp, text_of
+from qcompile.kernels._cpp import load_cpp, processor_features, text_of
 from qcompile.kernels._weight import refuses_weight
 from qcompile.quant.element import Element
 from qcompile.quant.granularity import PerBlock, PerTensor
@@ -30,6 +30,9 @@ SOURCES = (
     "panels.h",
     "many_rows.h",
     "many_codes.h",
+    "tiles.h",
+    "many_rows_tiles.h",
+    "many_codes_tiles.h",
 )
 
 # enum Kind in codes.h
@@ -65,6 +68,15 @@ def missing(element: Element) -> str | None:
     return None
 
 
+def matrix_instructions(element: Element) -> str | None:
+    """Who uses the processor's matrix instructions for codes of this element, in words; None where it has none."""
+    if "amx_bf16" not in processor_features() or missing(element) is not None:
+        return None
+    if library(_defines(element)).has_tiles():
+        return "AMX multiplies many rows in bfloat16, or of codes of 8 bits"
+    return "AMX through torch alone: the system, or the C++ compiler, does not give it to us"
+
+
 def _defines(element: Element) -> str:
     """What the C++ is told about an element; integers of one width, with or without a sign, are one."""
     lines = [f"#define BITS {element.bits}"]
@@ -86,9 +98,14 @@ def library(defines: str) -> ctypes.CDLL:
     found.dequantize.argtypes, found.dequantize.restype = [*weight, pointer, number, number], None
     found.few_rows.argtypes, found.few_rows.restype = [*weight, *x_and_y], None
     found.many_rows.argtypes, found.many_rows.restype = [*weight, *x_and_y], None
-    found.many_codes.argtypes, found.many_codes.restype = [*weight, pointer, pointer, size, *x_and_y[3:]], None
+    found.many_rows_tiles.argtypes, found.many_rows_tiles.restype = [*weight, *x_and_y], None
+    codes_and_y = [pointer, pointer, size, *x_and_y[3:]]
+    found.many_codes.argtypes, found.many_codes.restype = [*weight, *codes_and_y], None
+    found.many_codes_tiles.argtypes, found.many_codes_tiles.restype = [*weight, *codes_and_y], None
     found.has_many_rows.argtypes, found.has_many_rows.restype = [], number
     found.has_many_codes.argtypes, found.has_many_codes.restype = [], number
+    found.has_tiles.argtypes, found.has_tiles.restype = [], number
+    found.has_many_codes_tiles.argtypes, found.has_many_codes_tiles.restype = [size, size], number
     found.has_dot.argtypes, found.has_dot.restype = [size, size], number
     return found
 
@@ -100,6 +117,8 @@ class Reader:
     share_few_rows  few_rows as C++ calls it, in each thread of a team
     many_rows   None where this processor has no such kernel
     many_codes  the same for rows of codes
+    many_rows_tiles   the same by matrix instructions, for rows in bfloat16
+    many_codes_tiles  the same by matrix instructions
     has_dot     does few_rows multiply numbers of 16 bits as integers?
     group       inputs that share a scale
     height      rows that share their scales
@@ -113,6 +132,8 @@ class Reader:
     share_few_rows: Callable[..., None]
     many_rows: Callable[..., None] | None
     many_codes: Callable[..., None] | None
+    many_rows_tiles: Callable[..., None] | None
+    many_codes_tiles: Callable[..., None] | None
     has_dot: bool
     columns: int
     group: int
@@ -135,6 +156,8 @@ class Reader:
             share_few_rows=found.share_few_rows,
             many_rows=found.many_rows if found.has_many_rows() else None,
             many_codes=found.many_codes if found.has_many_codes() else None,
+            many_rows_tiles=found.many_rows_tiles if found.has_tiles() else None,
+            many_codes_tiles=found.many_codes_tiles if found.has_many_codes_tiles(columns, columns // groups) else None,
             has_dot=bool(found.has_dot(columns, columns // groups)),
             columns=columns,
             group=columns // groups,

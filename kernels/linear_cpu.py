@@ -1,8 +1,9 @@
 """linear on the CPU, in C++ of our own (kernels/cpu). The number of rows, known only at the call, decides how.
 
 A few rows are bound by reading the weight: each code is read once, unpacked in registers and multiplied by all of them
-(few_rows). More rows share tiles of the weight that are dequantized into the cache (many_rows). Where there are no
-vectors of 512 bits for that, or torch has matrix instructions that we have not, slabs of a float copy go to torch.
+(few_rows). More rows share tiles of the weight that are dequantized into the cache (many_rows), in bfloat16 for the
+processor's matrix instructions where it has them (many_rows_tiles). Where there are no vectors of 512 bits for that, or
+matrix instructions that only torch may use, slabs of a float copy go to torch.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import warnings
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -45,9 +47,18 @@ SOURCES = (
 # u4 float32                  4.53 | 6.78   7.99 | 6.57   11.4 | 8.36
 # u8 float32                  4.92 | 7.26   7.96 | 7.05   11.9 | 8.81
 FEW_ROWS, FEW_ROWS_OF_16_BITS = 4, 12
+# Beside many_rows_tiles. µs of torch's bfloat16 linear by those of few_rows | many_rows_tiles (with panels of half the
+# inputs and slower bookkeeping), two cores of a Xeon with AMX, three copies in turn, 8192 × 2048 and 2048 × 8192:
+#                   4 rows        8 rows        12 rows       16 rows       64 rows   512 rows
+# u4 8192 × 2048    3.2 | 1.7     1.7 | 1.7     1.1 | 1.7     0.9 | 1.7     1.6       1.6
+# u4 2048 × 8192    3.2 | 1.5     1.6 | 1.5     1.1 | 1.3     0.8 | 1.4     1.2       1.3
+# u8 8192 × 2048    2.5 | 1.5     1.3 | 1.4     0.8 | 1.4     0.7 | 1.5     1.3       1.7
+# u8 2048 × 8192    2.5 | 1.1     1.2 | 1.0     0.8 | 1.0     0.6 | 0.9     1.0       1.3
+FEW_ROWS_BESIDE_TILES = 8
 # The most rows without the copy: where there is many_rows, the same beside AMX, and without it (AVX2 code on Zen 4,
-# bfloat16, few_rows | copy: 3.1 | 4.0 ms for 8 rows, 6.1 | 4.6 for 16). AMX is an estimate: torch's linear took 10.6 ms
-# for 64 rows and 47.6 for 512, 16384 × 2048 on a Xeon with AMX, where AVX512 alone could not beat 100 for 512.
+# bfloat16, few_rows | copy: 3.1 | 4.0 ms for 8 rows, 6.1 | 4.6 for 16). Beside AMX that is torch's alone it is an
+# estimate: torch's linear took 10.6 ms for 64 rows and 47.6 for 512, 16384 × 2048 on a Xeon with AMX, where AVX512
+# alone could not beat 100 for 512.
 ALL_ROWS = 1 << 62
 ROWS_BESIDE_AMX = 64
 ROWS_WITHOUT_MANY_ROWS = 16
@@ -85,11 +96,9 @@ def linear_anyhow(
         bias = bias.contiguous()
     make_known(spec, columns)
     rows, reader, kind = flat.shape[0], packed.Reader.of(spec, columns), packed.KINDS[x.dtype]
-    if rows > _rows_without_copy(x.dtype, reader.many_rows is not None):
+    if (function := function_for(rows, x.dtype, reader)) is None:
         _multiply_copy(flat, data, scale, zero, bias, spec, y.view(rows, outputs))
         return y
-    function = reader.few_rows if rows <= most_few_rows(x.dtype, reader) else reader.many_rows
-    assert function is not None
     function(
         *reader.arguments(data, scale, zero),
         flat.data_ptr(),
@@ -112,10 +121,26 @@ def linear_packed(
     return linear_anyhow(x, data, scale, zero, bias, spec)
 
 
+def function_for(rows: int, dtype: torch.dtype, reader: packed.Reader) -> Callable[..., None] | None:
+    """What multiplies so many rows, or None: slabs of a float copy go to torch."""
+    if rows <= most_few_rows(dtype, reader):
+        return reader.few_rows
+    if has_tiles(dtype, reader):
+        return reader.many_rows_tiles
+    return None if rows > _rows_without_copy(dtype, reader.many_rows is not None) else reader.many_rows
+
+
+def has_tiles(dtype: torch.dtype, reader: packed.Reader) -> bool:
+    """Whether matrix instructions multiply rows of x in `dtype`."""
+    return dtype == torch.bfloat16 and reader.many_rows_tiles is not None
+
+
 def most_few_rows(dtype: torch.dtype, reader: packed.Reader) -> int:
     """The most rows of x that its few_rows takes."""
     if reader.many_rows is None:
         return ROWS_WITHOUT_MANY_ROWS
+    if has_tiles(dtype, reader):
+        return FEW_ROWS_BESIDE_TILES
     return FEW_ROWS_OF_16_BITS if reader.has_dot and dtype != torch.float32 else FEW_ROWS
 
 

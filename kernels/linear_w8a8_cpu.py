@@ -1,8 +1,9 @@
 """linear_w8a8 of integers on the CPU: a few rows by linear on rounded x, more by products of codes.
 
 Codes of x are made by torch code that fuses with what comes before. Our own C++ (kernels/cpu/many_codes.h) multiplies
-codes of any width in groups. Where it cannot, or torch has matrix instructions that it has not, torch multiplies 8 bits
-with a scale per row or for all: a slab of codes at a time, which stays in the cache, is made signed.
+codes of any width in groups, by matrix instructions where the processor has them (many_codes_tiles.h). Where it cannot,
+or torch alone has matrix instructions, torch multiplies 8 bits with a scale per row or for all: a slab of codes at a
+time, which stays in the cache, is made signed.
 """
 
 from __future__ import annotations
@@ -25,6 +26,11 @@ from qcompile.quant.activation import ActivationSpec, activation_codes
 # u4/g64/asym 2048 × 2048    0.96     1.3      1.8       1.75      1.7
 # i8/row/sym  2048 × 2048    1.1      1.9      2.0       1.9       1.95
 MIN_ROWS = 5
+# The same by matrix instructions: torch's bfloat16 linear takes so many times as long as linear on rounded x | this,
+# two cores of a Xeon with AMX, u4/g64/asym 8192 × 2048:
+# 4 rows 3.2 | 2.5, 8 rows 1.7 | 2.4, 64 rows 1.6 | 2.0, 512 rows 1.6 | 2.2
+# i8/row/sym, torch's product of codes | this: 17 rows 0.7 | 2.0, 64 rows 0.7 | 2.1, 512 rows 1.0 | 3.1
+MIN_ROWS_OF_TILES = 7
 # The same of torch's product. ms of one thread, linear on rounded x | this, Zen 4:
 #                         24 rows        64 rows        512 rows
 # float32  8192 × 2048    15.3 | 12.5    41.7 | 22.3     380 | 104
@@ -58,14 +64,23 @@ def refuses(
 
 def way_of(spec: str, columns: int, dtype: torch.dtype) -> Callable[..., None] | None:
     """What multiplies the codes of many rows, or None."""
-    features = processor_features()
+    reader, features = packed.Reader.of(spec, columns), processor_features()
+    if reader.many_codes_tiles is not None:
+        return _multiply_codes
     by_torch = spec in ("i8/row/sym", "i8/tensor/sym") and not EXACT.isdisjoint(features)
     if by_torch and "amx_int8" in features:
         return _multiply_in_torch
     matrices_of_floats = "amx_bf16" in features and dtype == torch.bfloat16
-    if packed.Reader.of(spec, columns).many_codes is not None and not matrices_of_floats:
+    if reader.many_codes is not None and not matrices_of_floats:
         return _multiply_codes
     return _multiply_in_torch if by_torch else None
+
+
+def least_rows(spec: str, columns: int, dtype: torch.dtype) -> int:
+    """From how many rows on codes are multiplied."""
+    if way_of(spec, columns, dtype) is _multiply_in_torch:
+        return MIN_ROWS_OF_TORCH[dtype]
+    return MIN_ROWS if packed.Reader.of(spec, columns).many_codes_tiles is None else MIN_ROWS_OF_TILES
 
 
 def _fake(
@@ -84,7 +99,7 @@ def linear_codes(
     rows = codes.reshape(-1, columns)
     way = way_of(spec, columns, dtype)
     assert way is not None
-    if rows.shape[0] < (MIN_ROWS if way is _multiply_codes else MIN_ROWS_OF_TORCH[dtype]) or outputs == 0:
+    if rows.shape[0] < least_rows(spec, columns, dtype) or outputs == 0:
         x = (codes.to(torch.float32) * step).to(dtype)
         return linear_cpu.linear_packed(x, data, scale, zero, bias, spec)
     y = codes.new_empty((rows.shape[0], outputs), dtype=dtype)
@@ -101,8 +116,9 @@ def _multiply_codes(
     data, scale = packed.with_dense_rows(data), packed.with_dense_rows(scale)
     zero = None if zero is None else packed.with_dense_rows(zero)
     bias = None if bias is None else bias.contiguous()
-    assert reader.many_codes is not None
-    reader.many_codes(
+    function = reader.many_codes_tiles or reader.many_codes
+    assert function is not None
+    function(
         *reader.arguments(data, scale, zero),
         codes.data_ptr(),
         steps.data_ptr(),

@@ -47,7 +47,8 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Findings:
-    """What was found. `asked` is whether the user named the specs; `tiles` says where those of linears come from."""
+    """What was found. `asked` is whether the user named the specs; `tiles` says where those of linears come
+    from, on a CPU who uses its matrix instructions."""
 
     versions: dict[str, str]
     devices: dict[str, str]

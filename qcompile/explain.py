@@ -20,7 +20,7 @@ class Report:
     `numerics` is {"sqnr_db": {parameter: dB}, "kl": mean KL divergence of the logits in nats} where a reference was
     given, else None. `eager` counts the calls that ran uncompiled, by reason; `recalled` programs were on disk.
     `kv_cache` says what generate() caches keys and values as, if not as they are.
-    `tuning` says where the tiles of linears on a GPU come from.
+    `tuning` says where the tiles of linears on a GPU come from, and who uses a CPU's matrix instructions.
     """
 
     model: str

@@ -10,8 +10,10 @@ import torch
 from tabulate import tabulate
 
 from qcompile.kernels import _tables
+from qcompile.kernels._packed_cpu import matrix_instructions
 from qcompile.kernels._tables import Entry
 from qcompile.kernels._ways import Choice, Product
+from qcompile.quant.spec import QSpec
 
 # A weight: (spec, outputs, inputs).
 Linear = tuple[str, int, int]
@@ -91,7 +93,11 @@ def _line(row: Measured) -> list[str]:
 
 
 def account(device: torch.device, linears: Collection[Linear] | None = None) -> str | None:
-    """How many measured choices there are for these linears, or for any, and where; None where nothing can be tuned."""
+    """How many measured choices there are for these linears, or for any, and where; on a CPU, who uses its matrix
+    instructions. None where there is nothing to say."""
+    if device.type == "cpu":
+        spec = next(iter(linears or ()), ("u4/g64/asym",))[0]
+        return matrix_instructions(QSpec.parse(spec).element)
     if device.type != "cuda":
         return None
     parts = []

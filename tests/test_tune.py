@@ -211,7 +211,7 @@ def test_the_largest_step(run: Callable[..., Tuning]) -> None:
 
 
 def test_what_explain_and_the_doctor_say(run: Callable[..., Tuning], monkeypatch: pytest.MonkeyPatch) -> None:
-    assert account(torch.device("cpu")) is None
+    assert account(torch.device("meta")) is None
     assert account(GPU) == "by formula; `qcompile tune` measures"
     other = ("u4/g64/asym", 4096, 8192)
     path = Path(run(Clock(favouring("mma", warps=8)), [LINEAR, other], [(17, 32), (49, 64)]).path)

@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from qcompile.kernels import _packed_cpu as packed
+from qcompile.kernels import linear_cpu
 from qcompile.quant.spec import QSpec, Zero
 from qcompile.quant.tensor import QTensor
 
@@ -138,3 +140,22 @@ def assert_close() -> Callable[..., None]:
         assert error <= TOLERANCE[got.dtype] * (2 if rounded else 1), f"relative error {error:.1e}"
 
     return check
+
+
+@pytest.fixture
+def compile_cpu_code(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """`compile_cpu_code("#undef __AVX512F__")`: the C++ for packed weights has this before it until the test's end."""
+    caches, load = (packed.library, packed.missing, packed.Reader.of, linear_cpu.make_known), packed.load_cpp
+
+    def forget() -> None:
+        for cache in caches:
+            cache.cache_clear()
+        if (op := linear_cpu.without_python()) is not None:
+            op.forget()
+
+    def compile_behind(text: str) -> None:
+        monkeypatch.setattr(packed, "load_cpp", lambda source: load(f"{text}\n{source}"))
+        forget()
+
+    yield compile_behind
+    forget()

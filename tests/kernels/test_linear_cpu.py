@@ -2,7 +2,7 @@
 
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -138,22 +138,11 @@ def test_dequantize_more_dimensions() -> None:
     )
 
 
-@pytest.fixture(params=["__AVX512BF16__", "__AVX512VNNI__", "__AVX512F__", "__AVX512F__ __AVX2__"])
-def lesser_processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+@pytest.fixture(params=["__AMX_TILE__", "__AVX512BF16__", "__AVX512VNNI__", "__AVX512F__", "__AVX512F__ __AVX2__"])
+def lesser_processor(request: pytest.FixtureRequest, compile_cpu_code: Callable[[str], None]) -> str:
     """The code for processors without these instructions, whose names it gives."""
-    caches, load = (packed.library, packed.missing, packed.Reader.of, linear_cpu.make_known), packed.load_cpp
-    without = "".join(f"#undef {name}\n" for name in request.param.split())
-    monkeypatch.setattr(packed, "load_cpp", lambda source: load(without + source))
-
-    def forget() -> None:
-        for cache in caches:
-            cache.cache_clear()
-        if (op := linear_cpu.without_python()) is not None:
-            op.forget()
-
-    forget()
-    yield request.param
-    forget()
+    compile_cpu_code("\n".join(f"#undef {name}" for name in request.param.split()))
+    return request.param
 
 
 def test_lesser_processor(lesser_processor: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,7 +157,8 @@ def test_lesser_processor(lesser_processor: str, monkeypatch: pytest.MonkeyPatch
             assert torch.equal(dequantize_packed(*parts(q), spec, [9, 128], dtype), q.dequantize(dtype))
 
 
-def test_beside_amx(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_beside_amx_that_is_not_ours(compile_cpu_code: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_cpu_code("#undef __AMX_TILE__")
     monkeypatch.setattr(linear_cpu, "processor_features", lambda: {"amx_bf16"})
     monkeypatch.setattr(linear_cpu, "SLAB_BYTES", 1 << 12)
     linear_cpu._rows_without_copy.cache_clear()

@@ -1,0 +1,279 @@
+// Many rows of x in bfloat16 by the processor's matrix instructions (tiles.h): two tiles of the weight's outputs, as
+// they are dequantized, times two of x, transposed. While a panel of the weight is multiplied, the next one is
+// dequantized: products of tiles leave the vector units alone.
+
+#ifdef HAS_TILES
+namespace {
+namespace tiled {
+
+constexpr int64_t HEIGHT = 2 * SIDE;                 // outputs of a panel
+constexpr int64_t STEP = 32;                         // inputs of a product
+constexpr int64_t DEPTH = 1024;                      // inputs of a panel
+constexpr int64_t STEPS = DEPTH / STEP, UNITS = DEPTH / UNIT;
+constexpr int64_t MOST_ROWS = 512, MOST_PANELS = 8;  // that share x and sums in the cache
+
+// Where the inputs of a unit are in its two steps; BY_TABLE: by a table of what codes stand for.
+template <bool BY_TABLE> struct Order {
+    alignas(64) uint16_t at[2][STEP] = {};
+    constexpr Order() {
+        for (int step = 0; step < 2; step++)
+            for (int i = 0; i < STEP; i++) at[step][i] = BY_TABLE ? 2 * i + step : 4 * (i % 16) + i / 16 * 2 + step;
+    }
+};
+template <bool BY_TABLE> constexpr Order<BY_TABLE> ORDER;
+
+// Inputs from `first` on, at most `units` of 64, of sixteen rows of x (or the few that are left, and zeros).
+template <bool BY_TABLE>
+void pack_rows(const uint16_t* x, int64_t x_stride, int64_t rows, int64_t columns, int64_t first, int64_t units,
+               Tile* to) {
+    const __m512i even = _mm512_load_si512(ORDER<BY_TABLE>.at[0]), odd = _mm512_load_si512(ORDER<BY_TABLE>.at[1]);
+    for (int64_t k = first; k < first + units * UNIT; k += UNIT, to += 2) {
+        __m512i a[16] = {}, b[16] = {};
+        const uint64_t there = _bzhi_u64(~0ull, std::min(UNIT, columns - k));
+        for (int64_t m = 0; m < rows; m++) {
+            const uint16_t* from = x + m * x_stride + k;
+            const __m512i low = _mm512_maskz_loadu_epi16(there, from);
+            const __m512i high = _mm512_maskz_loadu_epi16(there >> 32, from + 32);
+            a[m] = _mm512_permutex2var_epi16(low, even, high);
+            b[m] = _mm512_permutex2var_epi16(low, odd, high);
+        }
+        transpose16(a);
+        transpose16(b);
+        for (int i = 0; i < 16; i++) {
+            _mm512_store_si512(to[0].row[i], a[i]);
+            _mm512_store_si512(to[1].row[i], b[i]);
+        }
+    }
+}
+
+// How codes become numbers. BY_TABLE: each is looked up among the sixteen that its group has. WHOLE: no group ends
+// within a unit; else those of a table end at the halves of units.
+template <bool BY_TABLE_, bool WHOLE_> struct Way {
+    static constexpr bool BY_TABLE = BY_TABLE_, WHOLE = WHOLE_;
+};
+
+// Whose scales a unit has: the groups of its halves, and of each number in a vector, from the first half's on.
+struct Place {
+    __m512i lane;
+    int64_t half[2];
+};
+
+std::vector<Place> places_of(const Weight& w) {
+    std::vector<Place> places;
+    for (int64_t k = 0; k < w.columns; k += UNIT) {
+        int64_t group[4];
+        for (int64_t i = 0; i < 4; i++) group[i] = std::min((k + i * LANES) / w.group, w.groups() - 1);
+        alignas(64) int32_t lane[LANES];
+        for (int64_t i = 0; i < LANES; i++) lane[i] = group[i / 4] - group[0];
+        places.push_back({_mm512_load_si512(lane), {group[0], group[2]}});
+    }
+    return places;
+}
+
+// Dequantizes a panel, a unit of a row at a time, here and there between products.
+template <typename Way> struct Filler {
+    const Weight& w;
+    const Place* places;
+    int64_t groups;  // how far the scales of outputs lie apart, and their zero points
+    const float *scales = nullptr, *zeros = nullptr;
+    int64_t next = 0, count = 0, first = 0, steps = 0;
+    Tile* to = nullptr;
+    Row row[HEIGHT] = {};
+
+    // Outputs from n on and inputs from `begin` on.
+    void start(int64_t n, const float* scales, const float* zeros, int64_t begin, int64_t units, Tile* to) {
+        for (int64_t r = 0; r < HEIGHT; r++) row[r] = w.row(std::min(n + r, w.rows - 1));
+        this->scales = scales, this->zeros = zeros, this->to = to;
+        next = 0, count = units * HEIGHT, first = begin / UNIT, steps = 2 * units;
+    }
+
+    INLINE void some(int64_t pieces) {
+        const float *scales = this->scales, *zeros = this->zeros;
+        const Place* places = this->places;
+        const int64_t groups = this->groups, first = this->first, steps = this->steps, columns = w.columns;
+        const int64_t ahead = HEIGHT * w.data_stride, whole_units = columns / UNIT;
+        Tile* to = this->to;
+        uint64_t i = next;
+        const uint64_t end = std::min(next + pieces, count);
+        for (; i < end; i++) {
+            const uint64_t u = i / HEIGHT, r = i % HEIGHT;
+            const int64_t unit = first + u;
+            __builtin_prefetch(row[r].plane[0] + unit * 8 * width_of(0) + ahead, 0, 2);
+            const __m512i codes = __builtin_expect(unit < whole_units, 1) ? codes64<false>(row[r], unit, columns)
+                                                                          : codes64<true>(row[r], unit, columns);
+            char* at = to[r / SIDE * steps + 2 * u].row[r % SIDE];
+            write(codes, scales + r * groups, zeros + r * groups, places[unit], at, at + sizeof(Tile));
+        }
+        next = i;
+    }
+
+    static INLINE void write(__m512i codes, const float* scale, const float* zero, const Place& place, char* even,
+                             char* odd) {
+        const int64_t g = place.half[0];
+        if constexpr (Way::BY_TABLE) {
+            auto table_of = [&](int64_t g) __attribute__((always_inline)) {
+                const __m512 all = bits_of<__m512>(numbers(FIRST_CODES));
+                return _mm512_mul_ps(_mm512_sub_ps(all, _mm512_set1_ps(zero[g])), _mm512_set1_ps(scale[g]));
+            };
+            __m512i table, second = _mm512_srli_epi16(codes, 8);
+            if (Way::WHOLE) {
+                table = _mm512_castsi256_si512(bits_of<__m256i>(_mm512_cvtneps_pbh(table_of(g))));
+            } else {
+                table = bits_of<__m512i>(_mm512_cvtne2ps_pbh(table_of(place.half[1]), table_of(g)));
+                const __m512i half = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
+                codes = _mm512_or_si512(codes, half), second = _mm512_or_si512(second, half);
+            }
+            _mm512_store_si512(even, _mm512_permutexvar_epi16(codes, table));
+            _mm512_store_si512(odd, _mm512_permutexvar_epi16(second, table));
+        } else {
+            auto side = [&](const float* from) __attribute__((always_inline)) {
+                if (Way::WHOLE) return _mm512_set1_ps(from[g]);
+                return _mm512_permutexvar_ps(place.lane, _mm512_loadu_ps(from + g));
+            };
+            const __m512 s = side(scale), shift = _mm512_mul_ps(s, side(zero));
+            auto value = [&](__m512i codes) __attribute__((always_inline)) {
+                return _mm512_fmsub_ps(bits_of<__m512>(numbers(bits_of<i32x16>(codes))), s, shift);
+            };
+            const __m512i byte = _mm512_set1_epi32(255);
+            const __m512 code0 = value(_mm512_and_si512(codes, byte));
+            const __m512 code1 = value(_mm512_and_si512(_mm512_srli_epi32(codes, 8), byte));
+            const __m512 code2 = value(_mm512_and_si512(_mm512_srli_epi32(codes, 16), byte));
+            const __m512 code3 = value(_mm512_srli_epi32(codes, 24));
+            _mm512_store_si512(even, bits_of<__m512i>(_mm512_cvtne2ps_pbh(code2, code0)));
+            _mm512_store_si512(odd, bits_of<__m512i>(_mm512_cvtne2ps_pbh(code3, code1)));
+        }
+    }
+};
+
+// A panel times one or two tiles of x's rows; sums of an output's tiles lie side by side, those of the others `apart`.
+template <int WIDTH, typename Way>
+void multiply_panel(const Tile* panel, const Tile* x, int64_t steps, bool first, Tile* sums, int64_t apart,
+                    Filler<Way>& filler, int64_t pieces) {
+    if (first) {
+        zero_tile<0>(), zero_tile<1>();
+        if (WIDTH == 2) zero_tile<2>(), zero_tile<3>();
+    } else {
+        load_tile<0>(sums), load_tile<1>(sums + apart);
+        if (WIDTH == 2) load_tile<2>(sums + 1), load_tile<3>(sums + apart + 1);
+    }
+    for (int64_t s = 0; s < steps; s++) {
+        load_tile<4>(panel + s), load_tile<6>(x + s);
+        multiply_pairs<0, 4, 6>();
+        load_tile<5>(panel + steps + s);
+        multiply_pairs<1, 5, 6>();
+        if (WIDTH == 2) {
+            load_tile<7>(x + steps + s);
+            multiply_pairs<2, 4, 7>();
+            multiply_pairs<3, 5, 7>();
+        }
+        filler.some(pieces);
+    }
+    store_tile<0>(sums), store_tile<1>(sums + apart);
+    if (WIDTH == 2) store_tile<2>(sums + 1), store_tile<3>(sums + apart + 1);
+}
+
+// What a thread does at a time: some panels of outputs, and rows of x, by all inputs.
+template <typename Way> struct Block {
+    const Weight& w;
+    const std::vector<Place>& places;
+    const Tile* packed;
+    int64_t x_rows;
+    const Output& out;
+
+    int64_t units() const { return (w.columns + UNIT - 1) / UNIT; }
+    int64_t x_tiles() const { return whole(x_rows, SIDE) / SIDE; }
+
+    static int64_t bytes(int64_t panels, int64_t x_tiles, int64_t groups) {
+        return (2 * 2 * STEPS + 2 * panels * x_tiles) * sizeof(Tile) +
+               (2 * panels * HEIGHT * groups + LANES) * sizeof(float);
+    }
+
+    // Outputs from n on, and x's tiles first … last - 1.
+    void run(int64_t n, int64_t panels, int64_t first, int64_t last, Tile* memory) const {
+        const int64_t groups = whole(w.groups()), width = last - first, jobs = (units() + UNITS - 1) / UNITS * panels;
+        Tile *panel = memory, *sums = memory + 2 * 2 * STEPS;
+        float *scales = (float*)(sums + 2 * panels * width), *zeros = scales + panels * HEIGHT * groups;
+        for (int64_t r = 0; r < panels * HEIGHT; r++)
+            w.sides(scales + r * groups, zeros + r * groups, std::min(n + r, w.rows - 1));
+        auto units_of = [&](int64_t job) { return std::min(UNITS, units() - job / panels * UNITS); };
+        Filler<Way> filler{w, places.data(), groups};
+        auto begin = [&](int64_t job) {
+            const int64_t r = job % panels * HEIGHT;
+            filler.start(n + r, scales + r * groups, zeros + r * groups, job / panels * DEPTH, units_of(job),
+                         panel + job % 2 * 2 * STEPS);
+        };
+        begin(0);
+        for (int64_t job = 0; job < jobs; job++) {
+            filler.some(filler.count);
+            if (job + 1 < jobs) begin(job + 1);
+            const int64_t steps = 2 * units_of(job), products = (width + 1) / 2 * steps;
+            const int64_t pieces = (filler.count - filler.next + products - 1) / products;
+            const Tile *from = panel + job % 2 * 2 * STEPS, *x = packed + job / panels * STEPS * x_tiles();
+            Tile* to = sums + job % panels * 2 * width;
+            for (int64_t m = 0; m < width; m += 2) {
+                const auto multiply = m + 1 < width ? multiply_panel<2, Way> : multiply_panel<1, Way>;
+                multiply(from, x + (first + m) * steps, steps, job < panels, to + m, width, filler, pieces);
+            }
+        }
+        for (int64_t v = 0; v < 2 * panels && n + v * SIDE < w.rows; v++)
+            for (int64_t m = first; m < last; m++) write(n + v * SIDE, m * SIDE, sums[v * width + m - first]);
+    }
+
+    void write(int64_t n, int64_t m, const Tile& sums) const {
+        __m512i v[16];
+        for (int i = 0; i < 16; i++) v[i] = _mm512_load_si512(sums.row[i]);
+        transpose16(v);
+        for (int64_t i = 0; i < std::min(SIDE, x_rows - m); i++)
+            out.write(m + i, n, std::min(SIDE, w.rows - n), bits_of<f32x16>(v[i]));
+    }
+};
+
+template <typename Way>
+void many_rows(const Weight& w, const uint16_t* x, int64_t x_rows, int64_t x_stride, const Output& out, int threads) {
+    const int64_t units = (w.columns + UNIT - 1) / UNIT, x_tiles = whole(x_rows, SIDE) / SIDE;
+    const int64_t all_panels = whole(w.rows, HEIGHT) / HEIGHT, most = MOST_ROWS / SIDE;
+    // Rows of x are parted where there are more threads than panels, and so that the sums stay in the cache.
+    const int64_t parts = std::max((x_tiles + most - 1) / most, std::min((2 * threads + all_panels - 1) / all_panels,
+                                                                        (x_tiles + 3) / 4));
+    const int64_t part = whole((x_tiles + parts - 1) / parts, 2);
+    const int64_t panels = std::max<int64_t>(1, std::min(MOST_PANELS, all_panels * parts / (4 * threads)));
+    const std::vector<Place> places = places_of(w);
+    Scratch x_scratch;
+    Tile* packed = x_scratch.get<Tile>(x_tiles * 2 * units);
+    const Block<Way> block{w, places, packed, x_rows, out};
+#pragma omp parallel num_threads(threads)
+    {
+        static thread_local Scratch scratch;
+        Tile* memory = (Tile*)scratch.get<char>(block.bytes(panels, part, whole(w.groups())));
+#pragma omp for collapse(2)
+        for (int64_t m = 0; m < x_tiles; m++)
+            for (int64_t u = 0; u < units; u += UNITS) {
+                const int64_t count = std::min(UNITS, units - u);
+                pack_rows<Way::BY_TABLE>(x + m * SIDE * x_stride, x_stride, std::min(SIDE, x_rows - m * SIDE),
+                                         w.columns, u * UNIT, count, packed + 2 * (u * x_tiles + m * count));
+            }
+        const Tiles tiles;
+#pragma omp for collapse(2) schedule(dynamic)
+        for (int64_t p = 0; p < all_panels; p += panels)
+            for (int64_t m = 0; m < x_tiles; m += part)
+                block.run(p * HEIGHT, std::min(panels, all_panels - p), m, std::min(m + part, x_tiles), memory);
+    }
+}
+
+}  // namespace tiled
+}  // namespace
+#endif
+
+// x in bfloat16
+extern "C" void many_rows_tiles(WEIGHT_ARGUMENTS, const void* x, int64_t x_rows, int64_t x_stride, int kind, void* y,
+                                const void* bias, int bias_kind, int threads) {
+#ifdef HAS_TILES
+    const Weight w = WEIGHT;
+    const Output out = {y, bias, rows, kind, bias_kind};
+    const bool whole = w.group % UNIT == 0 || w.groups() == 1;
+    const auto multiply = whole                             ? tiled::many_rows<tiled::Way<FEW_VALUES, true>>
+                          : FEW_VALUES && w.group % 32 == 0 ? tiled::many_rows<tiled::Way<FEW_VALUES, false>>
+                                                            : tiled::many_rows<tiled::Way<false, false>>;
+    multiply(w, (const uint16_t*)x, x_rows, x_stride, out, threads);
+#endif
+}
