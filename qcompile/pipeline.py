@@ -19,6 +19,7 @@ from qcompile.graph.match import Miss, module_path
 from qcompile.graph.rewrite import PassResult, Rewriter, Rule, apply
 from qcompile.normal import normalizing_passes
 from qcompile.ops.registry import MEANING
+from qcompile.passes.advance_lengths import AdvanceLengths
 from qcompile.passes.fuse_attention import FuseAttention
 from qcompile.passes.fuse_attention_cache import FuseAttentionCache
 from qcompile.passes.fuse_attention_codes import FuseAttentionCodes
@@ -105,6 +106,7 @@ def default_passes(config: Config) -> list[Rule[Any]]:
     passes += _confined(config, ("any", FuseSiblings()), ("rope", FuseRope()))
     # After siblings: gate and up are halves of one tensor, and a linear with an activation is no sibling.
     passes += _confined(config, ("mlp", FuseMlp()), ("attention", FuseAttention()), ("attention", FuseAttentionCodes()))
+    passes += [AdvanceLengths()]
     passes += _confined(config, ("attention", FuseRopeCache()), ("attention", FuseAttentionCache()))
     # After siblings and MLPs, which are fused while their linears are linears.
     passes += [QuantizeActivation(), *_confined(config, ("mlp", FuseGatedCodes()))]
