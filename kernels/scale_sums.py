@@ -58,9 +58,11 @@ def _scale_sums(
     m = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = n < N
-    sums = tl.load(parts_ptr + m * N + n, mask=inside)
-    for part in tl.static_range(1, PARTS):
-        sums += tl.load(parts_ptr + part * part_stride.to(tl.int64) + m * N + n, mask=inside)
+    at = parts_ptr + m * N + n
+    sums = tl.load(at, mask=inside)
+    for _ in tl.static_range(1, PARTS):
+        at += part_stride
+        sums += tl.load(at, mask=inside)
     y = sums.to(tl.float32) * tl.load(step_ptr + m * step_stride)
     if scale_ptr is not None:
         y *= tl.load(scale_ptr + n * scale_stride, mask=inside, other=0.0)

@@ -47,8 +47,11 @@ def exact(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, so
 
 @each_shape
 @pytest.mark.parametrize("tile", TILES, ids=str)
-def test_without_mask(shape: Any, tile: AttentionTile, heads: Callable[..., Any], assert_close: Callable) -> None:
+def test_without_mask(
+    shape: Any, tile: AttentionTile, heads: Callable[..., Any], assert_close: Callable, chosen_for: Callable
+) -> None:
     q, k, v = heads(*shape)
+    chosen_for(tile, q, v)
     assert_close(attention_decode.attend(q, k, v, None, 0.2, tile), exact(q, k, v, None, 0.2))
 
 
@@ -122,9 +125,12 @@ def test_large_logits(heads: Callable, assert_close: Callable) -> None:
 
 @each_shape
 @pytest.mark.parametrize("tile", TILES, ids=str)
-def test_soft_capping(shape: Any, tile: AttentionTile, heads: Callable[..., Any], assert_close: Callable) -> None:
+def test_soft_capping(
+    shape: Any, tile: AttentionTile, heads: Callable[..., Any], assert_close: Callable, chosen_for: Callable
+) -> None:
     """Of logits far below the cap, and far above it; with keys that a mask hides."""
     q, k, v = heads(*shape)
+    chosen_for(tile, q, v)
     mask = (torch.rand(k.shape[2]) < 0.6).index_fill(0, torch.tensor([0]), True).to(q.device)
     for cap, seen in ((0.5, mask), (50.0, None)):
         got = attention_decode.attend(q, k, v, seen, 0.3, tile, cap)

@@ -54,10 +54,12 @@ def check(args: list[Tensor], mask: Tensor | None, assert_close: Callable, softc
 @pytest.mark.parametrize("masked", ["not", "boolean", "additive"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_meaning(
-    shape: Any, masked: str, tile: AttentionTile, arguments: Callable, assert_close: Callable, monkeypatch: Any
-) -> None:
+    shape: Any, masked: str, tile: AttentionTile, arguments: Callable, assert_close: Callable, chosen_for: Callable,
+    monkeypatch: Any,
+) -> None:  # fmt: skip
     monkeypatch.setattr(_attention_tiles, "attention_tile", lambda *_: tile)
     args, capacity, at = arguments(*shape), shape[5], shape[6]
+    chosen_for(tile, args[0], args[2])
     seen = (torch.arange(capacity, device=args[0].device) <= at)[None, None, None]
     mask = {"not": None, "boolean": seen, "additive": torch.where(seen, 0.0, float("-inf")).to(args[0].dtype)}[masked]
     check(args, mask, assert_close)
