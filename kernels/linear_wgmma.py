@@ -1,9 +1,10 @@
 """Many rows times a quantized weight on tensor cores of Hopper: two warp groups that multiply, and warps that fetch.
 
-A tile is 128 outputs of TOKENS rows of x. A warp group turns the codes of its 64 weight rows into the first operand of
-wgmma in registers (see _operand.py); x is the second as it lies in shared memory. Each goes at its own pace: one
-unpacks while the other's products run. Four more warps copy codes and x some steps ahead, also those of the program's
-next tile. With splits > 1 the steps are dealt out to several tiles, and linear_gemm's second kernel adds their sums.
+A tile is 128 outputs of TOKENS rows of x, or 64 of a gate and its factor. A warp group turns the codes of its 64
+weight rows into the first operand of wgmma in registers (see _operand.py); x is the second as it lies in shared memory.
+Each goes at its own pace: one unpacks while the other's products run. Four more warps copy codes and x some steps
+ahead, also those of the program's next tile. With splits > 1 the steps are dealt out to several tiles, and
+linear_gemm's second kernel adds their sums.
 """
 
 from __future__ import annotations
@@ -11,11 +12,21 @@ from __future__ import annotations
 from torch import Tensor
 
 from qcompile.kernels import _tuning
-from qcompile.kernels._gluon import async_copy, barrier, gl, gluon, hopper, launch_dependents, mbarrier, wait
+from qcompile.kernels._gluon import (
+    async_copy,
+    barrier,
+    gl,
+    gluon,
+    hopper,
+    launch_dependents,
+    mbarrier,
+    row_of,
+    wait,
+)
 from qcompile.kernels._inputs import blocks, copy_inputs, input_starts, make_inputs, sums_layout
 from qcompile.kernels._operand import piece_weights, read_sides, read_words, rows_layout
 from qcompile.kernels._planes import copy_codes, make_planes, plane_starts
-from qcompile.kernels._tiles import activate, cdiv, dependent_launch, launch
+from qcompile.kernels._tiles import activate, cdiv, constexpr_function, dependent_launch, launch
 from qcompile.kernels._weight import Weight
 from qcompile.kernels.linear_gemm import in_parts
 
@@ -30,11 +41,19 @@ def wgmma(x: Tensor, weight: Weight, bias: Tensor | None, activation: str | None
     return in_parts(_launch, x, weight, bias, activation, tile, tile.splits)
 
 
+def wgmma_gated(x: Tensor, weight: Weight, bias: Tensor | None, activation: str, tile: _tuning.WgmmaTile) -> Tensor:
+    """act(gate) * factor of the halves of x @ W.T + bias, for a tile without splits."""
+    out = x.new_empty(x.shape[0], weight.rows // 2)
+    _launch(x, weight, bias, out, activation, tile, gated=True)
+    return out
+
+
 def _launch(
-    x: Tensor, weight: Weight, bias: Tensor | None, out: Tensor, activation: str | None, tile: _tuning.WgmmaTile
-) -> None:
-    (m, k), n = x.shape, weight.rows
-    tiles = cdiv(n, 128) * cdiv(m, tile.tokens) * tile.splits
+    x: Tensor, weight: Weight, bias: Tensor | None, out: Tensor, activation: str | None, tile: _tuning.WgmmaTile,
+    gated: bool = False,
+) -> None:  # fmt: skip
+    (m, k), n = x.shape, out.shape[-1]
+    tiles = cdiv(n, 64 if gated else 128) * cdiv(m, tile.tokens) * tile.splits
     launch(
         _wgmma,
         (min(tiles, _tuning.Device.of(x.device).processors),),
@@ -54,6 +73,7 @@ def _launch(
         CODES=_tuning.WGMMA_CODES,
         PIECE=max(PIECE, weight.step),
         STAGES=tile.stages,
+        GATED=gated,
         MULTIPLYING=MULTIPLYING,
         FETCHING=FETCHING,
         PDL=dependent_launch(x),
@@ -66,7 +86,8 @@ def _launch(
 def _wgmma(
     x_ptr, data_ptr, scale_ptr, zero_ptr, bias_ptr, out_ptr, M, N, K, data_stride, scale_stride, zero_stride, splits,
     W: gl.constexpr, ACTIVATION: gl.constexpr, EVEN: gl.constexpr, TOKENS: gl.constexpr, CODES: gl.constexpr,
-    PIECE: gl.constexpr, STAGES: gl.constexpr, MULTIPLYING: gl.constexpr, FETCHING: gl.constexpr, PDL: gl.constexpr,
+    PIECE: gl.constexpr, STAGES: gl.constexpr, GATED: gl.constexpr, MULTIPLYING: gl.constexpr, FETCHING: gl.constexpr,
+    PDL: gl.constexpr,
 ):  # fmt: skip
     upper, lower = make_planes(CODES, STAGES, W, 64), make_planes(CODES, STAGES, W, 64)
     xs = make_inputs(x_ptr.dtype.element_ty, TOKENS, CODES, STAGES)
@@ -79,15 +100,22 @@ def _wgmma(
     if PDL:
         launch_dependents()
         wait()
+    HALF: gl.constexpr = 32 if GATED else 64  # outputs of a warp group
     shared = (xs, full, free)
     sizes = (M, N, K, splits)
     sides = (scale_ptr, zero_ptr, scale_stride, zero_stride)
     stores = (bias_ptr, out_ptr)
     gl.warp_specialize(
         [
-            (_multiply, (upper, shared, sides, stores, 0, sizes, W, ACTIVATION, EVEN, TOKENS, CODES, PIECE, STAGES)),
-            (_multiply, (lower, shared, sides, stores, 64, sizes, W, ACTIVATION, EVEN, TOKENS, CODES, PIECE, STAGES)),
-            (_fetch, (upper, lower, shared, x_ptr, data_ptr, data_stride, sizes, W, EVEN, TOKENS, CODES, STAGES)),
+            (
+                _multiply,
+                (upper, shared, sides, stores, 0, sizes, W, ACTIVATION, EVEN, TOKENS, CODES, PIECE, STAGES, HALF),
+            ),
+            (
+                _multiply,
+                (lower, shared, sides, stores, HALF, sizes, W, ACTIVATION, EVEN, TOKENS, CODES, PIECE, STAGES, HALF),
+            ),
+            (_fetch, (upper, lower, shared, x_ptr, data_ptr, data_stride, sizes, W, EVEN, TOKENS, CODES, STAGES, HALF)),
         ],
         [4, 4],
         [MULTIPLYING, FETCHING],
@@ -95,37 +123,38 @@ def _wgmma(
 
 
 @gluon.jit
-def _tiles(sizes, TOKENS: gl.constexpr):
+def _tiles(sizes, TOKENS: gl.constexpr, HALF: gl.constexpr):
     M, N, K, splits = sizes
-    return gl.cdiv(M, TOKENS) * gl.cdiv(N, 128) * splits
+    return gl.cdiv(M, TOKENS) * gl.cdiv(N, 2 * HALF) * splits
 
 
 @gluon.jit
-def _tile(index, sizes, TOKENS: gl.constexpr, CODES: gl.constexpr):
+def _tile(index, sizes, TOKENS: gl.constexpr, CODES: gl.constexpr, HALF: gl.constexpr):
     """The first row of x and the first output of a tile, its first step and how many there are, and its part."""
     M, N, K, splits = sizes
     # Neighbouring tiles share their weights.
     blocks_m = gl.cdiv(M, TOKENS)
-    all_blocks = blocks_m * gl.cdiv(N, 128)
+    all_blocks = blocks_m * gl.cdiv(N, 2 * HALF)
     part, block = index // all_blocks, index % all_blocks
     steps = gl.cdiv(K, CODES)
     first = part * steps // splits
-    return block % blocks_m * TOKENS, block // blocks_m * 128, first, (part + 1) * steps // splits - first, part
+    first_n = block // blocks_m * (2 * HALF)
+    return block % blocks_m * TOKENS, first_n, first, (part + 1) * steps // splits - first, part
 
 
 @gluon.jit
 def _fetch(
     upper, lower, shared, x_ptr, data_ptr, data_stride, sizes, W: gl.constexpr, EVEN: gl.constexpr,
-    TOKENS: gl.constexpr, CODES: gl.constexpr, STAGES: gl.constexpr,
+    TOKENS: gl.constexpr, CODES: gl.constexpr, STAGES: gl.constexpr, HALF: gl.constexpr,
 ):  # fmt: skip
     """Bring codes and x to shared memory, step by step, as soon as a slot is free."""
     xs, full, free = shared
     M, N, K, splits = sizes
     done = 0
-    for index in range(gl.program_id(0), _tiles(sizes, TOKENS), gl.num_programs(0)):
-        first_m, first_n, first, count, part = _tile(index, sizes, TOKENS, CODES)
-        above = plane_starts(data_ptr, first_n, N, data_stride, CODES, W, 64)
-        below = plane_starts(data_ptr, first_n + 64, N, data_stride, CODES, W, 64)
+    for index in range(gl.program_id(0), _tiles(sizes, TOKENS, HALF), gl.num_programs(0)):
+        first_m, first_n, first, count, part = _tile(index, sizes, TOKENS, CODES, HALF)
+        above = plane_starts(data_ptr, first_n, N, data_stride, CODES, W, 64, HALF == 32)
+        below = plane_starts(data_ptr, first_n + HALF, N, data_stride, CODES, W, 64, HALF == 32)
         x = input_starts(x_ptr, first_m, M, K, TOKENS, CODES, gl.num_warps())
         for step in range(count):
             slot = (done + step) % STAGES
@@ -140,9 +169,10 @@ def _fetch(
 @gluon.jit
 def _multiply(
     planes, shared, sides, stores, offset, sizes, W: gl.constexpr, ACTIVATION: gl.constexpr, EVEN: gl.constexpr,
-    TOKENS: gl.constexpr, CODES: gl.constexpr, PIECE: gl.constexpr, STAGES: gl.constexpr,
+    TOKENS: gl.constexpr, CODES: gl.constexpr, PIECE: gl.constexpr, STAGES: gl.constexpr, HALF: gl.constexpr,
 ):  # fmt: skip
-    """The products of the 64 weight rows of each tile from `offset` on."""
+    """The products of 64 weight rows of each tile, which make the HALF outputs from `offset` on."""
+    GATED: gl.constexpr = HALF == 32
     WARPS: gl.constexpr = gl.num_warps()
     BLOCKS: gl.constexpr = blocks(TOKENS)
     PIECES: gl.constexpr = CODES // PIECE
@@ -152,10 +182,10 @@ def _multiply(
     scale_ptr, zero_ptr, scale_stride, zero_stride = sides
     row = gl.arange(0, 64, layout=gl.SliceLayout(1, rows_layout(1, WARPS)))
     done = 0
-    for index in range(gl.program_id(0), _tiles(sizes, TOKENS), gl.num_programs(0)):
-        first_m, first_n, first, count, part = _tile(index, sizes, TOKENS, CODES)
+    for index in range(gl.program_id(0), _tiles(sizes, TOKENS, HALF), gl.num_programs(0)):
+        first_m, first_n, first, count, part = _tile(index, sizes, TOKENS, CODES, HALF)
         first_n += offset
-        near = gl.minimum(row, N - 1 - first_n)
+        near = row_of(row, first_n, N, GATED)
         scale = scale_ptr + first_n.to(gl.int64) * scale_stride, near * scale_stride
         zero = None if zero_ptr is None else (zero_ptr + first_n.to(gl.int64) * zero_stride, near * zero_stride)
         sums = ()
@@ -189,13 +219,19 @@ def _multiply(
         done += count
         for i in gl.static_range(len(BLOCKS)):
             y = sums[i]
-            n = gl.minimum(first_n + gl.arange(0, 64, layout=gl.SliceLayout(1, y.type.layout)), N - 1)
+            n = row_of(gl.arange(0, 64, layout=gl.SliceLayout(1, y.type.layout)), first_n, N, GATED)
             if W.group == 0:
-                y *= gl.load(scale_ptr + n.to(gl.int64) * scale_stride).to(gl.float32)[:, None]
+                at = first_n.to(gl.int64) * scale_stride + n * scale_stride
+                y *= gl.load(scale_ptr + at).to(gl.float32)[:, None]
             if stores[0] is not None:
-                y += gl.load(stores[0] + n).to(gl.float32)[:, None]
-            y = activate(y, ACTIVATION).to(stores[1].dtype.element_ty)
-            _store(y, stores[1], first_n, first_m + BLOCKS[i][0], part, M, N)
+                y += gl.load(stores[0] + (first_n + n)).to(gl.float32)[:, None]
+            if GATED:
+                y = gl.convert_layout(_beside(y), pairs_layout(BLOCKS[i][1]), assert_trivial=True)
+                gate, y = gl.split(y)
+                y *= activate(gate, ACTIVATION)
+            else:
+                y = activate(y, ACTIVATION)
+            _store(y.to(stores[1].dtype.element_ty), stores[1], first_n, first_m + BLOCKS[i][0], part, M, N)
 
 
 @gluon.jit
@@ -214,11 +250,30 @@ def _waited(begun, LEFT: gl.constexpr):
 
 
 @gluon.jit
+def _beside(y):
+    """Sums of a warp's sixteen rows, those of the gate and those of the factor in a last axis."""
+    y = gl.permute(gl.reshape(y, [y.shape[0] // 16, 2, 8, y.shape[1]]), (0, 2, 3, 1))
+    return gl.reshape(y, [y.shape[0] * 8, y.shape[2], 2])
+
+
+@constexpr_function
+def pairs_layout(tokens):
+    """Of sums (32, tokens, 2) that a thread of wgmma has: a gate and its factor side by side."""
+    columns = [[0, 1 << i, 0] for i in range(tokens.bit_length() - 1)]
+    lanes = [*columns[1:3], [1, 0, 0], [2, 0, 0], [4, 0, 0]]
+    return gl.DistributedLinearLayout(
+        [[0, 0, 1], columns[0], *columns[3:]], lanes, [[8, 0, 0], [16, 0, 0]], [], [32, tokens, 2]
+    )
+
+
+@gluon.jit
 def _store(y, out_ptr, first_n, first_m, part, M, N):
     """Write y (outputs, rows of x) to a part of out (parts, M, N), 32 bytes at least together."""
     WIDE: gl.constexpr = y.dtype.primitive_bitwidth == 32
     # Numbers of 16 bits change places among the lanes of a warp, which has whole rows.
-    L: gl.constexpr = y.type.layout if WIDE else gl.BlockedLayout([8, 1], [2, 16], [gl.num_warps(), 1], [0, 1])
+    ACROSS: gl.constexpr = y.shape[0] // (8 * gl.num_warps())
+    NEAR: gl.constexpr = gl.BlockedLayout([8, 1], [ACROSS, 32 // ACROSS], [gl.num_warps(), 1], [0, 1])
+    L: gl.constexpr = y.type.layout if WIDE else NEAR
     n = first_n + gl.arange(0, y.shape[0], layout=gl.SliceLayout(1, L))
     m = first_m + gl.arange(0, y.shape[1], layout=gl.SliceLayout(0, L))
     row = part.to(gl.int64) * M + m.to(gl.int64)

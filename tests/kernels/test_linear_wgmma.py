@@ -8,7 +8,7 @@ import torch
 from qcompile.kernels import _tuning
 from qcompile.kernels._tuning import Device, WgmmaTile, wgmma_stages, wgmma_tile
 from qcompile.kernels._weight import Weight
-from qcompile.kernels.linear_wgmma import wgmma
+from qcompile.kernels.linear_wgmma import wgmma, wgmma_gated
 from qcompile.ops.activation import ACTIVATIONS
 from qcompile.ops.linear import linear
 from qcompile.quant.tensor import QTensor
@@ -55,6 +55,28 @@ def test_bias_and_activation(
     bias = torch.randn(136, device="cuda").half()
     got = wgmma(x, Weight.of(q.data, q.scale, q.zero, spec, 512), bias, activation, WgmmaTile(192, 2, splits))
     assert_close(got, linear.meaning(x.double(), q.data, q.scale, q.zero, bias.double(), spec, activation))
+
+
+@pytest.mark.parametrize("outputs", [139, 4096])
+@pytest.mark.parametrize("tokens", [128, 192, 256])
+@pytest.mark.cuda
+@pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute capability 9")
+def test_gated(
+    tokens: int, outputs: int, random_weight: Callable[..., QTensor], assert_close: Callable[..., None]
+) -> None:
+    """Halves that no tile divides, and more tiles than programs."""
+    for spec, bits, activation, dtype in (
+        ("u4/g64/asym", 4, "silu", torch.bfloat16),
+        ("i8/row/sym", 8, "gelu", torch.float16),
+    ):
+        tile = WgmmaTile(tokens, wgmma_stages(tokens, bits, H100), 1)
+        q, x = random_weight(spec, 2 * outputs, 1600, dtype), torch.randn(531, 1600, device="cuda").to(dtype)
+        bias = torch.randn(2 * outputs, device="cuda").to(dtype)
+        for given in (bias, None):
+            got = wgmma_gated(x, Weight.of(q.data, q.scale, q.zero, spec, 1600), given, activation, tile)
+            exact = None if given is None else given.double()
+            gate, up = linear.meaning(x.double(), q.data, q.scale, q.zero, exact, spec, None).chunk(2, -1)
+            assert_close(got, ACTIVATIONS[activation](gate) * up, rounded=True)
 
 
 @pytest.mark.parametrize("tile", [WgmmaTile(128, 5, 1), WgmmaTile(192, 3, 2), WgmmaTile(256, 3, 4)], ids=str)
