@@ -3,7 +3,7 @@
 Torch's attention reads a mask whole, and takes every key of a cache that a prompt fills only in part. Here blocks that
 nobody attends to are left out, and where all attend to all, which is nearly everywhere else, no mask is read: causal
 masks, windows and padding are found in the mask itself, for all heads at once. (Dao et al. 2022 and 2023,
-flash-attention; Dong et al. 2024, FlexAttention's block masks.)
+flash-attention; Dong et al. 2024, FlexAttention's block masks.) On Hopper, attention_wgmma makes the most of it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from qcompile.kernels import _attention_tiles, _tuning, attention_decode
+from qcompile.kernels import _attention_tiles, _tuning, attention_decode, attention_wgmma
 from qcompile.kernels._attention import capped, combine, is_attended, leave, partial_results
 from qcompile.kernels._tiles import (
     cdiv,
@@ -99,32 +99,21 @@ def attend(
     if out.numel() == 0 or keys == 0:
         return out.zero_()
     query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
+    if tile is None and mask is not None and attention_wgmma.refuses(query, key, value, softcap) is None:
+        mask = mask.expand(batch, heads, length, keys)
+        survey = _surveyed(query, mask, attention_wgmma.ROWS, attention_wgmma.KEYS)
+        attention_wgmma.attend(query, key, value, mask, survey, scale, out)
+        return out
     if tile is None:
         tile = _tile(query, value)
         assert tile is not None
         programs, device = batch * heads * cdiv(length, tile.rows), _tuning.Device.of(query.device)
         tile = replace(tile, splits=_attention_tiles.prompt_splits(programs, cdiv(keys, tile.keys), device))
     blocks = cdiv(length, tile.rows), cdiv(keys, tile.keys)
-    survey, mask_strides, mask_heads = None, [0, 0, 0, 0], 1
+    survey, mask_strides = None, [0, 0, 0, 0]
     if mask is not None:
-        mask_strides = list(mask.expand(batch, heads, length, keys).stride())
-        mask_heads = heads if mask_strides[1] else 1
-        mask_batch = batch if mask_strides[0] else 1
-        survey = torch.empty(mask_batch, mask_heads, *blocks, dtype=torch.int8, device=query.device)
-        launch(
-            _survey,
-            (*blocks, mask_batch * mask_heads),
-            mask,
-            survey,
-            mask_heads,
-            length,
-            keys,
-            *mask_strides,
-            BLOCK_M=tile.rows,
-            BLOCK_N=tile.keys,
-            PDL=dependent_launch(query),
-            num_warps=4,
-        )
+        mask = mask.expand(batch, heads, length, keys)
+        survey, mask_strides = _surveyed(query, mask, tile.rows, tile.keys), mask.stride()
     splits = tile.splits
     sums = parts = None
     if splits > 1:
@@ -165,6 +154,27 @@ def attend(
     if sums is not None and parts is not None:
         combine(sums, parts, out)
     return out
+
+
+def _surveyed(query: Tensor, mask: Tensor, rows: int, keys: int) -> Tensor:
+    """What `_survey` finds in each block of so many rows and keys of an expanded mask: i8[batch or 1, heads or 1]."""
+    batch, heads = (size if stride else 1 for size, stride in zip(mask.shape[:2], mask.stride()[:2]))
+    blocks = cdiv(mask.shape[2], rows), cdiv(mask.shape[3], keys)
+    survey = torch.empty(batch, heads, *blocks, dtype=torch.int8, device=mask.device)
+    launch(
+        _survey,
+        (*blocks, batch * heads),
+        mask,
+        survey,
+        heads,
+        *mask.shape[2:],
+        *mask.stride(),
+        BLOCK_M=rows,
+        BLOCK_N=keys,
+        PDL=dependent_launch(query),
+        num_warps=4,
+    )
+    return survey
 
 
 @triton.jit
@@ -226,11 +236,10 @@ def _step(
         base = tl.where(new_top == float("-inf"), 0.0, new_top)
         # The difference first: a mask may be the lowest number there is.
         p = tl.exp2((logits - base) * LOG2_E)
-    p = p.to(v.dtype)
     shrink = tl.exp2((top - base) * LOG2_E)
-    # Of weights as they are multiplied: what rounding takes from both cancels.
-    total = total * shrink + tl.sum(p.to(tl.float32), 1, keep_dims=True)
-    return tl.dot(p, v, y * shrink, input_precision="ieee"), new_top, total
+    # Of weights before they are rounded: to read them back costs more than exponents do.
+    total = total * shrink + tl.sum(p, 1, keep_dims=True)
+    return tl.dot(p.to(v.dtype), v, y * shrink, input_precision="ieee"), new_top, total
 
 
 @triton.jit

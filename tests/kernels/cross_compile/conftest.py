@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from qcompile.kernels._gluon import gl
 from qcompile.kernels._tuning import Device
 
 # The interpreter does not compile.
@@ -145,3 +146,28 @@ def told() -> Callable[[Any, str], str]:
             return subprocess.run([tool, option, file.name], capture_output=True, text=True).stdout
 
     return ask
+
+
+@pytest.fixture
+def described() -> Callable[[str, int, int], str]:
+    """`described("bf16", 64, 128)`: the type of what the copy engine takes 64 rows of 128 columns of at a time."""
+
+    def describe(element: str, rows: int, columns: int) -> str:
+        return (
+            f"tensordesc<{element}[{rows},{columns}],{gl.NVMMASharedLayout(128, 16 if element == 'bf16' else 8, 2)!r}>"
+        )
+
+    return describe
+
+
+@pytest.fixture
+def assert_overlaps(told: Callable[[Any, str], str]) -> Callable[[Any], None]:
+    """ptxas makes each product of warp groups wait for the one before it where it cannot tell who writes the sums
+    (C7515)."""
+
+    def check(kernel: Any) -> None:
+        code = told(kernel, "-sass")
+        products = code.count("GMMA.64x")
+        assert not products or code.count("WARPGROUP.DEPBAR") < products
+
+    return check

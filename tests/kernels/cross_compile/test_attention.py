@@ -12,6 +12,7 @@ from qcompile.kernels import (
     attention_decode,
     attention_into_cache,
     attention_prompt,
+    attention_wgmma,
 )
 from qcompile.kernels._tuning import Device
 
@@ -69,11 +70,28 @@ def test_prompt(chip: Device, compiled: Callable, assert_fits: Callable, width: 
     assert_fits(compiled(attention_prompt._survey, 4, **blocks))
 
 
-def test_into_cache(chip: Device, compiled: Callable, assert_fits: Callable) -> None:
-    tile = _attention_tiles.attention_tile(8, 4, 1024, 128, 2, chip)
+@pytest.mark.parametrize("gpu", [90], indirect=True)
+@pytest.mark.parametrize(("width", "mask"), [(128, "*i1"), (128, "*bf16"), (64, "*i1")])
+def test_wgmma(
+    compiled: Callable, assert_fits: Callable, assert_overlaps: Callable, described: Callable, width: int, mask: str
+) -> None:
+    keys = described("bf16", attention_wgmma.KEYS, width)
+    types = {"k": keys, "v": keys, "survey_ptr": "*i8", "mask_ptr": mask, "scale": "fp32"}
+    sizes = {"D": width, "BLOCKS": 16, "mask_column": 1, "registers": attention_wgmma.REGISTERS}
+    sizes |= {"ROWS": attention_wgmma.ROWS, "KEYS": attention_wgmma.KEYS, "STAGES": attention_wgmma.STAGES}
+    kernel = compiled(attention_wgmma._attend, 4, types=types, **sizes)
+    assert_fits(kernel)
+    assert_overlaps(kernel)
+
+
+@pytest.mark.parametrize("batch", [1, 16])
+def test_into_cache(chip: Device, compiled: Callable, assert_fits: Callable, batch: int) -> None:
+    tile = _attention_tiles.attention_tile(8 * batch, 4, 1024, 128, 2, chip)
     sizes = sizes_of(128) | {"BLOCK_M": tile.rows, "BLOCK_N": tile.keys, "BESIDE": tile.beside, "SCAN": 1024}
-    constants = sizes | {"FETCHED": attention_into_cache.FETCHED, "EARLY": True, "mask_column": 1}
-    assert_fits(compiled(attention_into_cache._step, tile.warps, tile.stages, ("softcap",), **constants))
+    fetched = attention_into_cache.FETCHED if tile.splits > 1 else attention_into_cache.FETCHED_ALONE
+    constants = sizes | {"FETCHED": fetched, "EARLY": True, "mask_column": 1}
+    absent = absent_of(128, tile.splits)
+    assert_fits(compiled(attention_into_cache._step, tile.warps, tile.stages, absent, **constants))
 
 
 def test_combine(compiled: Callable, assert_fits: Callable) -> None:

@@ -148,7 +148,10 @@ def test_mma(
 
 
 @pytest.mark.parametrize("gpu", [90], indirect=True)
-@pytest.mark.parametrize(("spec", "tokens", "stack"), [(U4, 128, 32), (U4, 192, 32), (U4, 256, 256), (I3, 128, 32)])
+@pytest.mark.parametrize(
+    ("spec", "tokens", "gated", "stack"),
+    [(U4, 128, False, 32), (U4, 192, True, 32), (U4, 256, False, 256), (U4, 256, True, 256), (I3, 128, False, 32)],
+)
 def test_wgmma(
     chip: Device,
     compiled: Callable,
@@ -156,12 +159,13 @@ def test_wgmma(
     assert_overlaps: Callable,
     spec: str,
     tokens: int,
+    gated: bool,
     stack: int,
 ) -> None:
     """The widest tiles have most of their registers for sums, and keep in memory what they need once a tile."""
     layout = Layout.of(spec)
     stages = _tuning.wgmma_stages(tokens, layout.bits, chip)
-    sizes = {"TOKENS": tokens, "CODES": _tuning.WGMMA_CODES, "STAGES": stages, "ACTIVATION": "silu"}
+    sizes = {"TOKENS": tokens, "CODES": _tuning.WGMMA_CODES, "STAGES": stages, "ACTIVATION": "silu", "GATED": gated}
     sizes |= {"PIECE": max(linear_wgmma.PIECE, 16 * layout.fields), "registers": linear_wgmma.LAUNCHED}
     sizes |= {"MULTIPLYING": linear_wgmma.MULTIPLYING, "FETCHING": linear_wgmma.FETCHING}
     absent = absent_of(spec)
@@ -178,6 +182,7 @@ def test_codes(
     compiled: Callable,
     assert_fits: Callable,
     assert_overlaps: Callable,
+    described: Callable,
     element: str,
     rows: int,
     inputs: int,
@@ -195,21 +200,3 @@ def test_codes(
     kernel = compiled(linear_codes._products, 4, absent=absent, types=types, ACTIVATION=activation, **sizes)
     assert_fits(kernel, 32 if integers else 96)
     assert_overlaps(kernel)
-
-
-def described(element: str, rows: int, columns: int) -> str:
-    """The type of what the copy engine takes (rows, columns) of at a time."""
-    return f"tensordesc<{element}[{rows},{columns}],{linear_codes._layout(16 if element == 'bf16' else 8)!r}>"
-
-
-@pytest.fixture
-def assert_overlaps(told: Callable[[Any, str], str]) -> Callable[[Any], None]:
-    """ptxas makes each product of warp groups wait for the one before it where it cannot tell who writes the sums
-    (C7515)."""
-
-    def check(kernel: Any) -> None:
-        code = told(kernel, "-sass")
-        products = code.count("GMMA.64x")
-        assert not products or code.count("WARPGROUP.DEPBAR") < products
-
-    return check
