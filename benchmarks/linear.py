@@ -16,7 +16,7 @@ import itertools
 import json
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -128,17 +128,17 @@ def product_rate() -> float:
     return 2 * 8192**3 / median_us([partial(torch.mm, a, b)], 4) * 1e6
 
 
-def of_layers(details: Sequence[Row]) -> list[Row]:
-    """Sums over the four linears of a layer, where all four were timed."""
+def of_layers(details: Sequence[Row], shapes: Collection[str] = LAYER) -> list[Row]:
+    """Sums over these linears, where all of them were timed."""
     found: dict[tuple[str, int], list[Row]] = defaultdict(list)
     for detail in details:
-        if detail["shape"] in LAYER:
+        if detail["shape"] in shapes:
             found[detail["kind"], detail["rows"]].append(detail)
     keys = ("us", "limit_us", "bf16_us")
     return [
         {"kind": kind, "shape": "layer", "rows": m} | {key: sum(part[key] for part in parts) for key in keys}
         for (kind, m), parts in found.items()
-        if len(parts) == len(LAYER) and all(part["bf16_us"] for part in parts)
+        if len(parts) == len(shapes) and all(part["bf16_us"] for part in parts)
     ]
 
 
@@ -157,12 +157,15 @@ def tabulate_rows(report: Report) -> None:
 
 
 def plot(source: Path, path: Path) -> Path:
-    """Of the four linears of a layer, over the rows: how many times as fast as bf16, and how much of the limit."""
+    """Of those of a layer's linears that were timed, over the rows: how many times as fast as bf16, and how much of the
+    limit."""
     import matplotlib.pyplot as plt  # type: ignore[import-not-found]
 
     run = json.loads(source.read_text())
+    timed = {detail["shape"] for detail in run["details"]["linear"]}
+    shapes = [shape for shape in LAYER if shape in timed]
     lines: dict[str, list[Row]] = defaultdict(list)
-    for one in of_layers(run["details"]["linear"]):
+    for one in of_layers(run["details"]["linear"], shapes):
         lines[one["kind"]].append(one)
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharex=True)
     for name, points in lines.items():
@@ -176,7 +179,7 @@ def plot(source: Path, path: Path) -> Path:
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
     axes[1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
-    figure.suptitle(f"The four linears of a layer of Llama-3-8B. {run['where']}", fontsize=9)
+    figure.suptitle(f"{', '.join(shapes)} of a layer of Llama-3-8B. {run['where']}", fontsize=9)
     figure.tight_layout()
     figure.savefig(path)
     return path
