@@ -86,11 +86,12 @@ INLINE void unpack_step(__m512i (&w)[FIELDS], const At& at, int64_t r, int64_t c
         for (int p = 0; p < PLANES; p++) {
             // Nothing shifts bytes: words are shifted, and what crosses over is masked.
             const int width = width_of(p), low = low_of(p), shift = field * width - low;
-            __m512i part = shift > 0   ? _mm512_srli_epi16(v[p], shift)
-                           : shift < 0 ? _mm512_slli_epi16(v[p], -shift)
-                                       : v[p];
-            if (width < 8) part = _mm512_and_si512(part, _mm512_set1_epi8(((1 << width) - 1) << low));
-            w[field] = p ? _mm512_or_si512(w[field], part) : part;
+            const __m512i part = shift > 0   ? _mm512_srli_epi16(v[p], shift)
+                                 : shift < 0 ? _mm512_slli_epi16(v[p], -shift)
+                                             : v[p];
+            const __m512i mask = _mm512_set1_epi8(((1 << width) - 1) << low);
+            if (p) w[field] = _mm512_ternarylogic_epi32(w[field], part, mask, 0xf8);  // w | part & mask
+            else w[field] = width < 8 ? _mm512_and_si512(part, mask) : part;
         }
     }
 }
