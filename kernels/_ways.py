@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from qcompile.kernels import _gluon, _tuning
+from qcompile.kernels import _gluon, _tuning, _turns
 from qcompile.kernels._tiles import cdiv, power_of_two
-from qcompile.kernels._tuning import DequantizeTile, Device, DotTile, FewTile, GemmTile, GemvTile, MmaTile, WgmmaTile
+from qcompile.kernels._tuning import DequantizeTile, Device, DotTile, FewTile, GemmTile, GemvTile, MmaTile
+from qcompile.kernels._turns import WgmmaTile
 from qcompile.kernels._weight import Layout
 from qcompile.kernels.linear_few import can_sum
 
@@ -80,7 +81,7 @@ def tile_of(way: str, product: Product, device: Device) -> Tile:
     if way == "mma":
         return _tuning.mma_tile(rows, outputs, inputs, bits, device)
     if way == "wgmma":
-        return _tuning.wgmma_tile(rows, outputs, inputs, bits, device)
+        return _turns.wgmma_tile(rows, outputs, inputs, bits, device)
     if way == "gemv":
         return _tuning.gemv_tile(rows, outputs, inputs, step)
     if way == "gemm":
@@ -151,8 +152,8 @@ def fits(choice: Choice, product: Product, device: Device) -> bool:
         whole = tile.codes >= max(64, step) and tile.stages >= (3 if tile.warp_groups else 2) and tile.warps % 4 == 0
         return whole and tile.splits * tile.codes <= product.inputs and tile.stages * a_stage <= shared
     if isinstance(tile, WgmmaTile):
-        whole = tile.tokens % 32 == 0 and tile.tokens <= 256 and tile.splits * _tuning.WGMMA_CODES <= product.inputs
-        return whole and 2 <= tile.stages <= _tuning.wgmma_stages(tile.tokens, layout.bits, device)
+        whole = tile.tokens % 32 == 0 and tile.tokens <= 256 and tile.splits * _turns.WGMMA_CODES <= product.inputs
+        return whole and 2 <= tile.stages <= _turns.wgmma_stages(tile.tokens, layout.bits, device)
     if isinstance(tile, GemmTile):
         a_stage = tile.chunks * (tile.rows * step * 2 + tile.outputs * 16 * 2)
         return min(tile.rows, tile.outputs) >= 16 and tile.stages * a_stage <= shared

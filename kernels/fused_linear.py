@@ -10,7 +10,7 @@ import math
 
 from torch import Tensor
 
-from qcompile.kernels import _gluon, _tuning, linear_cuda
+from qcompile.kernels import _gluon, _tuning, _turns, linear_cuda
 from qcompile.kernels._gluon import can_read
 from qcompile.kernels._tables import choose
 from qcompile.kernels._ways import Product
@@ -69,7 +69,7 @@ def fused_linear_cuda(
     assert gated and activation is not None and eps is None and residual is None
     if isinstance(tile, _tuning.MmaTile) and tile.splits == 1:
         return mma_gated(rows, weight, bias, activation, tile).reshape(shape)
-    if isinstance(tile, _tuning.WgmmaTile) and tile.splits == 1:
+    if isinstance(tile, _turns.WgmmaTile) and tile.splits == 1:
         return wgmma_gated(rows, weight, bias, activation, tile).reshape(shape)
     if isinstance(tile, _tuning.FewTile) and tile.parts == 1:
         return few_gated(rows, weight, bias, activation, tile).reshape(shape)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qcompile.kernels import _tuning
+from qcompile.kernels import _turns
 from qcompile.kernels._gluon import (
     TensorDescriptor,
     begin_load,
@@ -30,8 +30,8 @@ from qcompile.kernels._gluon import (
 from qcompile.kernels._tiles import INTERPRET, activate, cdiv, constexpr, dependent_launch, launch
 from qcompile.kernels.scale_sums import scale_sums
 
-OUTPUTS = _tuning.PRODUCT_OUTPUTS
-CODES = _tuning.PRODUCT_CODES
+OUTPUTS = _turns.PRODUCT_OUTPUTS
+CODES = _turns.PRODUCT_CODES
 # Registers of a thread: when the kernel starts, and later those of a group that multiplies and of the warp that copies.
 REGISTERS, MULTIPLYING, COPYING = 168, constexpr(240), constexpr(24)
 
@@ -59,7 +59,7 @@ def multiply_codes(
     bias: Tensor | None,
     activation: str | None,
     dtype: torch.dtype,
-    tile: _tuning.ProductTile,
+    tile: _turns.ProductTile,
 ) -> Tensor:
     """act(codes @ W.T * step by row * scale by output + bias), for contiguous codes (M, K) and data (N, K).
 

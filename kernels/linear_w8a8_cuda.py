@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qcompile.kernels import _tuning, linear_codes, linear_cuda
+from qcompile.kernels import _tuning, _turns, linear_codes, linear_cuda
 from qcompile.kernels._tiles import INTERPRET
 from qcompile.kernels.scale_sums import scale_sums
 from qcompile.ops.linear_w8a8 import linear_w8a8
@@ -76,7 +76,7 @@ def linear_codes_cuda(
     scale = scale.reshape(-1).to(torch.float32)
     if linear_codes.refuses(rows, data, dtype) is None:
         integers, device = rows.dtype == torch.int8, _tuning.Device.of(rows.device)
-        tile = _tuning.product_tile(rows.shape[0], outputs, columns, integers, device)
+        tile = _turns.product_tile(rows.shape[0], outputs, columns, integers, device)
         return linear_codes.multiply_codes(rows, step, data, scale, bias, activation, dtype, tile).reshape(shape)
     return _by_torch(rows, step, data, scale, bias, activation, dtype).reshape(shape)
 

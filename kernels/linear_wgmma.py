@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from qcompile.kernels import _tuning
+from qcompile.kernels import _tuning, _turns
 from qcompile.kernels._gluon import (
     async_copy,
     barrier,
@@ -36,12 +36,12 @@ PIECE = 64
 MULTIPLYING, FETCHING, LAUNCHED = 208, 88, 168
 
 
-def wgmma(x: Tensor, weight: Weight, bias: Tensor | None, activation: str | None, tile: _tuning.WgmmaTile) -> Tensor:
+def wgmma(x: Tensor, weight: Weight, bias: Tensor | None, activation: str | None, tile: _turns.WgmmaTile) -> Tensor:
     """act(x @ W.T + bias) for contiguous x (M, K) that _gluon.can_read."""
     return in_parts(_launch, x, weight, bias, activation, tile, tile.splits)
 
 
-def wgmma_gated(x: Tensor, weight: Weight, bias: Tensor | None, activation: str, tile: _tuning.WgmmaTile) -> Tensor:
+def wgmma_gated(x: Tensor, weight: Weight, bias: Tensor | None, activation: str, tile: _turns.WgmmaTile) -> Tensor:
     """act(gate) * factor of the halves of x @ W.T + bias, for a tile without splits."""
     out = x.new_empty(x.shape[0], weight.rows // 2)
     _launch(x, weight, bias, out, activation, tile, gated=True)
@@ -49,7 +49,7 @@ def wgmma_gated(x: Tensor, weight: Weight, bias: Tensor | None, activation: str,
 
 
 def _launch(
-    x: Tensor, weight: Weight, bias: Tensor | None, out: Tensor, activation: str | None, tile: _tuning.WgmmaTile,
+    x: Tensor, weight: Weight, bias: Tensor | None, out: Tensor, activation: str | None, tile: _turns.WgmmaTile,
     gated: bool = False,
 ) -> None:  # fmt: skip
     (m, k), n = x.shape, out.shape[-1]
@@ -68,9 +68,9 @@ def _launch(
         tile.splits,
         W=weight.layout,
         ACTIVATION=activation,
-        EVEN=k % _tuning.WGMMA_CODES == 0,
+        EVEN=k % _turns.WGMMA_CODES == 0,
         TOKENS=tile.tokens,
-        CODES=_tuning.WGMMA_CODES,
+        CODES=_turns.WGMMA_CODES,
         PIECE=max(PIECE, weight.step),
         STAGES=tile.stages,
         GATED=gated,

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from qcompile.kernels import _tuning
-from qcompile.kernels._tuning import Device, ProductTile, product_tile
+from qcompile.kernels import _turns
+from qcompile.kernels._tuning import Device
+from qcompile.kernels._turns import ProductTile, product_tile
 from qcompile.kernels.linear_codes import multiply_codes, refuses
 from qcompile.ops.activation import ACTIVATIONS
 
@@ -146,8 +147,8 @@ def test_tiles_fit_and_follow_the_rows(integers: bool) -> None:
     for rows in (1, 17, 64, 200, 256, 512, 3000, 100000):
         for outputs, inputs in shapes:
             tile = product_tile(rows, outputs, inputs, integers, device)
-            stage = (tile.tokens + _tuning.PRODUCT_OUTPUTS) * _tuning.PRODUCT_CODES
-            held = 2 * tile.tokens * _tuning.PRODUCT_OUTPUTS if tile.splits == 1 else 0
+            stage = (tile.tokens + _turns.PRODUCT_OUTPUTS) * _turns.PRODUCT_CODES
+            held = 2 * tile.tokens * _turns.PRODUCT_OUTPUTS if tile.splits == 1 else 0
             assert tile.stages >= 3 and tile.stages * stage + held <= device.shared_bytes
     assert [product_tile(rows, 4096, 4096, integers, device).tokens for rows in (32, 512, 2048)] == [64, 128, 256]
     assert product_tile(64, 4096, 14336, integers, device).splits == 2

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from qcompile.kernels import _tuning
-from qcompile.kernels._tuning import Device, WgmmaTile, wgmma_stages, wgmma_tile
+from qcompile.kernels._tuning import Device
+from qcompile.kernels._turns import WgmmaTile, wgmma_stages, wgmma_tile
 from qcompile.kernels._weight import Weight
 from qcompile.kernels.linear_wgmma import wgmma, wgmma_gated
 from qcompile.ops.activation import ACTIVATIONS

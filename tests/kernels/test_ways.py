@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from qcompile.kernels import _gluon
-from qcompile.kernels._tuning import Device, DotTile, FewTile, MmaTile, WgmmaTile
+from qcompile.kernels._tuning import Device, DotTile, FewTile, MmaTile
+from qcompile.kernels._turns import WgmmaTile
 from qcompile.kernels._ways import Choice, Product, by_formula, candidates, fits, product_of, tile_of
 
 H100 = Device()

@@ -8,6 +8,7 @@ import torch
 
 from qcompile.kernels import (
     _tuning,
+    _turns,
     dequantize_gpu,
     linear_codes,
     linear_dot,
@@ -164,8 +165,8 @@ def test_wgmma(
 ) -> None:
     """The widest tiles have most of their registers for sums, and keep in memory what they need once a tile."""
     layout = Layout.of(spec)
-    stages = _tuning.wgmma_stages(tokens, layout.bits, chip)
-    sizes = {"TOKENS": tokens, "CODES": _tuning.WGMMA_CODES, "STAGES": stages, "ACTIVATION": "silu", "GATED": gated}
+    stages = _turns.wgmma_stages(tokens, layout.bits, chip)
+    sizes = {"TOKENS": tokens, "CODES": _turns.WGMMA_CODES, "STAGES": stages, "ACTIVATION": "silu", "GATED": gated}
     sizes |= {"PIECE": max(linear_wgmma.PIECE, 16 * layout.fields), "registers": linear_wgmma.LAUNCHED}
     sizes |= {"MULTIPLYING": linear_wgmma.MULTIPLYING, "FETCHING": linear_wgmma.FETCHING}
     absent = absent_of(spec)
@@ -189,7 +190,7 @@ def test_codes(
 ) -> None:
     """Products of floats keep in memory what they need once a tile, where Triton 3.9 compiles them."""
     integers = element == "i8"
-    tile = _tuning.product_tile(rows, 4096, inputs, integers, chip)
+    tile = _turns.product_tile(rows, 4096, inputs, integers, chip)
     types = {"step_ptr": "*fp32", "scale_ptr": "*fp32"}
     types |= {"x": described(element, tile.at_once, 128), "w": described(element, 64, 128)}
     sums = "*i32" if integers else "*fp32"
