@@ -59,7 +59,7 @@ def decode(
     state = step.state(input_ids)
     criteria, limit = _without_known(stopping_criteria)
     if any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria):
-        state.pad = config._pad_token_tensor.to(input_ids.device)
+        state.pad = config._pad_token_tensor.to(input_ids.device, torch.int64)
         state.ends = _ends(stopping_criteria, input_ids.device)
     choose = Choice(logits_processor, config.do_sample, state, logits.shape[1], all_scores is not None, steady)
     step.as_is = choose.direct and all_logits is None
@@ -231,7 +231,7 @@ def _without_known(criteria: Any) -> tuple[Any, float]:
 def _ends(criteria: Any, device: torch.device) -> Tensor | None:
     from transformers.generation.stopping_criteria import EosTokenCriteria
 
-    ends = [c.eos_token_id.to(device).flatten() for c in criteria if type(c) is EosTokenCriteria]
+    ends = [c.eos_token_id.to(device, torch.int64).flatten() for c in criteria if type(c) is EosTokenCriteria]
     return torch.cat(ends) if ends else None
 
 

@@ -136,6 +136,7 @@ def assert_same(pair: tuple[Any, Any], given: dict[str, Any], **options: Any) ->
 CASES = {
     "greedy": {},
     "until eos": dict(eos_token_id=range(20)),
+    "until eos, of 32 bits": dict(eos_token_id=torch.arange(20).int(), pad_token_id=torch.tensor(7).int()),
     "no sooner than": dict(eos_token_id=range(20), min_new_tokens=5),
     "sampling": dict(do_sample=True),
     "until eos, sampling": dict(do_sample=True, eos_token_id=range(20)),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from qcompile.algorithms import quantize
+from qcompile.kernels import _packed_cpu as packed
 from qcompile.kernels import linear_cpu
 from qcompile.kernels.fused_linear_cpu import HANDLED, fused_anyhow, fused_packed
 from qcompile.kernels.fused_linear_cpu import ROUNDING as ROUNDING_OF_X
@@ -151,4 +152,5 @@ def test_refusals() -> None:
     assert "norm's weight is torch.float64" in why(given, norm_weight=given[1].double())
     assert "the residual is torch.float32, x torch.bfloat16" in why(given, residual=given[8].float())
     assert "rounds x as i8/token/dynamic, not as u8/token/dynamic" in why(given, rounding="u8/token/dynamic")
-    assert "up to 12 rows of torch.bfloat16" in why(given, x=given[0].expand(1, 13, 192))
+    most = linear_cpu.most_few_rows(torch.bfloat16, packed.Reader.of(given[9], 192))
+    assert f"up to {most} rows of torch.bfloat16" in why(given, x=given[0].expand(1, most + 1, 192))
