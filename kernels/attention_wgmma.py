@@ -53,15 +53,18 @@ def refuses(query: Tensor, key: Tensor, value: Tensor, softcap: float | None) ->
 def _refuses_rows(x: Tensor) -> str | None:
     """The copy engine takes rows of a matrix: those of all heads have to be in one."""
     (keys, width), row = x.shape[2:], x.stride(2)
-    if x.stride(3) != 1 or row % 8 or x.data_ptr() % 16:
+    if x.stride(3) != 1 or row < width or row % 8 or x.data_ptr() % 16:
         return "takes keys and values whose rows begin at multiples of 16 bytes"
     apart = _apart(x)
     columns = [column for _, column in apart]
-    if all(columns) or any(column % 8 or column + width > row for column in columns):
+    if all(columns) or any(column % 8 for column in columns) or _extent(x)[1] > row:
         return "takes keys and values of heads that are rows, or columns, of one matrix"
     # Behind the last key it reads what may be no numbers, unless those are keys as well.
-    if keys % KEYS and min((rows for rows, _ in apart if rows), default=keys) > keys:
-        return f"takes stretches of a cache of multiples of {KEYS} keys"
+    reached = keys
+    for rows, size in sorted((rows, size) for (rows, _), size in zip(apart, x.shape[:2])):
+        if keys % KEYS and rows > reached:
+            return f"takes stretches of a cache of multiples of {KEYS} keys"
+        reached += (size - 1) * rows
     return None
 
 
@@ -69,6 +72,12 @@ def _apart(x: Tensor) -> list[tuple[int, int]]:
     """By how many rows and columns of the matrix batches lie apart, and heads."""
     row = x.stride(2)
     return [divmod(stride if size > 1 else 0, row) for size, stride in zip(x.shape[:2], x.stride()[:2])]
+
+
+def _extent(x: Tensor) -> list[int]:
+    """How many rows and columns the matrix has in which the rows of x lie."""
+    steps = zip(*_apart(x))
+    return [own + sum((n - 1) * step for n, step in zip(x.shape, each)) for own, each in zip(x.shape[2:], steps)]
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, survey: Tensor, scale: float, out: Tensor) -> None:
@@ -107,10 +116,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, survey: Tens
 
 def _described(x: Tensor) -> Any:
     """The matrix in which the rows of x lie, of which the copy engine takes KEYS at a time."""
-    row, apart = x.stride(2), _apart(x)
-    rows = x.shape[2] + sum((size - 1) * step for size, (step, _) in zip(x.shape[:2], apart))
-    columns = x.shape[3] + sum((size - 1) * step for size, (_, step) in zip(x.shape[:2], apart))
-    return TensorDescriptor(x, [rows, columns], [row, 1], [KEYS, x.shape[3]], gl.NVMMASharedLayout(128, 16, 2))
+    return TensorDescriptor(x, _extent(x), [x.stride(2), 1], [KEYS, x.shape[3]], gl.NVMMASharedLayout(128, 16, 2))
 
 
 @gluon.jit

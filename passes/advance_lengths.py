@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from qcompile.graph.alias import aliases, is_returned, is_written, writers
+from qcompile.graph.alias import aliases, is_returned, is_written, shares_input, writers
 from qcompile.graph.match import aten, is_call, is_input, value
 from qcompile.graph.rewrite import Rewriter
 
@@ -63,7 +63,9 @@ def _advances(node: Node) -> bool:
     if value(length).dim() or is_returned(length):
         return False
     readers = [user for one in aliases(length) for user in one.users]
-    return list(writers(length)) == [node] and all(reader <= node for reader in readers)
+    if list(writers(length)) != [node] or not all(reader <= node for reader in readers):
+        return False
+    return not shares_input(length)
 
 
 def _is_position(node: Node, length: Any) -> bool:
@@ -73,4 +75,5 @@ def _is_position(node: Node, length: Any) -> bool:
     operands: Any = node.args
     if not any(is_call(arg, aten.arange.default) and arg.args[0] == 1 for arg in operands):
         return False
-    return value(node).dtype == value(length).dtype
+    at, start = value(node), value(length)
+    return (at.dtype, at.device) == (start.dtype, start.device)

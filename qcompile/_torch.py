@@ -92,6 +92,11 @@ def _faking(values: Sequence[Any]) -> Iterator[None]:
         yield
 
 
+def in_one_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors are views of one storage."""
+    return torch._C._is_alias_of(a, b)  # type: ignore[attr-defined]
+
+
 def call_on_fakes(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call `function` where some arguments, or what is nested in them, may be fake tensors."""
     with _faking(tree_leaves((args, kwargs))):

@@ -12,7 +12,8 @@ from typing import Any
 
 from torch.fx import Node
 
-from qcompile.graph.match import aten, is_call
+from qcompile import _torch
+from qcompile.graph.match import aten, is_call, is_tensor, value
 
 # Their schemas declare a new tensor; it is the old one where there is nothing to do.
 _UNDECLARED = (
@@ -68,6 +69,12 @@ def writers(node: Node) -> Iterator[Node]:
 def is_written(node: Node) -> bool:
     """Whether anything in the graph writes to the memory of `node`."""
     return any(True for _ in writers(node))
+
+
+def shares_input(node: Any) -> bool:
+    """Whether another input of the graph lies in the memory of this one, as a view of it that the caller made."""
+    others = (other for other in node.graph.find_nodes(op="placeholder") if other is not node and is_tensor(other))
+    return any(_torch.in_one_memory(value(other), value(node)) for other in others)
 
 
 def is_written_between(node: Node, end: Node) -> bool:

@@ -4,7 +4,15 @@ import torch
 from torch import nn
 
 from qcompile.graph import capture
-from qcompile.graph.alias import aliases, is_returned, is_written, is_written_between, shared_operand, storage
+from qcompile.graph.alias import (
+    aliases,
+    is_returned,
+    is_written,
+    is_written_between,
+    shared_operand,
+    shares_input,
+    storage,
+)
 
 
 class Flat(nn.Module):
@@ -76,3 +84,9 @@ def test_returned():
     n = nodes(function, torch.randn(3, 4), torch.randn(3, 4))
     assert is_returned(n["tensors_0"]) and is_returned(n["sum_1"])
     assert not is_returned(n["exp"]) and not is_returned(n["tensors_1"])
+
+
+def test_inputs_that_are_views_of_one_tensor():
+    x, y = torch.randn(3, 4), torch.randn(3, 4)
+    n = nodes(lambda x, part, y: x[0] + part + y[0], x, x[1], y)
+    assert [shares_input(n[f"tensors_{i}"]) for i in range(3)] == [True, True, False]

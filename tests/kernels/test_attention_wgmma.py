@@ -11,7 +11,11 @@ from qcompile.kernels import attention_prompt, attention_wgmma
 from qcompile.ops.attention import attention
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
-pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute capability 9")]
+
+
+def on_hopper(test: Callable[..., None]) -> Callable[..., None]:
+    return pytest.mark.cuda(pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute capability 9")(test))
+
 
 # batch, heads, kv_heads, length, keys: more than 132 programs each
 SHAPES = {
@@ -52,6 +56,7 @@ def causal(length: int, keys: int, before: int = 0) -> Tensor:
 
 
 @each_shape
+@on_hopper
 def test_causal(shape: Any, tensors: Callable[..., Any], check: Callable[..., None]) -> None:
     """A prompt in an empty cache, and one behind others."""
     q, k, v = tensors(*shape)
@@ -60,10 +65,12 @@ def test_causal(shape: Any, tensors: Callable[..., Any], check: Callable[..., No
         check(q, k, v, causal(length, keys, before)[None, None])
 
 
+@on_hopper
 def test_all_keys(tensors: Callable[..., Any], check: Callable[..., None]) -> None:
     check(*tensors(2, 32, 4, 384, 700), torch.ones(1, 1, 384, 700, dtype=torch.bool, device="cuda"))
 
 
+@on_hopper
 def test_windows_and_padding(tensors: Callable[..., Any], check: Callable[..., None]) -> None:
     """What is seen begins in the middle, and differs by sequence."""
     mask = (causal(500, 900, 400) & ~causal(500, 900, 100))[None, None].repeat(2, 1, 1, 1)
@@ -73,6 +80,7 @@ def test_windows_and_padding(tensors: Callable[..., Any], check: Callable[..., N
 
 @pytest.mark.parametrize("additive", [False, True], ids=["bool", "additive"])
 @pytest.mark.parametrize("mask_shape", [(1, 1, 1, 700), (3, 1, 300, 700), (1, 24, 300, 700)], ids=str)
+@on_hopper
 def test_masks(mask_shape: Any, additive: bool, tensors: Callable[..., Any], check: Callable[..., None]) -> None:
     q, k, v = tensors(3, 24, 6, 300, 700)
     mask = torch.rand(mask_shape, device="cuda") < 0.6
@@ -82,6 +90,7 @@ def test_masks(mask_shape: Any, additive: bool, tensors: Callable[..., Any], che
 
 
 @pytest.mark.parametrize("lowest", ["bool", "-inf", "lowest number"])
+@on_hopper
 def test_rows_that_attend_to_nothing(
     lowest: str, tensors: Callable[..., Any], assert_close: Callable[..., None]
 ) -> None:
@@ -101,6 +110,7 @@ def test_rows_that_attend_to_nothing(
         assert_close(got[:, :1, :40], v[:, :1].double().mean(2, keepdim=True).expand(1, 1, 40, -1))
 
 
+@on_hopper
 def test_keys_that_nobody_attends_to_are_not_read(tensors: Callable[..., Any], assert_close: Callable) -> None:
     q, k, v = tensors(1, 32, 8, 640, 1024)
     mask = causal(640, 1024)[None, None]
@@ -109,11 +119,13 @@ def test_keys_that_nobody_attends_to_are_not_read(tensors: Callable[..., Any], a
     assert torch.equal(attention_prompt.attend(q, k, v, mask, SCALE), want)
 
 
+@on_hopper
 def test_large_logits(tensors: Callable[..., Any], check: Callable[..., None]) -> None:
     q, k, v = tensors(1, 32, 8, 640, 640)
     check(q * 50, k, v, causal(640, 640)[None, None])
 
 
+@on_hopper
 def test_layouts(tensors: Callable[..., Any], check: Callable[..., None]) -> None:
     """As cut from a projection, heads of a token side by side; a stretch of a cache; one sequence's keys for all."""
     q, k, v = tensors(2, 32, 8, 320, 384)
@@ -128,6 +140,7 @@ def test_layouts(tensors: Callable[..., Any], check: Callable[..., None]) -> Non
     check(q, k[:1].expand(2, -1, -1, -1), v[:, :1].expand(-1, 8, -1, -1), mask)
 
 
+@on_hopper
 def test_refusals(tensors: Callable[..., Any]) -> None:
     q, k, v = tensors(2, 32, 8, 320, 320)
     refuses = attention_wgmma.refuses
@@ -138,3 +151,18 @@ def test_refusals(tensors: Callable[..., Any]) -> None:
     turned = k.transpose(2, 3).contiguous().transpose(2, 3)
     assert "16 bytes" in str(refuses(q, turned, v, None))
     assert "16 bits" in str(refuses(q.float(), k.float(), v.float(), None))
+
+
+def test_rows_of_one_matrix() -> None:
+    """What the copy engine would read of keys that lie in memory like this, without a GPU."""
+    refuses, extent = attention_wgmma._refuses_rows, attention_wgmma._extent
+    cache = torch.zeros(2, 8, 300, 64, dtype=torch.bfloat16)
+    beside = cache.transpose(1, 2).contiguous().transpose(1, 2)
+    shared = cache[:1, :1].expand(2, 8, -1, -1)
+    for x, rows, columns in ((cache, 4800, 64), (beside, 600, 512), (shared, 300, 64), (cache[:1, :4], 1200, 64)):
+        assert refuses(x) is None and extent(x) == [rows, columns]
+    assert "16 bytes" in str(refuses(cache[:, :, :1].expand(-1, -1, 300, -1))), "one row for all keys"
+    assert "multiples of 128" in str(refuses(cache[:, :4])), "other heads lie behind the fourth"
+    assert refuses(cache[:, :4, :256]) is None
+    skewed = torch.zeros(6000, dtype=torch.bfloat16).as_strided((3, 1, 9, 64), (10 * 128 + 64, 0, 128, 1))
+    assert "one matrix" in str(refuses(skewed)), "the third begins behind the end of a row"

@@ -136,6 +136,31 @@ def test_stays(graph, function):
     assert not g.apply(AdvanceLengths()).rewrites
 
 
+def test_what_is_a_view_of_another_input_stays(graph):
+    def function(x, first, other, second, third):
+        for length in (first, second, third):
+            length.add_(1)
+        return x + other
+
+    first, second, third = lengths(3)
+    g = graph(function, torch.randn(1, 4), first, first.view(1), second, third)
+    g.apply(AdvanceLengths())
+    assert (g.count(*ADDS), g.count(TOGETHER)) == (1, 1)
+
+
+@pytest.mark.parametrize("backend", ["eager", "qcompile"])
+def test_a_view_of_a_length_is_read_after_it_grew(backend):
+    def function(x, first, other, second):
+        first.add_(1)
+        second.add_(1)
+        return x + other
+
+    first, second = lengths()
+    with torch.no_grad():
+        got = torch.compile(function, backend=backend)(torch.zeros(1), first, first.view(1), second)
+    assert (got.item(), first.item(), second.item()) == (4, 4, 5)
+
+
 def test_rows_stay(graph):
     def function(first, second):
         first.add_(1)
@@ -167,7 +192,14 @@ def narrower_position(x, first, second):
     return x + at
 
 
-@pytest.mark.parametrize("function", [returned_position, written_position, narrower_position])
+def position_elsewhere(x, first, second):
+    at = torch.arange(1, device="meta") + first
+    first.add_(1)
+    second.add_(1)
+    return x + torch.zeros_like(at, device=x.device)
+
+
+@pytest.mark.parametrize("function", [returned_position, written_position, narrower_position, position_elsewhere])
 def test_positions_that_are_more_than_read(graph, function):
     g = graph(function, torch.randn(1, 4), *lengths())
     assert g.apply(AdvanceLengths()).rewrites

@@ -71,13 +71,21 @@ def test_prompt(chip: Device, compiled: Callable, assert_fits: Callable, width: 
 
 
 @pytest.mark.parametrize("gpu", [90], indirect=True)
-@pytest.mark.parametrize(("width", "mask"), [(128, "*i1"), (128, "*bf16"), (64, "*i1")])
+@pytest.mark.parametrize(
+    ("width", "mask", "blocks"), [(128, "*i1", 16), (128, "*bf16", 1), (64, "*i1", 1024), (64, "*fp32", 16)]
+)
 def test_wgmma(
-    compiled: Callable, assert_fits: Callable, assert_overlaps: Callable, described: Callable, width: int, mask: str
+    compiled: Callable,
+    assert_fits: Callable,
+    assert_overlaps: Callable,
+    described: Callable,
+    width: int,
+    mask: str,
+    blocks: int,
 ) -> None:
     keys = described("bf16", attention_wgmma.KEYS, width)
     types = {"k": keys, "v": keys, "survey_ptr": "*i8", "mask_ptr": mask, "scale": "fp32"}
-    sizes = {"D": width, "BLOCKS": 16, "mask_column": 1, "registers": attention_wgmma.REGISTERS}
+    sizes = {"D": width, "BLOCKS": blocks, "mask_column": 1, "registers": attention_wgmma.REGISTERS}
     sizes |= {"ROWS": attention_wgmma.ROWS, "KEYS": attention_wgmma.KEYS, "STAGES": attention_wgmma.STAGES}
     kernel = compiled(attention_wgmma._attend, 4, types=types, **sizes)
     assert_fits(kernel)
