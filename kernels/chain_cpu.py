@@ -14,7 +14,7 @@ from qcompile.ops.chain import Result, Step, chain, run
 from qcompile.ops.registry import OPS, opaque
 from qcompile.ops.rope import rope_into_cache
 
-MOST_DIMS = 8  # in chain_op.cpp, too
+MOST_DIMS = 8  # in chain_text.h, too
 
 # Where a step may read what others make: by arguments of which there is no tensor.
 _TAKES_RESULTS = {"fused_linear": (0, 8), "rope_into_cache": (0, 1, 2, 3, 4), "attention": (0, 1, 2, 3)}

@@ -36,6 +36,8 @@ SOURCES = (
     "linear_op.cpp",
     "rope.h",
     "attention.h",
+    "chain_text.h",
+    "chain_tensors.h",
     "chain_op.cpp",
 )
 
