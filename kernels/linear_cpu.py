@@ -48,7 +48,14 @@ SOURCES = (
 # u8 bfloat16   0.26 | 1.22   0.68 | 1.37   0.85 | 1.44   1.35 | 1.66   2.05 | 1.96   2.74 | 2.25
 # u4 float32                  4.53 | 6.78   7.99 | 6.57   11.4 | 8.36
 # u8 float32                  4.92 | 7.26   7.96 | 7.05   11.9 | 8.81
-FEW_ROWS, FEW_ROWS_OF_16_BITS = 4, 12
+# Times torch's bfloat16 linear, two threads, Zen 5, weights from memory, few_rows | many_rows:
+#                               8 rows        12 rows
+# u4 bfloat16   8192 × 2048     1.60 | 1.19   1.23 | 1.13
+#               2048 × 8192     1.14 | 1.40   0.88 | 1.34
+# u8 bfloat16   8192 × 2048     0.91 | 1.15   0.82 | 1.08
+#               2048 × 8192     0.84 | 1.40   0.68 | 1.35
+# A step of decoding in one call (ops/fused_linear.FEW_ROWS) needs as many as eight.
+FEW_ROWS, FEW_ROWS_OF_16_BITS = 4, 8
 # Beside many_rows_tiles. µs of torch's bfloat16 linear by those of few_rows | many_rows_tiles (with panels of half the
 # inputs and slower bookkeeping), two cores of a Xeon with AMX, three copies in turn, 8192 × 2048 and 2048 × 8192:
 #                   4 rows        8 rows        12 rows       16 rows       64 rows   512 rows
