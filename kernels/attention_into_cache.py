@@ -39,8 +39,8 @@ from qcompile.ops.registry import known, opaque
 
 MAX_GROUP = 64
 # Steps whose keys and values are on their way to the L2 cache before the wait, where programs share the keys of a head
-# and where one has them alone. NOTE: a layer of Llama-3-8B at batch 16 over 513 keys, H100: 98.2 µs with 2, 97.2 with 3
-# or 4, 96.9 with 6, 98.0 with 8.
+# and where one has them alone. NOTE: a layer of Llama-3-8B at batch 16 over 513 keys, H100: 97.8 µs with none, 98.2
+# with 2, 97.2 with 3 or 4, 96.9 with 6, 98.0 with 8; neighbouring runs differ by 0.1 to 0.8.
 FETCHED, FETCHED_ALONE = 2, 6
 
 

@@ -179,9 +179,8 @@ void many_codes(const Weight& w, const int8_t* x, const float* steps_of_x, int64
                 int threads) {
     const std::vector<Stretch> stretches = stretches_of(w);
     const int64_t units = (w.columns + UNIT - 1) / UNIT, x_tiles = whole(x_rows, SIDE) / SIDE;
-    const int64_t all_panels = whole(w.rows, WIDTH_OF_CODES) / WIDTH_OF_CODES, most = MOST_ROWS / SIDE;
-    const int64_t parts = std::max((x_tiles + most - 1) / most, std::min((2 * threads + all_panels - 1) / all_panels,
-                                                                        (x_tiles + 3) / 4));
+    const int64_t all_panels = whole(w.rows, WIDTH_OF_CODES) / WIDTH_OF_CODES;
+    const int64_t parts = parts_of(x_tiles, all_panels, threads);
     const int64_t part = (x_tiles + parts - 1) / parts;
     const int64_t panels = std::max<int64_t>(1, std::min(MOST_PANELS / 2, all_panels * parts / (4 * threads)));
     Scratch x_scratch;

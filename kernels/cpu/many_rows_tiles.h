@@ -228,13 +228,17 @@ template <typename Way> struct Block {
     }
 };
 
+// Into how many parts x's tiles are dealt out: where there are more threads than panels, and so that the sums of one
+// stay in the cache.
+int64_t parts_of(int64_t x_tiles, int64_t panels, int64_t threads) {
+    constexpr int64_t MOST = MOST_ROWS / SIDE;
+    return std::max((x_tiles + MOST - 1) / MOST, std::min((2 * threads + panels - 1) / panels, (x_tiles + 3) / 4));
+}
+
 template <typename Way>
 void many_rows(const Weight& w, const uint16_t* x, int64_t x_rows, int64_t x_stride, const Output& out, int threads) {
     const int64_t units = (w.columns + UNIT - 1) / UNIT, x_tiles = whole(x_rows, SIDE) / SIDE;
-    const int64_t all_panels = whole(w.rows, HEIGHT) / HEIGHT, most = MOST_ROWS / SIDE;
-    // Rows of x are parted where there are more threads than panels, and so that the sums stay in the cache.
-    const int64_t parts = std::max((x_tiles + most - 1) / most, std::min((2 * threads + all_panels - 1) / all_panels,
-                                                                        (x_tiles + 3) / 4));
+    const int64_t all_panels = whole(w.rows, HEIGHT) / HEIGHT, parts = parts_of(x_tiles, all_panels, threads);
     const int64_t part = whole((x_tiles + parts - 1) / parts, 2);
     const int64_t panels = std::max<int64_t>(1, std::min(MOST_PANELS, all_panels * parts / (4 * threads)));
     const std::vector<Place> places = places_of(w);
