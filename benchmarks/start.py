@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -83,6 +84,8 @@ def start(shape: str, layers: int | None, device: str, dtype: str) -> dict[str, 
 
         setattr(owner, name, timed)
 
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("qcompile.shelf").setLevel(logging.INFO)  # which says why something is not kept
     now = [""]
     watch(program, "capture_unrolled", "capture")
     watch(roles, "capture_call", "capture")

@@ -71,23 +71,30 @@ def inside(x: Any) -> list[Any]:
 
 
 @functools.cache
-def _needed() -> frozenset[str]:
-    """Packages that the pinned ones need here, whatever extras were asked for."""
+def _needed(optional: bool = False) -> frozenset[str]:
+    """Packages that the pinned ones need here, whatever extras were asked for; with `optional` those of extras too."""
     from packaging.requirements import Requirement  # which transformers needs
 
     lines = [Requirement(line) for package in PINNED for line in _requires(package)]
-    here = [line for line in lines if line.marker is None or line.marker.evaluate({"extra": ""})]
+    here = [line for line in lines if optional or line.marker is None or line.marker.evaluate({"extra": ""})]
     return frozenset(line.name.replace("-", "_") for line in here)
 
 
 @functools.cache
 def _places() -> tuple[str, ...]:
-    specs = [_spec(package) for package in (*PINNED, *_needed())]
-    found = [place for spec in specs if spec for place in spec.submodule_search_locations or (spec.origin or "<>",)]
     library = sysconfig.get_path("stdlib")
     names = [name for name in os.listdir(library) if name not in ("site-packages", "dist-packages")]
-    found += [os.path.join(library, name) for name in names]
-    return tuple(path for place in map(str, found) for path in (place, os.path.realpath(place)))
+    return _with_targets([*_homes(PINNED | _needed()), *(os.path.join(library, name) for name in names)])
+
+
+def _homes(packages: Collection[str]) -> list[str]:
+    """The folders of packages, or files, as far as they are there."""
+    specs = [spec for package in packages if (spec := _spec(package))]
+    return [str(place) for spec in specs for place in spec.submodule_search_locations or (spec.origin or "<>",)]
+
+
+def _with_targets(places: Collection[str]) -> tuple[str, ...]:
+    return tuple(path for place in places for path in (place, os.path.realpath(place)))
 
 
 @functools.cache
@@ -98,6 +105,17 @@ def _pinned_folders() -> tuple[str, ...]:
 @functools.cache
 def _pinned_files() -> frozenset[str]:
     return frozenset(place for place in _places() if not os.path.isdir(place))
+
+
+@functools.cache
+def _optional() -> tuple[str, ...]:
+    places = _with_targets(_homes(_needed(optional=True)))
+    return tuple(place + os.sep if os.path.isdir(place) else place for place in places)
+
+
+@functools.cache
+def _versions() -> list[tuple[str, str]]:
+    return [(package, _version(package)) for package in sorted(PINNED | _needed(optional=True))]
 
 
 def exchanged(modules: Collection[str]) -> list[tuple[str, Any]]:
@@ -140,10 +158,15 @@ def _members(path: str, scope: Mapping[Any, Any], depth: int = 2) -> Iterator[tu
 
 
 def _is_foreign(x: Any, depth: int = 4) -> bool:
-    """Whether a function, or one wrapped in it, is in no file of a pinned package."""
-    if isinstance(x, types.FunctionType) and not is_pinned(x):
+    """Whether a function, or one wrapped in it, is in no file of a pinned package, nor of one that these import from
+    where it is there, as transformers does from torchvision."""
+    if isinstance(x, types.FunctionType) and not is_pinned(x) and not _is_optional(x):
         return True
     return bool(depth) and any(isinstance(each, FUNCTIONS) and _is_foreign(each, depth - 1) for each in inside(x))
+
+
+def _is_optional(x: types.FunctionType) -> bool:
+    return x.__code__.co_filename.startswith(_optional())
 
 
 def environment() -> list[Any]:
@@ -153,7 +176,7 @@ def environment() -> list[Any]:
         sys.version,
         platform.machine(),
         sorted(processor_features()),
-        [(package, _version(package)) for package in sorted(PINNED | _needed())],
+        _versions(),
         installed(("qcompile", "torch", "transformers", "accelerate", "peft", "triton")),
         os.environ.get("TRITON_INTERPRET"),
         torch.get_default_dtype(),

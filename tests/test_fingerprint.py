@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from qcompile import pinned
 from qcompile.fingerprint import Unknown, fingerprint
 
 SCALE, TABLE = 2.0, {"act": F.relu}
@@ -206,6 +207,23 @@ def test_a_module_named_like_one_of_pythons_own(tmp_path: Path, monkeypatch: pyt
         model.act = importlib.import_module("this").Act()
         found.append(of(model))
     assert found[0] != found[1]
+
+
+def test_what_transformers_imported_is_no_exchange(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With torchvision installed, transformers.image_utils has functions of it, which no fingerprint could read."""
+    from transformers import activations
+
+    source = "from torch import Generator\nstate = Generator()\ndef decode(x):\n    return state\n"
+    (tmp_path / "imaginary_vision.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    vision = importlib.import_module("imaginary_vision")
+    monkeypatch.setattr(activations, "decode", vision.decode, raising=False)
+    with pytest.raises(Unknown, match="Generator"):
+        of(Model())
+    monkeypatch.setattr(pinned, "_requires", lambda package: ['imaginary_vision>=1; extra == "vision"'])
+    for cached in (pinned._needed, pinned._optional):
+        monkeypatch.setattr(pinned, cached.__name__, cached.__wrapped__)
+    of(Model())
 
 
 def _imports(x: torch.Tensor) -> Any:
