@@ -54,7 +54,7 @@ def qcompile_backend(
         )
         return _torch.inductor_training(gm, example_inputs, patches)
     normal = retrace(gm)
-    normalize(normal)
+    normalize(normal.graph)
     weights = {index: x for index, x in enumerate(example_inputs) if isinstance(x, nn.Parameter)}
     placeholders = normal.graph.find_nodes(op="placeholder")
     for index in weights:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch.fx import GraphModule
+from torch.fx import Graph
 
 from qcompile.graph.rewrite import Rule, apply
 from qcompile.passes.normalize import Normalize
@@ -21,7 +21,7 @@ def normalizing_passes() -> list[Rule[Any]]:
     return [RemoveInPlace(), Normalize(), NormalizeViews(), NormalizeLinear(), NormalizeRows(), ShareRounding()]
 
 
-def normalize(gm: GraphModule) -> None:
+def normalize(graph: Graph) -> None:
     """Bring a captured graph to one spelling, in place."""
     for rule in normalizing_passes():
-        apply(gm, rule)
+        apply(graph, rule)

@@ -161,7 +161,7 @@ class Pipeline:
         results = []
         self._write(folder, 0, "captured", gm)
         for index, rule in enumerate(self.passes, start=1):
-            results.append(apply(gm, rule))
+            results.append(apply(gm.graph, rule))
             if results[-1].rewrites:
                 self._write(folder, 10 * index, rule.name, gm)
         text = dump(gm.graph)

@@ -105,7 +105,7 @@ def _above(path: str) -> Iterator[str]:
 
 def _roles_of(model: nn.Module, names: Names, example: Mapping[str, Any]) -> dict[str, Role]:
     captured, _, _ = capture_call(model, model.forward, example)
-    normalize(captured.gm)
+    normalize(captured.gm.graph)
     nodes = captured.gm.graph.find_nodes(op="placeholder")
     inputs = {n.meta["input_path"]: n for n in nodes if "input_path" in n.meta}
     return roles_in_graph(_weights(inputs, names), names)

@@ -70,7 +70,6 @@ def _captured(
     for path, (_, pattern, last) in lists.items():
         layers = model.get_submodule(path)._modules
         writer.write(path, pattern, [key for key in layers if f"{path}.{key}" in twins], last)
-    captured.gm.recompile()
     inputs = tuple(writer.inputs[node] for node in captured.gm.graph.find_nodes(op="placeholder"))
     return Captured(captured.gm, inputs), tensors, build
 

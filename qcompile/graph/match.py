@@ -60,9 +60,25 @@ def only_user(node: Node) -> Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
+def expressions(sizes: Sequence[Any]) -> tuple[Any, ...]:
+    """Sizes to compare: `==` on symbolic ones themselves would add guards."""
+    return tuple(size.node.expr if isinstance(size, torch.SymInt) else size for size in sizes)
+
+
 def same_shape(a: Sequence[Any], b: Sequence[Any]) -> bool:
-    """Whether two shapes are one expression; `==` on symbolic sizes would add guards."""
-    return str(tuple(a)) == str(tuple(b))
+    """Whether two shapes are one expression."""
+    return expressions(a) == expressions(b)
+
+
+def type_of(val: Any) -> Any:
+    """What the code for a value depends on: of a tensor dtype, device, sizes and strides; sizes may be symbols."""
+    if isinstance(val, torch.Tensor):
+        return val.dtype, val.device, expressions(val.shape), expressions(val.stride())
+    if isinstance(val, (list, tuple)):
+        return tuple(type_of(part) for part in val)
+    if isinstance(val, (int, torch.SymInt)) and not isinstance(val, bool):
+        return expressions([val])  # torch leaves numbers wrapped where a symbol was found to be one
+    return type(val), str(val)
 
 
 def same_type(a: Node, b: Node) -> bool:

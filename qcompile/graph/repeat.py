@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from qcompile.graph.match import value
+from qcompile.graph.match import type_of, value
 
 Stretch = tuple[Node, ...]
 
@@ -76,15 +76,6 @@ def correspond(one: Stretch, other: Stretch) -> bool:
     return len(set(outside)) == len(outside) and inside.isdisjoint(outside)
 
 
-def type_of(val: Any) -> Any:
-    """What compiled code depends on: of a tensor dtype, device, sizes and strides; sizes may be symbols."""
-    if isinstance(val, Tensor):
-        return val.dtype, val.device, str(tuple(val.shape)), str(val.stride())
-    if isinstance(val, (list, tuple)):
-        return tuple(type_of(part) for part in val)
-    return str(val)
-
-
 def _called(node: Node, change: Callable[[Node], Node]) -> str:
     """The arguments of a call as text, with the nodes that `change` makes of those in it."""
     return repr(map_arg((node.args, node.kwargs), lambda arg: f"%{change(arg).name}"))
@@ -94,11 +85,14 @@ def _labels(nodes: Sequence[Node]) -> Tensor:
     """A number for each node; equal ones may correspond."""
     numbers: dict[Any, int] = {}
 
+    def number(thing: Any) -> int:
+        return numbers.setdefault(thing, len(numbers))
+
     def label(node: Node) -> Any:
-        args = repr(map_arg((node.args, node.kwargs), lambda arg: type_of(value(arg))))
+        args = repr(map_arg((node.args, node.kwargs), lambda arg: f"%{number(type_of(value(arg)))}"))
         return id(node.target), args, type_of(value(node))
 
-    return torch.tensor([numbers.setdefault(label(node), len(numbers)) for node in nodes], dtype=torch.int64)
+    return torch.tensor([number(label(node)) for node in nodes], dtype=torch.int64)
 
 
 def _period(labels: Tensor) -> tuple[int, int, int] | None:

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, Node
 from torch.fx.node import map_arg
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves
 
 from qcompile import _torch
-from qcompile.graph.match import Miss, module_path, value
+from qcompile.graph.match import Miss, module_path, same_shape, type_of, value
 
 M = TypeVar("M")
 
@@ -60,6 +60,7 @@ class Rewriter:
         self._anchor: Node | None = None
         self._replaced: list[Node] = []
         self._made: list[Node] = []
+        self._results: dict[Any, Any] = {}
 
     @contextmanager
     def before(self, node: Node) -> Iterator[None]:
@@ -84,10 +85,19 @@ class Rewriter:
         name = schema.name.rpartition("::")[2] if schema else None
         new = self.graph.create_node("call_function", target, args, kwargs, name=name)
         self._made.append(new)
-        values: Any = map_arg((args, kwargs), value)
-        new.meta["val"] = _torch.call_on_fakes(target, *values[0], **values[1])
+        new.meta["val"] = self._result(target, map_arg((args, kwargs), value))
         self.stamp(new)
         return new
+
+    def _result(self, target: Any, given: Any) -> Any:
+        """Found once for all calls alike: the layers of a model repeat."""
+        if not _decided_by_types(target):
+            return _torch.call_on_fakes(target, *given[0], **given[1])
+        leaves, structure = tree_flatten(given)
+        key = (target, structure, *map(type_of, leaves))
+        if key not in self._results:
+            self._results[key] = _torch.call_on_fakes(target, *given[0], **given[1])
+        return self._results[key]
 
     def stamp(self, new: Node) -> None:
         """Note where a node comes from."""
@@ -106,8 +116,7 @@ class Rewriter:
                 continue
             if not _may_be_alike(a, b):
                 raise RuntimeError(f"{self.origin}: {new.name} is {_type(b)}, {old.name} is {_type(a)}")
-            # Symbolic sizes are compared as expressions: `==` on them would add guards.
-            if str(tuple(a.shape)) != str(tuple(b.shape)):
+            if not same_shape(a.shape, b.shape):
                 raise Unproven(f"{new.name} cannot be shown to have the shape of {old.name}")
         old.replace_all_uses_with(new)
         self._replaced.append(old)
@@ -134,9 +143,12 @@ class Rewriter:
                 self.graph.erase_node(node)
 
 
-def apply(gm: GraphModule, rule: Rule[Any]) -> PassResult:
-    """Run one pass over a graph, first node to last; dead code is removed and the graph checked afterwards."""
-    graph, before = gm.graph, len(gm.graph.nodes)
+def apply(graph: Graph, rule: Rule[Any]) -> PassResult:
+    """Run one pass over a graph, first node to last; dead code is removed and the graph checked afterwards.
+
+    A module of the graph is left with its old code: to write that after every pass takes longer than most passes.
+    """
+    before = len(graph.nodes)
     rewriter, rewrites, misses = Rewriter(graph, rule.name), [], []
     for node in list(graph.nodes):
         if node._erased:
@@ -159,7 +171,6 @@ def apply(gm: GraphModule, rule: Rule[Any]) -> PassResult:
     if rewrites:
         graph.eliminate_dead_code(is_impure_node=_is_impure)
         graph.lint()
-        gm.recompile()
     return PassResult(rule.name, tuple(rewrites), tuple(dict.fromkeys(misses)), before, len(graph.nodes))
 
 
@@ -182,6 +193,12 @@ def _type(tensor: Any) -> str:
     if not isinstance(tensor, torch.Tensor):
         return type(tensor).__name__
     return f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
+
+
+def _decided_by_types(target: Any) -> bool:
+    """Whether the type of an op's result follows from those of its operands, as that of nonzero's does not."""
+    tags = getattr(target, "tags", ())
+    return torch.Tag.dynamic_output_shape not in tags and torch.Tag.data_dependent_output not in tags
 
 
 def _leaves(values: Any) -> list[Any]:

@@ -44,7 +44,7 @@ def model():
 
 
 def calls(gm):
-    normalize(gm)
+    normalize(gm.graph)
     counts = Counter(str(node.target) for node in gm.graph.nodes if node.op == "call_function")
     counts.pop("aten.sym_size.int", None)  # Dynamo gives symbolic sizes as inputs
     return counts

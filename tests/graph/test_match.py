@@ -21,6 +21,7 @@ from qcompile.graph.match import (
     same_shape,
     same_type,
     skip_casts,
+    type_of,
     value,
 )
 
@@ -207,4 +208,6 @@ def test_same_type_adds_no_guard():
     guards = len(x.meta["val"].fake_mode.shape_env.guards)
     assert same_type(x, plus) and not same_type(x, y) and not same_type(x, double)
     assert same_shape((1, 2), torch.Size([1, 2])) and not same_shape((1, 2), (1, 3))
+    assert type_of(value(x)) == type_of(value(plus)) != type_of(value(double))
+    assert type_of(1) != type_of(1.0) and type_of(1) != type_of(True)
     assert len(x.meta["val"].fake_mode.shape_env.guards) == guards

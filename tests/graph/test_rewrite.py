@@ -7,8 +7,9 @@ import torch
 from torch import nn
 from torch.fx import Node
 
+from qcompile import _torch
 from qcompile.graph import capture
-from qcompile.graph.match import Miss, aten, is_call, module_path, value
+from qcompile.graph.match import Miss, aten, is_call, module_path, same_shape, value
 from qcompile.graph.rewrite import Rewriter, Site, apply
 
 
@@ -58,7 +59,7 @@ def test_new_nodes_say_what_they_are(gm):
         x, weight, bias = node.args
         return g.call(aten.add.Tensor, g.call(aten.linear.default, x, weight), bias)
 
-    result = apply(gm, Rule(aten.linear.default, build))
+    result = apply(gm.graph, Rule(aten.linear.default, build))
     assert ops(gm) == [aten.linear.default, aten.add.Tensor, aten.relu.default, aten.exp.default]
     for node in gm.graph.find_nodes(op="call_function", target=aten.add.Tensor):
         assert str(value(node).shape) == str(value(next(iter(node.users))).shape)
@@ -70,7 +71,7 @@ def test_new_nodes_say_what_they_are(gm):
 
 
 def test_names_of_new_nodes(gm):
-    apply(gm, Rule(aten.relu.default, lambda g, node: g.call(aten.clamp.default, node.args[0], 0)))
+    apply(gm.graph, Rule(aten.relu.default, lambda g, node: g.call(aten.clamp.default, node.args[0], 0)))
     assert [node.name for node in gm.graph.nodes if node.op == "call_function"] == ["linear", "clamp", "exp"]
 
 
@@ -85,12 +86,14 @@ def test_names_of_new_nodes(gm):
 )
 def test_replace_checks_the_type(gm, build, difference):
     with pytest.raises(RuntimeError, match=rf"rule: .*{difference}"):
-        apply(gm, Rule(aten.relu.default, lambda g, node: build(g, node.args[0])))
+        apply(gm.graph, Rule(aten.relu.default, lambda g, node: build(g, node.args[0])))
 
 
 def test_what_symbolic_sizes_leave_open_is_a_miss(gm):
     before = ops(gm)
-    result = apply(gm, Rule(aten.relu.default, lambda g, node: g.call(aten.cat.default, [node.args[0], node.args[0]])))
+    result = apply(
+        gm.graph, Rule(aten.relu.default, lambda g, node: g.call(aten.cat.default, [node.args[0], node.args[0]]))
+    )
     assert result.misses == (("cat cannot be shown to have the shape of relu", Site("relu", "")),)
     assert not result.rewrites and ops(gm) == before
 
@@ -105,7 +108,7 @@ def test_replaced_nodes_are_gone_at_once(gm):
                 users.append(len(gm.graph.find_nodes(op="call_function", target=aten.linear.default)[0].users))
             return super().match(node)
 
-    apply(gm, Counts(aten.relu.default, lambda g, node: g.call(aten.clamp.default, node.args[0], 0)))
+    apply(gm.graph, Counts(aten.relu.default, lambda g, node: g.call(aten.clamp.default, node.args[0], 0)))
     assert users == [1]
 
 
@@ -113,7 +116,7 @@ def test_what_only_a_replaced_node_used_is_gone(gm):
     def build(g, node):
         return g.call(aten.add.Tensor, node.args[0].args[0], 1)
 
-    apply(gm, Rule(aten.relu.default, build))
+    apply(gm.graph, Rule(aten.relu.default, build))
     assert ops(gm) == [aten.add.Tensor, aten.exp.default]
 
 
@@ -125,7 +128,7 @@ def test_writes_stay():
             return tensors[0].relu()
 
     gm = capture.export(Write(), [torch.randn(3)]).gm
-    apply(gm, Rule(aten.relu.default, lambda g, node: g.call(aten.clamp.default, node.args[0], 0)))
+    apply(gm.graph, Rule(aten.relu.default, lambda g, node: g.call(aten.clamp.default, node.args[0], 0)))
     assert ops(gm) == [aten.add_.Tensor, aten.clamp.default]
 
 
@@ -139,7 +142,7 @@ def test_erase_removes_even_a_write():
             g.erase(m.node)
 
     gm = capture.export(Write(), [torch.randn(3)]).gm
-    apply(gm, Erase(aten.add_.Tensor, None))
+    apply(gm.graph, Erase(aten.add_.Tensor, None))
     assert ops(gm) == [aten.relu.default]
 
 
@@ -158,12 +161,35 @@ def test_misses_are_told_once_a_site(gm):
         def match(self, node):
             return Miss("no", gm.graph.find_nodes(op="call_function", target=self.target)[0])
 
-    result = apply(gm, Never(aten.linear.default, None))
+    result = apply(gm.graph, Never(aten.linear.default, None))
     assert result.misses == (("no", Site("linear", "layer")),)
     assert not result.rewrites and result.nodes_before == result.nodes_after
 
 
 def test_the_result_runs(gm):
-    apply(gm, Rule(aten.relu.default, lambda g, node: g.call(aten.clamp.default, node.args[0], 0)))
+    apply(gm.graph, Rule(aten.relu.default, lambda g, node: g.call(aten.clamp.default, node.args[0], 0)))
     w, b, x = torch.randn(4, 4), torch.randn(4), torch.randn(5, 4)
+    gm.recompile()
     torch.testing.assert_close(gm(w, b, x)[0], nn.functional.linear(x, w, b).relu().exp())
+
+
+def test_a_result_is_found_once_for_calls_alike(gm, monkeypatch):
+    asked = []
+    monkeypatch.setattr(_torch, "call_on_fakes", lambda target, *args: (asked.append(target), target(*args))[1])
+    node = next(iter(gm.graph.find_nodes(op="output"))).all_input_nodes[0]
+    g = Rewriter(gm.graph, "twice")
+    with g.before(node):
+        x, weight, _ = node.args[0].args[0].args
+        ones = [g.call(aten.add.Tensor, x, 1) for _ in range(2)]
+        others = [g.call(aten.add.Tensor, x, 1.0), g.call(aten.add.Tensor, weight, 1)]
+    assert len(asked) == 3
+    assert value(ones[0]) is value(ones[1])
+    assert value(others[1]).shape == value(weight).shape
+
+
+def test_a_result_that_data_decide_is_never_shared(gm):
+    exp = next(iter(gm.graph.find_nodes(op="output"))).all_input_nodes[0]
+    g = Rewriter(gm.graph, "twice")
+    with g.after(exp):
+        one, other = (g.call(aten.nonzero.default, x) for x in (exp, exp.args[0]))
+    assert not same_shape(value(one).shape, value(other).shape)
