@@ -35,7 +35,8 @@ class Flat:
 
 
 def flatten(value: Any) -> tuple[Flat, Callable[[Sequence[Any]], Any]]:
-    """Take a value apart. The second result rebuilds it around other tensors, with copies of its caches.
+    """Take a value apart. The second result rebuilds it around other tensors, with copies of its caches; around None
+    where a tensor is not looked at.
 
     Raises UnsupportedError where a value has no stable key, with the reason.
     """
@@ -106,7 +107,7 @@ def _take_cache(cache: Any, flat: Flat) -> Callable[[Sequence[Any]], Any]:
                     if isinstance(x, Tensor) and x.dim() > 2:
                         torch._check(x.shape[2] == twin.keys.shape[2])
                 if hasattr(twin, "max_cache_len"):
-                    twin.max_cache_len = twin.keys.shape[2]
+                    twin.max_cache_len = None if twin.keys is None else twin.keys.shape[2]
             shell.layers.append(twin)
             shell._qcompile_before.append(dict(vars(twin)))
         shell._qcompile_place = place

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from qcompile import calls
 from qcompile.errors import UnsupportedError
-from qcompile.graph.capture import Captured, export
+from qcompile.graph.capture import Captured, Input, export
 
 Forward = Callable[..., Any]
 
@@ -24,16 +24,23 @@ class _Step(nn.Module):
         return self._run(tensors)
 
 
-def capture_call(model: nn.Module, forward: Forward, kwargs: Mapping[str, Any]) -> tuple[Captured, list[Tensor], Any]:
+def capture_call(
+    model: nn.Module, forward: Forward, kwargs: Mapping[str, Any], without: Collection[int] = ()
+) -> tuple[Captured, list[Tensor], Any]:
     """Capture `forward(**kwargs)`, a forward of `model`.
 
     Returns the graph, the call's flat tensors in the order of the graph's user inputs, and `build`, which makes the
     caller's result from the graph's outputs (see calls.record). Raises CaptureError or UnsupportedError.
+
+    The flat tensors at the places `without` are no inputs of the graph; the forward finds None where it looks for one.
     """
     flat, rebuild = calls.flatten(dict(kwargs))
+    places = [place for place in range(len(flat.tensors)) if place not in without]
     results: list[calls.Result] = []
 
-    def run(tensors: Sequence[Any]) -> list[Any]:
+    def run(inputs: Sequence[Any]) -> list[Any]:
+        given = dict(zip(places, inputs, strict=True))
+        tensors = [given.get(place) for place in range(len(flat.tensors))]
         call = rebuild(tensors)
         shells = [value for value in call.values() if calls.is_cache(value)]
         if len(shells) != len(flat.caches):
@@ -43,5 +50,7 @@ def capture_call(model: nn.Module, forward: Forward, kwargs: Mapping[str, Any]) 
         results.append(calls.record(result, tensors, shells))
         return results[-1].tensors
 
-    captured = export(_Step(model, run), flat.tensors, prefix="model.", name=type(model).__name__)
-    return captured, flat.tensors, results[-1].build
+    given = [flat.tensors[place] for place in places]
+    captured = export(_Step(model, run), given, prefix="model.", name=type(model).__name__)
+    inputs = (each if each.user is None else Input(user=places[each.user]) for each in captured.inputs)
+    return Captured(captured.gm, tuple(inputs)), flat.tensors, results[-1].build

@@ -64,12 +64,18 @@ def _captured(
         raise CaptureError("there are no layers alike, or layers of two kinds")
     if len(flat.caches) > 1 or not all(map(calls.is_static, flat.caches)):
         raise CaptureError("what a layer adds to a cache is a tensor of its own")
+    out = {path: [key for key in model.get_submodule(path)._modules if f"{path}.{key}" in twins] for path in lists}
+    spare = {
+        place: like
+        for path, (_, pattern, _) in lists.items()
+        for key in out[path]
+        for place, like in _spare(model.get_submodule(f"{path}.{key}"), flat, int(key), int(pattern)).items()
+    }
     with _torch.without_reports():
-        captured, tensors, build = capture_call(few, function.__get__(few), kwargs)
-    writer = _Writer(captured, model, flat)
+        captured, tensors, build = capture_call(few, function.__get__(few), kwargs, spare)
+    writer = _Writer(captured, flat, spare)
     for path, (_, pattern, last) in lists.items():
-        layers = model.get_submodule(path)._modules
-        writer.write(path, pattern, [key for key in layers if f"{path}.{key}" in twins], last)
+        writer.write(path, pattern, out[path], last)
     inputs = tuple(writer.inputs[node] for node in captured.gm.graph.find_nodes(op="placeholder"))
     return Captured(captured.gm, inputs), tensors, build
 
@@ -85,18 +91,36 @@ def _stranger(model: nn.Module) -> str | None:
     return None
 
 
+def _spare(layer: nn.Module, flat: calls.Flat, key: int, pattern: int) -> dict[int, int]:
+    """The tensors that layer `key` has in the cache, each with the one that layer `pattern` has, which it is like."""
+    numbers = {vars(module)[NUMBER] for module in layer.modules() if NUMBER in vars(module)}
+    if not numbers or not flat.layers:
+        return {}
+    if numbers != {key} or key >= len(flat.layers) or flat.layers[key][1] != flat.layers[pattern][1]:
+        raise CaptureError(f"the cache has no layer {key} like layer {pattern}")
+    found = dict(zip(flat.layers[key][0], flat.layers[pattern][0], strict=True))
+    for x, y in ((flat.tensors[place], flat.tensors[like]) for place, like in found.items()):
+        if x.shape != y.shape or x.stride() != y.stride():
+            raise CaptureError(f"layers {pattern} and {key} of the cache are of different sizes")
+    return found
+
+
 def _parent(path: str) -> str:
     return path.rpartition(".")[0]
 
 
 class _Writer:
-    """Writes layers into a graph, a layer's nodes after those of the one before."""
+    """Writes layers into a graph, a layer's nodes after those of the one before. `spare` are the places of tensors that
+    are no inputs yet, each with that of one that it is like."""
 
-    def __init__(self, captured: Captured, model: nn.Module, flat: calls.Flat):
-        self.model, self.flat = model, flat
+    def __init__(self, captured: Captured, flat: calls.Flat, spare: Mapping[int, int]):
+        self.flat, self.spare = flat, spare
         self.graph = captured.gm.graph
         self.inputs = dict(zip(self.graph.find_nodes(op="placeholder"), captured.inputs, strict=True))
-        self.users = {given.user: node for node, given in self.inputs.items()}
+        self.users = {given.user: node for node, given in self.inputs.items() if given.user is not None}
+        for place, like in sorted(spare.items()):  # inputs stay in the order of the caller's tensors
+            name = f"{self.users[like].name}_{place}"
+            self.users[place] = self._input(self.users[like], self.users[place - 1], name, Input(user=place))
 
     def write(self, path: str, pattern: str, keys: Sequence[str], last: str) -> None:
         """Write the layers `keys` of a list after its layer `pattern`, which they are like, and before `last`."""
@@ -140,35 +164,33 @@ class _Writer:
                 if other.path == f"{path}.{last}{name}":
                     return self._weight(a, f"{path}.{key}{name}")
             if given.user is not None and other.user is not None:
-                return self._cached(given.user, other.user, path, pattern, key, last)
+                return self._cached(given.user, other.user, pattern, key, last)
         raise CaptureError(f"layers {pattern} and {last} of {path} read {a.name} and {b.name}")
 
     def _weight(self, like: Node, path: str) -> Node:
         """The weight or buffer `path` as an input of the graph."""
-        with self.graph.inserting_after(like):
-            node = self.graph.placeholder(f"p_{path.replace('.', '_')}")
+        node = self._input(like, like, f"p_{path.replace('.', '_')}", Input(path=path))
+        node.meta["input_path"] = path
+        return node
+
+    def _input(self, like: Node, before: Node, name: str, given: Input) -> Node:
+        """One more input of the graph, of the type of `like`, behind the input `before`."""
+        with self.graph.inserting_after(before):
+            node = self.graph.placeholder(name)
         val = value(like)
         with val.fake_mode:
             fake = torch.empty_strided(val.shape, val.stride(), dtype=val.dtype, device=val.device)
-        node.meta |= like.meta | {"val": fake, "input_path": path}
-        self.inputs[node] = Input(path=path)
+        node.meta |= like.meta | {"val": fake}
+        self.inputs[node] = given
         return node
 
-    def _cached(self, user: int, other: int, path: str, pattern: str, key: str, last: str) -> Node:
+    def _cached(self, user: int, other: int, pattern: str, key: str, last: str) -> Node:
         """The tensor of the cache that layer `key` has where `pattern` has `user` and `last` has `other`."""
-        (mine, rest), (its, _), (new, same) = (self.flat.layers[int(each)] for each in (pattern, last, key))
-        numbers = [vars(m).get(NUMBER, int(key)) for m in self.model.get_submodule(f"{path}.{key}").modules()]
+        mine, its, new = (self.flat.layers[int(each)][0] for each in (pattern, last, key))
         place = user - mine.start
-        if user not in mine or other != its.start + place or {*numbers} != {int(key)} or rest != same:
-            raise CaptureError(f"the cache has no layer {key} like layer {pattern} of {path}")
-        x, y = self.flat.tensors[user], self.flat.tensors[new.start + place]
-        if x.shape != y.shape or x.stride() != y.stride():
-            raise CaptureError(f"layers {pattern} and {key} of the cache are of different sizes")
-        node = self.users[new.start + place]
-        fake, like = value(node), value(self.users[user])
-        for size, known in zip((*fake.shape, *fake.stride()), (*like.shape, *like.stride()), strict=True):
-            torch._check(size == known)  # torch has not met it yet, and holds its sizes for symbols of their own
-        return node
+        if user not in mine or other != its.start + place or self.spare.get(new.start + place) != user:
+            raise CaptureError(f"the cache has no layer {key} like layer {pattern}")
+        return self.users[new.start + place]
 
 
 def _rename(node: Node, like: Node, old: str, new: str) -> None:

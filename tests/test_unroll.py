@@ -22,11 +22,10 @@ from transformers import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import qcompile
-from qcompile import unroll
+from qcompile import step, unroll
 from qcompile.caches import heads_of, static_cache
-from qcompile.graph.capture import Captured
-from qcompile.graph.match import aten, module_path, value
-from qcompile.graph.repeat import type_of
+from qcompile.graph.capture import Captured, export
+from qcompile.graph.match import aten, module_path, type_of, value
 from qcompile.step import capture_call
 from qcompile.unroll import capture_unrolled
 
@@ -207,6 +206,23 @@ def test_a_cache_with_a_layer_of_another_size(caplog: pytest.LogCaptureFixture) 
     with caplog.at_level(logging.INFO, "qcompile.unroll"), pytest.raises(Exception, match="could not be captured"):
         capture_unrolled(model, model.forward, kwargs)
     assert "of different sizes" in caplog.text
+
+
+def test_caches_of_layers_left_out_are_not_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Tensor] = []
+
+    def look(module: nn.Module, tensors: list[Tensor], **names: str) -> Captured:
+        given.extend(tensors)
+        return export(module, tensors, **names)
+
+    monkeypatch.setattr(step, "export", look)
+    model = llama()
+    kwargs = call(model, 1, 4, cached=True)
+    captured, tensors, _ = capture_unrolled(model, model.forward, kwargs)
+    layers = [[x for x in vars(layer).values() if isinstance(x, Tensor)] for layer in kwargs["past_key_values"].layers]
+    seen = [[any(x is each for each in given) for x in layer] for layer in layers]
+    assert seen == [[here] * len(layer) for layer, here in zip(layers, (True, True, False, False, True), strict=True)]
+    assert [each.user for each in captured.inputs if each.user is not None] == list(range(len(tensors)))
 
 
 def test_few_layers_are_traced(traced: list[int]) -> None:
