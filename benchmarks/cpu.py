@@ -1,6 +1,6 @@
 """Whole models on the CPU: packed ones against torch and llama.cpp, each held against what the memory gives.
 
-    python -m benchmarks.cpu [--shape smollm2 | llama-1b] [--specs u8/g64/asym u4/g64/asym] [--activations
+    python -m benchmarks.cpu [--shape smollm2 | llama-1b [--layers 4]] [--specs u8/g64/asym u4/g64/asym] [--activations
         i8/token/dynamic] [--record]
 
 All have the same weights and the same threads and take turns. The read limit is that of reading 512 MB in pages of
@@ -101,6 +101,7 @@ class Line:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=("smollm2", "llama-1b"), default="smollm2")
+    parser.add_argument("--layers", type=int, default=16, help="of llama-1b, where time is short")
     parser.add_argument("--specs", nargs="*", default=SPECS)
     parser.add_argument("--activations", help="such as i8/token/dynamic")
     parser.add_argument("--prompts", nargs="*", type=int, default=PROMPTS)
@@ -112,7 +113,9 @@ def main() -> None:
     parser.add_argument("--named", help="a word in the name of the record, beside others of this shape")
     options = parser.parse_args()
     torch.manual_seed(0)
-    model = models.load(models.find_demo(), "bfloat16", "cpu") if options.shape == "smollm2" else llama_1b()
+    model = (
+        models.load(models.find_demo(), "bfloat16", "cpu") if options.shape == "smollm2" else llama_1b(options.layers)
+    )
     limit = ReadLimit()
     with tempfile.TemporaryDirectory() as folder:
         contenders = dict(torch_models(model, options.without))
@@ -133,13 +136,13 @@ def main() -> None:
         print(record(name, f"Whole models on the CPU: {options.shape}", text, "cpu"))
 
 
-def llama_1b() -> nn.Module:
+def llama_1b(layers: int = 16) -> nn.Module:
     """Random numbers in the shape of Llama-3.2-1B, with a smaller vocabulary."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8,
-        head_dim=64, vocab_size=32000, max_position_embeddings=4096, tie_word_embeddings=True,
+        hidden_size=2048, intermediate_size=8192, num_hidden_layers=layers, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=64, vocab_size=32000, max_position_embeddings=4096, tie_word_embeddings=True,
         dtype=torch.bfloat16,
     )  # fmt: skip
     return LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
@@ -300,7 +303,7 @@ def timed_programs() -> Iterator[list[float]]:
 def notes(options: argparse.Namespace, limit: ReadLimit) -> str:
     shape = {
         "smollm2": "SmolLM2-135M-Instruct",
-        "llama-1b": "Random numbers in the shape of Llama-3.2-1B with 32,000 tokens",
+        "llama-1b": f"Random numbers in the shape of {options.layers} layers of Llama-3.2-1B with 32,000 tokens",
     }[options.shape]
     rates = f"{limit.rate / 1e9:.1f} GB/s, from {min(limit.rates) / 1e9:.1f} to {max(limit.rates) / 1e9:.1f}"
     return (
