@@ -25,6 +25,8 @@ SOURCES = (
     "team.h",
     "codes.h",
     "dequantize.h",
+    "fields.h",
+    "fixed_rows.h",
     "few_rows_dot.h",
     "few_rows.h",
     "panels.h",

@@ -41,21 +41,23 @@ SOURCES = (
     "chain_op.cpp",
 )
 
-# The most rows that few_rows takes; where it multiplies 16 bits as integers. ms of one thread, few_rows | many_rows,
-# 4096 × 2048, weights in the cache, Zen 4; float32 16384 × 2048:
-#               1 row         4 rows        5 rows        8 rows        12 rows       16 rows
-# u4 bfloat16   0.18 | 0.89   0.54 | 1.03   0.66 | 1.10   1.06 | 1.32   1.55 | 1.62   2.14 | 1.92
-# u8 bfloat16   0.26 | 1.22   0.68 | 1.37   0.85 | 1.44   1.35 | 1.66   2.05 | 1.96   2.74 | 2.25
-# u4 float32                  4.53 | 6.78   7.99 | 6.57   11.4 | 8.36
-# u8 float32                  4.92 | 7.26   7.96 | 7.05   11.9 | 8.81
-# Times torch's bfloat16 linear, two threads, Zen 5, weights from memory, few_rows | many_rows:
-#                               8 rows        12 rows
-# u4 bfloat16   8192 × 2048     1.60 | 1.19   1.23 | 1.13
-#               2048 × 8192     1.14 | 1.40   0.88 | 1.34
-# u8 bfloat16   8192 × 2048     0.91 | 1.15   0.82 | 1.08
-#               2048 × 8192     0.84 | 1.40   0.68 | 1.35
+# The most rows that few_rows takes; where it multiplies 16 bits as integers, of codes of up to four bits, of wider ones
+# whose rows of x stay in the first cache, and of others. ms of one thread, few_rows | many_rows, float32 16384 × 2048,
+# Zen 4:
+#               4 rows        5 rows        8 rows
+# u4 float32    4.53 | 6.78   7.99 | 6.57   11.4 | 8.36
+# u8 float32    4.92 | 7.26   7.96 | 7.05   11.9 | 8.81
+# Times torch's bfloat16 linear, one thread of Zen 5, weights from memory, few_rows | many_rows:
+#                   4 rows        8 rows        10 rows       12 rows       14 rows
+# u2 8192 × 2048    3.41 | 1.56   2.24 | 1.50   1.83 | 1.32   1.53 | 1.33   1.35 | 1.37
+# u4 8192 × 2048    2.73 | 1.41   1.75 | 1.41   1.58 | 1.27   1.37 | 1.34   1.28 | 1.30
+#    2048 × 8192    2.32 | 1.29   1.55 | 1.31   1.34 | 1.17   1.25 | 1.18   1.17 | 1.23
+# u8 8192 × 2048    2.31 | 1.40   1.42 | 1.33   1.28 | 1.22   1.13 | 1.25   1.02 | 1.23
+#    2048 × 8192    1.40 | 1.23   1.11 | 1.23   1.01 | 1.14   0.90 | 1.10   0.89 | 1.18
 # A step of decoding in one call (ops/fused_linear.FEW_ROWS) needs as many as eight.
-FEW_ROWS, FEW_ROWS_OF_16_BITS = 4, 8
+FEW_ROWS = 4
+FEW_ROWS_OF_NARROW_CODES, FEW_SHORT_ROWS, FEW_ROWS_OF_16_BITS = 12, 10, 8
+SHORT = 4096
 # Beside many_rows_tiles. µs of torch's bfloat16 linear by those of few_rows | many_rows_tiles (with panels of half the
 # inputs and slower bookkeeping), two cores of a Xeon with AMX, three copies in turn, 8192 × 2048 and 2048 × 8192:
 #                   4 rows        8 rows        12 rows       16 rows       64 rows   512 rows
@@ -150,7 +152,11 @@ def most_few_rows(dtype: torch.dtype, reader: packed.Reader) -> int:
         return ROWS_WITHOUT_MANY_ROWS
     if has_tiles(dtype, reader):
         return FEW_ROWS_BESIDE_TILES
-    return FEW_ROWS_OF_16_BITS if reader.has_dot and dtype != torch.float32 else FEW_ROWS
+    if dtype == torch.float32 or not reader.has_dot:
+        return FEW_ROWS
+    if 2 * reader.bytes <= reader.columns:
+        return FEW_ROWS_OF_NARROW_CODES
+    return FEW_SHORT_ROWS if reader.columns <= SHORT else FEW_ROWS_OF_16_BITS
 
 
 @functools.lru_cache(maxsize=4096)

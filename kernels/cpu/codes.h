@@ -152,7 +152,11 @@ struct Weight {
             const char* scales = (const char*)scale + at * scale_stride * size_of(scale_kind);
             const int kind = zero_kind & ~ADDED;
             const char* zeros = (const char*)zero + at * zero_stride * size_of(kind);
-            for (int64_t g = 0; g < all; g += LANES) {
+            int64_t g = 0;
+            if (zero && scale_kind == BF16 && zero_kind == BF16)  // nothing to ask for each sixteen
+                for (; g + LANES <= all; g += LANES)
+                    use(row * groups() + g, load16(scales, g, BF16), load16(zeros, g, BF16));
+            for (; g < all; g += LANES) {
                 const int64_t left = std::min(LANES, all - g);
                 auto read = [&](const char* from, int kind) __attribute__((always_inline)) {
                     return left == LANES ? load16(from, g, kind) : load_some(from, g, left, kind);

@@ -29,7 +29,7 @@ SPECS = [
     *("fp4_e2m1/g16/sym", "fp4_e2m1/g32/sym", "fp6_e2m3/g32/sym", "fp6_e3m2/g48/sym", "fp8_e4m3/row/sym"),
     *("fp8_e4m3/b16x32/sym", "fp8_e4m3/b128x128/sym", "fp8_e4m3/tensor/sym", "fp8_e5m2/g64/sym", "i8/b5x64/sym"),
 ]
-ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 17, 64)
+ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 17, 64)
 OUTPUTS = (1, 2, 5, 15, 16, 17, 48, 49, 100)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -138,7 +138,9 @@ def test_dequantize_more_dimensions() -> None:
     )
 
 
-@pytest.fixture(params=["__AMX_TILE__", "__AVX512BF16__", "__AVX512VNNI__", "__AVX512F__", "__AVX512F__ __AVX2__"])
+@pytest.fixture(
+    params=["__AMX_TILE__", "__AVX512BF16__", "__GFNI__", "__AVX512VNNI__", "__AVX512F__", "__AVX512F__ __AVX2__"]
+)
 def lesser_processor(request: pytest.FixtureRequest, compile_cpu_code: Callable[[str], None]) -> str:
     """The code for processors without these instructions, whose names it gives."""
     compile_cpu_code("\n".join(f"#undef {name}" for name in request.param.split()))
@@ -148,6 +150,8 @@ def lesser_processor(request: pytest.FixtureRequest, compile_cpu_code: Callable[
 def test_lesser_processor(lesser_processor: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear_cpu, "SLAB_BYTES", 1 << 12)
     specs = ["u4/g64/asym", "u4/g16/asym_int", "i4/row/sym", "i4/tensor/sym"]
+    if lesser_processor == "__GFNI__":  # narrow codes, and those of two planes, are taken apart in another way
+        specs = ["u1/g64/asym", "u2/g64/asym", "u3/g64/asym", "u3/row/asym", "u4/g64/asym"]
     if "__AVX512F__" in lesser_processor:  # the others multiply in other ways, but decode in the same
         specs += ["nf4/g64/sym", "fp8_e4m3/row/sym"]
     for spec in specs:
@@ -260,12 +264,12 @@ def test_no_more_threads_than_torch_has(monkeypatch: pytest.MonkeyPatch) -> None
     assert [packed.threads(work) for work in (1, packed.WORK_OF_A_THREAD, 2**40)] == [1, 2, 6]
 
 
-@pytest.mark.parametrize("few", [linear_cpu.FEW_ROWS, linear_cpu.FEW_ROWS_OF_16_BITS])
-@pytest.mark.parametrize("spec", ["u4/g64/asym", "u8/g64/asym"])
-def test_both_ways_agree_where_they_meet(spec: str, few: int) -> None:
-    q = weight(spec, 100, 256)
+@pytest.mark.parametrize(("spec", "columns"), [("u4/g64/asym", 256), ("u8/g64/asym", 256), ("u8/g64/asym", 4160)])
+def test_both_ways_agree_where_they_meet(spec: str, columns: int) -> None:
+    q = weight(spec, 100, columns)
     for dtype in FLOATS:
-        x = torch.randn(few + 1, 256).to(dtype)
+        few = linear_cpu.most_few_rows(dtype, packed.Reader.of(spec, columns))
+        x = torch.randn(few + 1, columns).to(dtype)
         last = linear_packed(x[:few], *parts(q), None, spec)
         many = linear_packed(x, *parts(q), None, spec)[:few]
         close(last, many)
