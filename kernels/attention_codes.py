@@ -18,6 +18,7 @@ from qcompile.kernels._attention import (
     combine,
     is_attended,
     leave,
+    mask_strides,
     partial_results,
     seen_steps,
     weigh,
@@ -93,10 +94,8 @@ def attend(
     if tile is None:
         device = _tuning.Device.of(key.device)
         tile = _attention_tiles.codes_tile(batch * kv_heads, rows, keys, max(block_d, block_dv), query.itemsize, device)
-    mask_strides, mask_rows = [0, 0, 0, 0], 1
-    if mask is not None:
-        mask_strides = list(mask.expand(batch, heads, length, keys).stride())
-        mask_rows = tile.rows if any(mask_strides[1:3]) else 1
+    strides = mask_strides(mask, batch, heads, length, keys)
+    mask_rows = tile.rows if any(strides[1:3]) else 1
     sums = parts = None
     if tile.splits > 1:
         sums, parts = partial_results(query, batch * heads * length, tile.splits, value_width)
@@ -120,7 +119,7 @@ def attend(
         softcap,
         *(stride for x in (query, key_words, value_words) for stride in x.stride()[:3]),
         *(stride for x in (key_scale, value_scale) for stride in x.stride()[:2]),
-        *mask_strides,
+        *strides,
         D=width,
         DV=value_width,
         BLOCK_M=tile.rows,

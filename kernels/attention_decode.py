@@ -13,13 +13,16 @@ from torch import Tensor
 
 from qcompile.kernels import _attention_tiles, _tuning
 from qcompile.kernels._attention import (
+    FETCHED,
     SCAN_ELEMENTS,
     add_product,
     beside,
     combine,
+    fetch_ahead,
     key_places,
     leave,
     mask_at,
+    mask_strides,
     masked,
     partial_results,
     seen_steps,
@@ -104,10 +107,8 @@ def attend(
         tile = _attention_tiles.attention_tile(
             batch * kv_heads, rows, keys, max(block_d, block_dv), key.itemsize, device
         )
-    mask_strides, mask_rows = [0, 0, 0, 0], 1
-    if mask is not None:
-        mask_strides = list(mask.expand(batch, heads, length, keys).stride())
-        mask_rows = tile.rows if any(mask_strides[1:3]) else 1
+    strides = mask_strides(mask, batch, heads, length, keys)
+    mask_rows = tile.rows if any(strides[1:3]) else 1
     sums = parts = None
     if tile.splits > 1:
         sums, parts = partial_results(query, batch * heads * length, tile.splits, value_width)
@@ -130,7 +131,7 @@ def attend(
         *query.stride()[:3],
         *key.stride(),
         *value.stride(),
-        *mask_strides,
+        *strides,
         D=width,
         DV=value_width,
         BLOCK_M=tile.rows,
@@ -140,6 +141,7 @@ def attend(
         BESIDE=tile.beside,
         MASK_ROWS=mask_rows,
         SCAN=max(16, SCAN_ELEMENTS // mask_rows),
+        FETCHED=FETCHED,
         EARLY=lets_start(tile, batch * kv_heads, keys, _tuning.Device.of(key.device)),
         PDL=dependent_launch(query),
         num_warps=tile.warps,
@@ -167,39 +169,53 @@ def _split(
     q_batch, q_head, q_row, k_batch, k_head, k_row, k_column, v_batch, v_head, v_row, v_column,
     mask_batch, mask_head, mask_row, mask_column,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr, BESIDE: tl.constexpr, MASK_ROWS: tl.constexpr, SCAN: tl.constexpr, EARLY: tl.constexpr,
-    PDL: tl.constexpr,
+    BLOCK_DV: tl.constexpr, BESIDE: tl.constexpr, MASK_ROWS: tl.constexpr, SCAN: tl.constexpr,
+    FETCHED: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    if PDL:
-        if EARLY:
-            gdc_launch_dependents()
-        gdc_wait()
+    if PDL and EARLY:
+        gdc_launch_dependents()
     pair = tl.program_id(0).to(tl.int64)
     batch, kv_head = pair // kv_heads, pair % kv_heads
     part, splits = tl.program_id(1), tl.num_programs(1)
     # Row r is query position r % length of head r // length of the group.
     first_row = tl.program_id(2) * BLOCK_M
     row = (first_row + tl.arange(0, BLOCK_M))[:, None]
-    head = kv_head * (rows // length) + row // length
     d, dv = tl.arange(0, BLOCK_D)[None, :], tl.arange(0, BLOCK_DV)[None, :]
+    k_ptr += batch * k_batch + kv_head * k_head
+    v_ptr += batch * v_batch + kv_head * v_head
+    # Step s of this program is block s * splits + part.
+    first, end, limit = 0, tl.cdiv(tl.cdiv(keys, BLOCK_N) - part, splits), keys
+    if mask_ptr is not None:
+        mask_ptr += batch * mask_batch
+    if PDL:
+        first_ptr = None
+        if mask_ptr is not None:  # the mask of the first row, for all
+            first_ptr = mask_ptr + (kv_head * (rows // length) + first_row // length) * mask_head
+            first_ptr += (first_row % length).to(tl.int64) * mask_row
+        fetch_ahead(
+            k_ptr, v_ptr, first_ptr, keys, k_row, k_column, v_row, v_column, mask_column,
+            FETCHED, BLOCK_N, D, DV, BLOCK_D, BLOCK_DV,
+        )  # fmt: skip
+        gdc_wait()
+    seen_row = (first_row + tl.arange(0, MASK_ROWS))[:, None]
+    seen = seen_row < rows
+    if mask_ptr is not None:
+        seen_head = kv_head * (rows // length) + seen_row // length
+        mask_ptr += seen_head * mask_head + (seen_row % length).to(tl.int64) * mask_row
+    head = kv_head * (rows // length) + row // length
     q_at = batch * q_batch + head * q_head + (row % length).to(tl.int64) * q_row
     q = tl.load(q_ptr + q_at + d, mask=(row < rows) & (d < D), other=0.0)
     q = beside(q, BESIDE)
-    # Step s of this program is block s * splits + part.
-    first, end, limit = 0, tl.cdiv(tl.cdiv(keys, BLOCK_N) - part, splits), keys
-    seen_row = (first_row + tl.arange(0, MASK_ROWS))[:, None]
     if mask_ptr is not None:
-        seen_head = kv_head * (rows // length) + seen_row // length
-        mask_ptr += batch * mask_batch + seen_head * mask_head + (seen_row % length).to(tl.int64) * mask_row
-        first, end, limit = seen_steps(mask_ptr, mask_column, seen_row < rows, end, keys, BLOCK_N, MASK_ROWS, SCAN, "")
-    k_ptr += batch * k_batch + kv_head * k_head + d * k_column
-    v_ptr += batch * v_batch + kv_head * v_head + dv * v_column
+        first, end, limit = seen_steps(mask_ptr, mask_column, seen, end, keys, BLOCK_N, MASK_ROWS, SCAN, "")
+    k_ptr += d * k_column
+    v_ptr += dv * v_column
     down, across = key_places(BLOCK_N, BESIDE)
     top = beside(tl.full((BLOCK_M, 1), float("-inf"), tl.float32), BESIDE)
     total = beside(tl.zeros((BLOCK_M, 1), tl.float32), BESIDE)
     y = beside(tl.zeros((BLOCK_M, BLOCK_DV), tl.float32), BESIDE)
     n = (first * splits + part) * BLOCK_N + across
-    inside = (n < limit) & (seen_row < rows)
+    inside = (n < limit) & seen
     mask = mask_at(mask_ptr, n, mask_column, inside)
     # From zero: Triton 3.9 loses sight of the alignment of loads in a loop that begins at a reduction's result.
     for step in range(0, end - first):  # type: ignore[operator]
@@ -211,7 +227,7 @@ def _split(
         p, shrink, top, total = weigh(logits, top, total)
         y = add_product(p, v, y * shrink)
         n += splits * BLOCK_N
-        inside = (n < limit) & (seen_row < rows)
+        inside = (n < limit) & seen
         mask = mask_at(mask_ptr, n, mask_column, inside)  # the next step's, which nothing waits for here
     if PDL and not EARLY:
         gdc_launch_dependents()  # not earlier: waiting programs would take room from those that read

@@ -11,13 +11,16 @@ from torch import Tensor
 
 from qcompile.kernels import _attention_tiles, _tuning, attention_decode, rope_into_cache
 from qcompile.kernels._attention import (
+    FETCHED,
     SCAN_ELEMENTS,
     add_product,
     beside,
     combine,
+    fetch_ahead,
     key_places,
     leave,
     mask_at,
+    mask_strides,
     masked,
     partial_results,
     seen_steps,
@@ -38,10 +41,6 @@ from qcompile.ops.attention_into_cache import attention_into_cache
 from qcompile.ops.registry import known, opaque
 
 MAX_GROUP = 64
-# Steps whose keys and values are on their way to the L2 cache before the wait, where programs share the keys of a head
-# and where one has them alone. NOTE: a layer of Llama-3-8B at batch 16 over 513 keys, H100: 97.8 µs with none, 98.2
-# with 2, 97.2 with 3 or 4, 96.9 with 6, 98.0 with 8; neighbouring runs differ by 0.1 to 0.8.
-FETCHED, FETCHED_ALONE = 2, 6
 
 
 def refuses(
@@ -84,7 +83,6 @@ def attention_into_cache_cuda(
     tile = _attention_tiles.attention_tile(
         batch * kv_heads, group, capacity, max(block_d, block_dv), keys.itemsize, device
     )
-    mask_strides = [0, 0] if mask is None else mask.expand(batch, 1, 1, capacity).stride()[::3]
     sums = parts = None
     if tile.splits > 1:
         sums, parts = partial_results(query, batch * heads, tile.splits, value_width)
@@ -111,7 +109,7 @@ def attention_into_cache_cuda(
         *(stride for x in (query, key, value) for stride in x.stride()[:2]),
         cos.stride(0),
         *(stride for x in (keys, values) for stride in x.stride()[:3]),
-        *mask_strides,
+        *mask_strides(mask, batch, 1, 1, capacity)[::3],
         D=width,
         DV=value_width,
         BLOCK_M=max(tile.rows, power_of_two(group)),
@@ -120,7 +118,7 @@ def attention_into_cache_cuda(
         BLOCK_DV=block_dv,
         BESIDE=tile.beside,
         SCAN=SCAN_ELEMENTS,
-        FETCHED=FETCHED if tile.splits > 1 else FETCHED_ALONE,
+        FETCHED=FETCHED,
         EARLY=attention_decode.lets_start(tile, batch * kv_heads, capacity, device),
         PDL=dependent_launch(query),
         num_warps=tile.warps,
@@ -155,17 +153,6 @@ def _rotated(x, other, cos, sin, d, HALF: tl.constexpr):
 
 
 @triton.jit
-def _fetch(ptr, n, row, limit, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Begin to bring rows n of a cache, those before `limit`, to the L2 cache; BLOCK is a power of two from WIDTH."""
-    LINE: tl.constexpr = 128 // (ptr.dtype.element_ty.primitive_bitwidth // 8)
-    column = tl.arange(0, (BLOCK + LINE - 1) // LINE)[None, :] * LINE
-    if BLOCK > WIDTH:
-        column = tl.minimum(column, WIDTH - 1)
-    at = (ptr + tl.minimum(n, limit - 1)[:, None].to(tl.int64) * row + column).to(tl.int64)
-    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at], tl.int32, is_pure=False, pack=1)
-
-
-@triton.jit
 def _step(
     q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, keys_ptr, values_ptr, positions_ptr, mask_ptr, out_ptr, sums_ptr, parts_ptr,
     kv_heads, group, capacity, scale, softcap, q_batch, q_head, k_batch, k_head, v_batch, v_head, angle_batch,
@@ -184,20 +171,15 @@ def _step(
     keys_ptr += batch * keys_batch + kv_head * keys_head
     values_ptr += batch * values_batch + kv_head * values_head
     # Step s of this program is block s * splits + part.
-    steps = tl.cdiv(tl.cdiv(capacity, BLOCK_N) - part, splits)
-    first, end, limit = 0, steps, capacity
+    first, end, limit = 0, tl.cdiv(tl.cdiv(capacity, BLOCK_N) - part, splits), capacity
     rows = tl.full((1, 1), 1, tl.int1)
     if mask_ptr is not None:
         mask_ptr += batch * mask_batch
     if PDL:
-        if FETCHED > 0:
-            if mask_ptr is not None:  # as it is by now: the kernel before may have yet to write it
-                first, end, limit = seen_steps(mask_ptr, mask_column, rows, steps, capacity, BLOCK_N, 1, SCAN, ".cg")
-            if limit > 0:
-                for step in tl.static_range(FETCHED):
-                    n = ((first + step) * splits + part) * BLOCK_N + tl.arange(0, BLOCK_N)
-                    _fetch(keys_ptr, n, keys_row, limit, D, BLOCK_D)
-                    _fetch(values_ptr, n, values_row, limit, DV, BLOCK_DV)
+        fetch_ahead(
+            keys_ptr, values_ptr, mask_ptr, capacity, keys_row, 1, values_row, 1, mask_column,
+            FETCHED, BLOCK_N, D, DV, BLOCK_D, BLOCK_DV,
+        )  # fmt: skip
         gdc_wait()
     # A position outside the cache is the caller's mistake, and must not become a write to other memory.
     position = tl.full((1, 1), 0, tl.int64) + tl.load(positions_ptr)
@@ -210,7 +192,7 @@ def _step(
     new_k, k_other = _halves(k_ptr + batch * k_batch + kv_head * k_head, d < D, d, D // 2)
     new_v = tl.load(v_ptr + batch * v_batch + kv_head * v_head + dv, mask=dv < DV, other=0.0)
     if mask_ptr is not None:
-        first, end, limit = seen_steps(mask_ptr, mask_column, rows, steps, capacity, BLOCK_N, 1, SCAN, "")
+        first, end, limit = seen_steps(mask_ptr, mask_column, rows, end, capacity, BLOCK_N, 1, SCAN, "")
     q, new_k = _rotated(q, q_other, cos, sin, d, D // 2), _rotated(new_k, k_other, cos, sin, d, D // 2)
     tl.store(keys_ptr + position * keys_row + d, new_k, mask=owns & (d < D))
     tl.store(values_ptr + position * values_row + dv, new_v, mask=owns & (dv < DV))

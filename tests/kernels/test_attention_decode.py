@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from qcompile.kernels import _attention_tiles, _tuning, attention_decode
+from qcompile.kernels._attention import mask_strides
 from qcompile.kernels._attention_tiles import AttentionTile
 from qcompile.ops.attention import attention
 
@@ -192,6 +193,15 @@ def test_refusals(device: str) -> None:
     assert reason((1, 2, 9, 4), k, k) == "handles up to 8 query rows, not 9"
     assert reason(q, k, (1, 1, 6, 257)) == "handles heads of up to 256 columns, not 4 and 257"
     assert reason(q, k, k, is_causal=True) == "handles a mask, not is_causal"
+
+
+def test_a_mask_of_one_row_is_shared() -> None:
+    """Whatever the stride of the axis that has one place."""
+    mask = torch.ones(2, 1, 1, 40)
+    assert mask_strides(mask, 2, 4, 1, 40) == [40, 0, 0, 1]
+    assert mask_strides(mask[:1], 2, 4, 3, 40) == [0, 0, 0, 1]
+    assert mask_strides(torch.ones(1, 1, 3, 40), 2, 4, 3, 40) == [0, 0, 40, 1]
+    assert mask_strides(None, 2, 4, 3, 40) == [0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("major", [7, 8])

@@ -39,7 +39,7 @@ def steps_of(tile: _attention_tiles.AttentionTile) -> dict[str, Any]:
 @heads
 def test_decode(chip: Device, compiled: Callable, assert_fits: Callable, pairs: int, rows: int, width: int) -> None:
     tile = _attention_tiles.attention_tile(pairs, rows, 8192, width, 2, chip)
-    around = {"BESIDE": tile.beside, "k_column": 1, "v_column": 1, "mask_column": 1}
+    around = {"BESIDE": tile.beside, "FETCHED": _attention.FETCHED, "k_column": 1, "v_column": 1, "mask_column": 1}
     absent, constants = absent_of(width, tile.splits), sizes_of(width) | steps_of(tile) | around
     kernel = compiled(attention_decode._split, tile.warps, tile.stages, absent, **constants)
     assert_fits(kernel)
@@ -96,8 +96,7 @@ def test_wgmma(
 def test_into_cache(chip: Device, compiled: Callable, assert_fits: Callable, batch: int) -> None:
     tile = _attention_tiles.attention_tile(8 * batch, 4, 1024, 128, 2, chip)
     sizes = sizes_of(128) | {"BLOCK_M": tile.rows, "BLOCK_N": tile.keys, "BESIDE": tile.beside, "SCAN": 1024}
-    fetched = attention_into_cache.FETCHED if tile.splits > 1 else attention_into_cache.FETCHED_ALONE
-    constants = sizes | {"FETCHED": fetched, "EARLY": True, "mask_column": 1}
+    constants = sizes | {"FETCHED": _attention.FETCHED, "EARLY": True, "mask_column": 1}
     absent = absent_of(128, tile.splits)
     assert_fits(compiled(attention_into_cache._step, tile.warps, tile.stages, absent, **constants))
 
