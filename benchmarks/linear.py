@@ -7,6 +7,7 @@ Times are medians of CUDA graph replays, in µs; weights rotate through at least
 limit of a linear is the longer of two times: its bytes at the rate of a read-only stream, and its operations at
 the rate of a large bf16 product, both measured in the same run. `layer` is the sum of the four. What is timed compiles
 ahead, in parallel processes. `--plot FOLDER/linear.json` draws a run that is done (with matplotlib) and needs no GPU.
+`--steps` times a layer's linears by ours and by bf16 alone, and adds what one row more takes: two minutes.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from qcompile.timing import median_us
 LAYER = {name: shape for name, shape in SHAPES.items() if name != "lm_head"}
 SPECS = ("u4/g64/asym", "i4/g128/sym", "i8/g64/sym", "u3/g64/asym", "u2/g64/asym", "u1/g64/asym")
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048)
+# Where another tile is taken, or another turn of all multiprocessors.
+ENDS = (8, 16, 32, 40, 48, 64, 72, 80, 96, 128, 136, 160, 192, 224, 256, 264, 288, 384, 512, 528, 768, 1024, 1056, 1280)
 
 
 def main() -> None:
@@ -38,7 +41,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder for linear.md and linear.json")
     parser.add_argument("--seconds", type=float, default=300, help="what the whole may take")
     parser.add_argument("--specs", nargs="+", default=SPECS)
-    parser.add_argument("--rows", nargs="+", type=int, default=ROWS)
+    parser.add_argument("--rows", nargs="+", type=int)
+    parser.add_argument("--steps", action="store_true", help="from some numbers of rows to the next, by bf16 and ours")
     parser.add_argument("--plot", type=Path, metavar="JSON", help="draw an earlier run, into JSON's folder")
     parser.add_argument("--record", action="store_true", help="write benchmarks/results/")
     options = parser.parse_args()
@@ -48,18 +52,20 @@ def main() -> None:
     if DEVICE != "cuda" or not options.out:
         parser.error("needs a GPU and --out")
     report = Report(options.out, "linear", "Linears on a GPU")
-    measure(report, options.specs, options.rows, START + options.seconds)
-    tabulate_rows(report)
+    rows = options.rows or ([m for end in ENDS for m in (end, end + 1)] if options.steps else ROWS)
+    measure(report, options.specs, rows, START + options.seconds, options.steps)
+    (tabulate_steps if options.steps else tabulate_rows)(report)
     report.write()
     print(report.body())
     if options.record:
         report.record("linear")
 
 
-def kinds(specs: Sequence[str]) -> dict[str, Kind]:
-    """By name, the others' first."""
+def kinds(specs: Sequence[str], steps: bool) -> dict[str, Kind]:
+    """By name, the others' first; where steps are asked for, of others bf16 alone."""
+    others = [kind for kind in peers() if kind.name == DENSE or not steps]
     own = [Kind(f"qcompile {spec}", partial(ours, spec), 8 * weight_bytes(spec, 1, 4096) / 4096) for spec in specs]
-    return {kind.name: kind for kind in [*peers(), *own]}
+    return {kind.name: kind for kind in [*others, *own]}
 
 
 def ours(spec: str, n: int, k: int) -> Linear:
@@ -71,18 +77,18 @@ def compile_case(case: Row) -> Row:
     """The case, run once, which leaves its kernels in the cache, with why it failed, or None."""
     try:
         n, k = SHAPES[case["shape"]]
-        kinds(case["specs"])[case["kind"]].make(n, k)(random_x(case["rows"], k))
+        kinds(case["specs"], False)[case["kind"]].make(n, k)(random_x(case["rows"], k))
         torch.cuda.synchronize()
         return {**case, "why": None}
     except Exception as failure:
         return {**case, "why": f"{type(failure).__name__}: {failure}"[-600:]}
 
 
-def measure(report: Report, specs: Sequence[str], rows: Sequence[int], deadline: float) -> None:
+def measure(report: Report, specs: Sequence[str], rows: Sequence[int], deadline: float, steps: bool) -> None:
     """Compile, then time. Details of the report: µs, limit and bf16's µs, by kind, shape and rows."""
     cases = [
         {"kind": kind.name, "specs": list(specs), "rows": m, "shape": shape}
-        for kind, m, shape in itertools.product(kinds(specs).values(), rows, LAYER)
+        for kind, m, shape in itertools.product(kinds(specs, steps).values(), rows, LAYER)
         if kind.name != DENSE and kind.takes(LAYER[shape][0], m)
     ]
     results, troubles = in_parallel(compile_case, cases, report.folder, 0.45 * (deadline - time.time()))
@@ -91,9 +97,9 @@ def measure(report: Report, specs: Sequence[str], rows: Sequence[int], deadline:
     stream, flops = stream_rate(), product_rate()
     report.notes.append(f"Compiled ahead: {len(results)} of {len(cases)}.")
     report.notes.append(f"Read-only stream {stream / 1e9:.0f} GB/s, bf16 product of 8192³ {flops / 1e12:.0f} TFLOP/s.")
-    for shape, (n, k) in SHAPES.items():
+    for shape, (n, k) in (LAYER if steps else SHAPES).items():
         dense: dict[int, float] = {}
-        for kind in kinds(specs).values():
+        for kind in kinds(specs, steps).values():
             if time.time() > deadline:
                 report.fail("linear", f"out of time before {kind.name} at {shape}")
                 return
@@ -154,6 +160,20 @@ def tabulate_rows(report: Report) -> None:
         for kind, by_shape in by_kind.items():
             shown = {shape: by_shape.get(shape, "") for shape in [*SHAPES, "layer"]}
             report.add(f"{m} rows: µs / of the limit / times as fast as bf16", linear=kind, **shown)
+
+
+def tabulate_steps(report: Report) -> None:
+    """Of each number of rows µs by linear and as a sum, and the step from the number before where that was timed."""
+    details = report.details.get("linear", [])
+    us = {(one["kind"], one["shape"], one["rows"]): one["us"] for one in details}
+    sums = {(one["kind"], one["rows"]): one for one in of_layers(details)}
+    for (kind, m), one in sums.items():
+        if kind != DENSE:
+            before = sums.get((kind, m - 1))
+            parts = {shape: us[kind, shape, m] for shape in LAYER}
+            times = {"bf16": one["bf16_us"], "times_as_fast": one["bf16_us"] / one["us"]}
+            step = one["us"] / before["us"] if before else ""
+            report.add(f"{kind}: µs", rows=m, **parts, sum=one["us"], **times, step=step)
 
 
 def plot(source: Path, path: Path) -> Path:

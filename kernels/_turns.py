@@ -14,10 +14,15 @@ from qcompile.kernels._tuning import Device
 
 # Inputs of a step of linear_wgmma.
 WGMMA_CODES = 128
-# NOTE: µs of a step of linear_wgmma by rows of x, of 4 bits in groups of 64, H100. A number written and read again for
-# the sum of a tile's parts takes WGMMA_PART_US, their sum itself WGMMA_FINISH_US.
-WGMMA_STEP_US = {128: 0.9, 192: 1.05, 256: 1.4}
-WGMMA_PART_US, WGMMA_FINISH_US = 2e-6, 3.0
+# NOTE: µs of a step of linear_wgmma by rows of x, of 4 bits in groups of 64, H100; 112, 176 and 240 rows take as long
+# as what is next. Eight rows behind a power of two, or 192, keep one row more from another turn. A tile takes
+# WGMMA_TILE_US besides. The sum of a tile's parts takes WGMMA_FINISH_US, and WGMMA_PART_US for each of its numbers
+# behind the first WGMMA_PARTS_NEAR.
+WGMMA_STEP_US = {
+    **{128: 0.92, 136: 1.0, 144: 1.02, 160: 1.08, 192: 1.18, 200: 1.26},
+    **{208: 1.32, 224: 1.38, 256: 1.45, 264: 1.57},
+}
+WGMMA_TILE_US, WGMMA_FINISH_US, WGMMA_PART_US, WGMMA_PARTS_NEAR = 2.0, 2.0, 5.5e-6, 1_200_000
 
 # Outputs of a tile of linear_codes, and inputs of its steps: what the copy engine lays side by side.
 PRODUCT_OUTPUTS = PRODUCT_CODES = 128
@@ -25,14 +30,21 @@ PRODUCT_OUTPUTS = PRODUCT_CODES = 128
 
 @dataclass(frozen=True)
 class WgmmaTile:
-    """A tile of linear_wgmma: 128 outputs of `tokens` rows of x, from its share of the inputs.
+    """A tile of linear_wgmma: 128 outputs of `tokens` rows of x, from one of so many `splits` of the inputs.
 
     stages  steps in shared memory, two at least
+    last    splits of the tiles that full turns of all multiprocessors leave over, where others are whole
     """
 
     tokens: int
     stages: int
     splits: int
+    last: int = 1
+
+    @property
+    def shares(self) -> int:
+        """Parts of the inputs of tiles that are not whole."""
+        return max(self.splits, self.last)
 
 
 @dataclass(frozen=True)
@@ -55,17 +67,38 @@ class ProductTile:
 @functools.lru_cache(maxsize=1024)
 def wgmma_tile(rows: int, outputs: int, inputs: int, bits: int, device: Device) -> WgmmaTile:
     """The tile of which all take the least time, in as many turns as it needs on all multiprocessors."""
-    steps = cdiv(inputs, WGMMA_CODES)
+    steps, blocks, processors = cdiv(inputs, WGMMA_CODES), cdiv(outputs, 128), device.processors
 
     def us(choice: tuple[int, int]) -> float:
-        tokens, splits = choice
-        turns = cdiv(cdiv(rows, tokens) * cdiv(outputs, 128) * splits, device.processors)
-        summed = WGMMA_FINISH_US + splits * rows * outputs * WGMMA_PART_US if splits > 1 else 0.0
-        return turns * cdiv(steps, splits) * WGMMA_STEP_US[tokens] + summed
+        tokens, shares = choice
+        down, whole = cdiv(rows, tokens), blocks if shares == 1 else _full_turns(tokens, rows, outputs, device)
+        step, others = WGMMA_STEP_US[tokens], (blocks - whole) * down * shares
+        us = cdiv(whole * down, processors) * (steps * step + WGMMA_TILE_US)
+        if others:
+            us += cdiv(others, processors) * (cdiv(steps, shares) * step + WGMMA_TILE_US)
+            numbers = shares * rows * (blocks - whole) * 128
+            us += WGMMA_FINISH_US + max(0, numbers - WGMMA_PARTS_NEAR) * WGMMA_PART_US
+        return us
 
-    splits = [count for count in (1, 2, 4, 8) if count <= max(1, steps // 4)]
-    tokens, parts = min(itertools.product(WGMMA_STEP_US, splits), key=us)
-    return WgmmaTile(tokens, wgmma_stages(tokens, bits, device), parts)
+    counts = [count for count in (1, 2, 3, 4, 8) if count <= max(1, steps // 4)]
+    tokens, shares = min(itertools.product(WGMMA_STEP_US, counts), key=us)
+    all_in_parts = not _full_turns(tokens, rows, outputs, device)
+    splits, last = (shares, 1) if all_in_parts else (1, shares)
+    return WgmmaTile(tokens, wgmma_stages(tokens, bits, device), splits, last)
+
+
+def whole_outputs(tile: WgmmaTile, rows: int, outputs: int, device: Device) -> int:
+    """The first outputs, as many as are made whole."""
+    if tile.shares == 1:
+        return outputs
+    full = 0 if tile.splits > 1 else _full_turns(tile.tokens, rows, outputs, device)
+    return min(outputs, full * 128)
+
+
+def _full_turns(tokens: int, rows: int, outputs: int, device: Device) -> int:
+    """Blocks of 128 outputs whose tiles fill turns of all multiprocessors."""
+    down = cdiv(rows, tokens)
+    return down * cdiv(outputs, 128) // device.processors * device.processors // down
 
 
 def wgmma_stages(tokens: int, bits: int, device: Device) -> int:

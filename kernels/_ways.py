@@ -36,7 +36,7 @@ MOST_ROWS = {"dot": 2, "gemv": 8}
 # Ways that need integers.
 OF_INTEGERS = ("dot", "few", "mma", "wgmma")
 # What of a tile need not be a power of two.
-ANY_COUNT = ("steps", "ahead", "together", "tokens", "stages", "splits", "parts")
+ANY_COUNT = ("steps", "ahead", "together", "tokens", "stages", "splits", "last", "parts")
 # Rows from which a float copy of the weight may pay, and up to which tiles that unpack codes again for other rows may.
 COPIED_FROM, UNPACKED_TO = 128, 1024
 
@@ -152,7 +152,7 @@ def fits(choice: Choice, product: Product, device: Device) -> bool:
         whole = tile.codes >= max(64, step) and tile.stages >= (3 if tile.warp_groups else 2) and tile.warps % 4 == 0
         return whole and tile.splits * tile.codes <= product.inputs and tile.stages * a_stage <= shared
     if isinstance(tile, WgmmaTile):
-        whole = tile.tokens % 32 == 0 and tile.tokens <= 256 and tile.splits * _turns.WGMMA_CODES <= product.inputs
+        whole = tile.tokens % 8 == 0 and tile.tokens <= 264 and tile.shares * _turns.WGMMA_CODES <= product.inputs
         return whole and 2 <= tile.stages <= _turns.wgmma_stages(tile.tokens, layout.bits, device)
     if isinstance(tile, GemmTile):
         a_stage = tile.chunks * (tile.rows * step * 2 + tile.outputs * 16 * 2)
@@ -197,7 +197,8 @@ def _mma_tiles(tile: MmaTile, product: Product, device: Device) -> Iterator[MmaT
 
 def _wgmma_tiles(tile: WgmmaTile, product: Product, device: Device) -> Iterator[WgmmaTile]:
     for splits in (1, 2, 4):
-        yield replace(tile, splits=splits)
+        yield replace(tile, splits=splits, last=1)
+        yield replace(tile, splits=1, last=splits)
 
 
 def _programs(tile: MmaTile) -> list[tuple[int, int]]:

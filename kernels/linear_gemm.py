@@ -80,10 +80,11 @@ def _launch(
 
 
 def finish(parts: Tensor, bias: Tensor | None, out: Tensor, activation: str | None) -> None:
-    """out = act(sum of parts (splits, M, N) + bias)."""
-    grid = (cdiv(out.numel(), FINISH_BLOCK),)
+    """out = act(sum of parts (splits, M, N) + bias); out may be some columns of a wider tensor."""
+    m, n = out.shape
     constants = {"SPLITS": parts.shape[0], "ACTIVATION": activation, "BLOCK": FINISH_BLOCK}
-    launch(_finish, grid, parts, bias, out, out.numel(), out.shape[1], **constants, PDL=dependent_launch(out))
+    grid = (m, cdiv(n, FINISH_BLOCK))
+    launch(_finish, grid, parts, bias, out, m, n, out.stride(0), **constants, PDL=dependent_launch(out))
 
 
 @triton.jit
@@ -126,18 +127,19 @@ def _gemm(
 
 @triton.jit
 def _finish(
-    parts_ptr, bias_ptr, out_ptr, SIZE, N,
+    parts_ptr, bias_ptr, out_ptr, M, N, out_row,
     SPLITS: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Adds the sums of SPLITS programs, always in the same order."""
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < SIZE
+    row = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = n < N
     y = tl.zeros((BLOCK,), tl.float32)
     for part in tl.static_range(SPLITS):
-        y += tl.load(parts_ptr + part * SIZE.to(tl.int64) + at, mask=inside, other=0.0)
+        y += tl.load(parts_ptr + (part * M + row) * N + n, mask=inside, other=0.0)
     if bias_ptr is not None:
-        y += tl.load(bias_ptr + at % N, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out_ptr + at, activate(y, ACTIVATION).to(out_ptr.dtype.element_ty), mask=inside)
+        y += tl.load(bias_ptr + n, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row * out_row + n, activate(y, ACTIVATION).to(out_ptr.dtype.element_ty), mask=inside)

@@ -3,12 +3,13 @@
 A tile is 128 outputs of TOKENS rows of x, or 64 of a gate and its factor. A warp group turns the codes of its 64
 weight rows into the first operand of wgmma in registers (see _operand.py); x is the second as it lies in shared memory.
 Each goes at its own pace: one unpacks while the other's products run. Four more warps copy codes and x some steps
-ahead, also those of the program's next tile. With splits > 1 the steps are dealt out to several tiles, and
-linear_gemm's second kernel adds their sums.
+ahead, also those of the program's next tile. Where tiles are too few to give all programs a turn, or another one, their
+steps are dealt out to several, and linear_gemm's second kernel adds the sums.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from qcompile.kernels import _tuning, _turns
@@ -28,7 +29,7 @@ from qcompile.kernels._operand import piece_weights, read_sides, read_words, row
 from qcompile.kernels._planes import copy_codes, make_planes, plane_starts
 from qcompile.kernels._tiles import activate, cdiv, constexpr_function, dependent_launch, launch
 from qcompile.kernels._weight import Weight
-from qcompile.kernels.linear_gemm import in_parts
+from qcompile.kernels.linear_gemm import finish
 
 # Of the inputs of a step, what is unpacked while as many are multiplied.
 PIECE = 64
@@ -38,22 +39,34 @@ MULTIPLYING, FETCHING, LAUNCHED = 208, 88, 168
 
 def wgmma(x: Tensor, weight: Weight, bias: Tensor | None, activation: str | None, tile: _turns.WgmmaTile) -> Tensor:
     """act(x @ W.T + bias) for contiguous x (M, K) that _gluon.can_read."""
-    return in_parts(_launch, x, weight, bias, activation, tile, tile.splits)
+    m, n = x.shape[0], weight.rows
+    out, parts = x.new_empty(m, n), None
+    first = _turns.whole_outputs(tile, m, n, _tuning.Device.of(x.device))
+    if first < n:
+        parts = x.new_empty(tile.shares, m, n - first, dtype=torch.float32)
+    _launch(x, weight, bias, out, parts, activation, tile)
+    if parts is not None:
+        finish(parts, None if bias is None else bias[first:], out[:, first:], activation)
+    return out
 
 
 def wgmma_gated(x: Tensor, weight: Weight, bias: Tensor | None, activation: str, tile: _turns.WgmmaTile) -> Tensor:
-    """act(gate) * factor of the halves of x @ W.T + bias, for a tile without splits."""
+    """act(gate) * factor of the halves of x @ W.T + bias, for a tile without splits; none is made in parts."""
     out = x.new_empty(x.shape[0], weight.rows // 2)
-    _launch(x, weight, bias, out, activation, tile, gated=True)
+    _launch(x, weight, bias, out, None, activation, tile, gated=True)
     return out
 
 
 def _launch(
-    x: Tensor, weight: Weight, bias: Tensor | None, out: Tensor, activation: str | None, tile: _turns.WgmmaTile,
-    gated: bool = False,
+    x: Tensor, weight: Weight, bias: Tensor | None, out: Tensor, parts: Tensor | None, activation: str | None,
+    tile: _turns.WgmmaTile, gated: bool = False,
 ) -> None:  # fmt: skip
     (m, k), n = x.shape, out.shape[-1]
-    tiles = cdiv(n, 64 if gated else 128) * cdiv(m, tile.tokens) * tile.splits
+    down = cdiv(m, tile.tokens)
+    tiles = whole = cdiv(n, 64 if gated else 128) * down
+    if parts is not None:
+        whole = (n - parts.shape[2]) // 128 * down
+        tiles = whole + (tiles - whole) * tile.shares
     launch(
         _wgmma,
         (min(tiles, _tuning.Device.of(x.device).processors),),
@@ -61,11 +74,13 @@ def _launch(
         *weight.pointers[:3],
         bias,
         out,
+        parts,
         m,
         n,
         k,
         *weight.strides,
-        tile.splits,
+        whole,
+        1 if parts is None else tile.shares,
         W=weight.layout,
         ACTIVATION=activation,
         EVEN=k % _turns.WGMMA_CODES == 0,
@@ -82,12 +97,12 @@ def _launch(
     )
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["M", "whole"])
 def _wgmma(
-    x_ptr, data_ptr, scale_ptr, zero_ptr, bias_ptr, out_ptr, M, N, K, data_stride, scale_stride, zero_stride, splits,
-    W: gl.constexpr, ACTIVATION: gl.constexpr, EVEN: gl.constexpr, TOKENS: gl.constexpr, CODES: gl.constexpr,
-    PIECE: gl.constexpr, STAGES: gl.constexpr, GATED: gl.constexpr, MULTIPLYING: gl.constexpr, FETCHING: gl.constexpr,
-    PDL: gl.constexpr,
+    x_ptr, data_ptr, scale_ptr, zero_ptr, bias_ptr, out_ptr, parts_ptr, M, N, K, data_stride, scale_stride,
+    zero_stride, whole, shares, W: gl.constexpr, ACTIVATION: gl.constexpr, EVEN: gl.constexpr, TOKENS: gl.constexpr,
+    CODES: gl.constexpr, PIECE: gl.constexpr, STAGES: gl.constexpr, GATED: gl.constexpr, MULTIPLYING: gl.constexpr,
+    FETCHING: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     upper, lower = make_planes(CODES, STAGES, W, 64), make_planes(CODES, STAGES, W, 64)
     xs = make_inputs(x_ptr.dtype.element_ty, TOKENS, CODES, STAGES)
@@ -102,9 +117,9 @@ def _wgmma(
         wait()
     HALF: gl.constexpr = 32 if GATED else 64  # outputs of a warp group
     shared = (xs, full, free)
-    sizes = (M, N, K, splits)
+    sizes = (M, N, K, whole, shares)
     sides = (scale_ptr, zero_ptr, scale_stride, zero_stride)
-    stores = (bias_ptr, out_ptr)
+    stores = (bias_ptr, out_ptr, parts_ptr)
     gl.warp_specialize(
         [
             (
@@ -124,22 +139,25 @@ def _wgmma(
 
 @gluon.jit
 def _tiles(sizes, TOKENS: gl.constexpr, HALF: gl.constexpr):
-    M, N, K, splits = sizes
-    return gl.cdiv(M, TOKENS) * gl.cdiv(N, 2 * HALF) * splits
+    M, N, K, whole, shares = sizes
+    return whole + (gl.cdiv(M, TOKENS) * gl.cdiv(N, 2 * HALF) - whole) * shares
 
 
 @gluon.jit
 def _tile(index, sizes, TOKENS: gl.constexpr, CODES: gl.constexpr, HALF: gl.constexpr):
-    """The first row of x and the first output of a tile, its first step and how many there are, and its part."""
-    M, N, K, splits = sizes
+    """The first row of x and the first output of a tile, its first step and how many there are, and its part; -1 if it
+    is whole."""
+    M, N, K, whole, shares = sizes
     # Neighbouring tiles share their weights.
     blocks_m = gl.cdiv(M, TOKENS)
-    all_blocks = blocks_m * gl.cdiv(N, 2 * HALF)
-    part, block = index // all_blocks, index % all_blocks
     steps = gl.cdiv(K, CODES)
-    first = part * steps // splits
+    block, part, first, end = index, -1, 0, steps
+    if index >= whole:
+        others = blocks_m * gl.cdiv(N, 2 * HALF) - whole
+        part, block = (index - whole) // others, whole + (index - whole) % others
+        first, end = part * steps // shares, (part + 1) * steps // shares
     first_n = block // blocks_m * (2 * HALF)
-    return block % blocks_m * TOKENS, first_n, first, (part + 1) * steps // splits - first, part
+    return block % blocks_m * TOKENS, first_n, first, end - first, part
 
 
 @gluon.jit
@@ -149,7 +167,7 @@ def _fetch(
 ):  # fmt: skip
     """Bring codes and x to shared memory, step by step, as soon as a slot is free."""
     xs, full, free = shared
-    M, N, K, splits = sizes
+    M, N, K, whole, shares = sizes
     done = 0
     for index in range(gl.program_id(0), _tiles(sizes, TOKENS, HALF), gl.num_programs(0)):
         first_m, first_n, first, count, part = _tile(index, sizes, TOKENS, CODES, HALF)
@@ -178,7 +196,7 @@ def _multiply(
     PIECES: gl.constexpr = CODES // PIECE
     xs, full, free = shared
     DTYPE: gl.constexpr = xs[0].dtype
-    M, N, K, splits = sizes
+    M, N, K, whole, shares = sizes
     scale_ptr, zero_ptr, scale_stride, zero_stride = sides
     row = gl.arange(0, 64, layout=gl.SliceLayout(1, rows_layout(1, WARPS)))
     done = 0
@@ -217,21 +235,40 @@ def _multiply(
             barrier()  # all four warps have multiplied
             mbarrier.arrive(free.index(slot), count=1)
         done += count
-        for i in gl.static_range(len(BLOCKS)):
-            y = sums[i]
-            n = row_of(gl.arange(0, 64, layout=gl.SliceLayout(1, y.type.layout)), first_n, N, GATED)
-            if W.group == 0:
-                at = first_n.to(gl.int64) * scale_stride + n * scale_stride
-                y *= gl.load(scale_ptr + at).to(gl.float32)[:, None]
-            if stores[0] is not None:
-                y += gl.load(stores[0] + (first_n + n)).to(gl.float32)[:, None]
-            if GATED:
-                y = gl.convert_layout(_beside(y), pairs_layout(BLOCKS[i][1]), assert_trivial=True)
-                gate, y = gl.split(y)
-                y *= activate(gate, ACTIVATION)
-            else:
-                y = activate(y, ACTIVATION)
-            _store(y.to(stores[1].dtype.element_ty), stores[1], first_n, first_m + BLOCKS[i][0], part, M, N)
+        if part < 0:
+            for i in gl.static_range(len(BLOCKS)):
+                y, n = _scaled(sums[i], scale_ptr, scale_stride, first_n, N, W, GATED)
+                _store_made(y, stores, first_n, n, first_m + BLOCKS[i][0], M, N, ACTIVATION, GATED)
+        elif stores[2] is not None:
+            # Those of outputs behind the whole ones, part by part.
+            before = whole // gl.cdiv(M, TOKENS) * (2 * HALF)
+            for i in gl.static_range(len(BLOCKS)):
+                y, n = _scaled(sums[i], scale_ptr, scale_stride, first_n, N, W, GATED)
+                _store(y, stores[2], first_n - before, first_m + BLOCKS[i][0], part, M, N - before)
+
+
+@gluon.jit
+def _scaled(y, scale_ptr, scale_stride, first_n, N, W: gl.constexpr, GATED: gl.constexpr):
+    """Sums, whole if a scale is a row's; and the weight's row of each, less first_n."""
+    n = row_of(gl.arange(0, 64, layout=gl.SliceLayout(1, y.type.layout)), first_n, N, GATED)
+    if W.group == 0:
+        at = first_n.to(gl.int64) * scale_stride + n * scale_stride
+        y *= gl.load(scale_ptr + at).to(gl.float32)[:, None]
+    return y, n
+
+
+@gluon.jit
+def _store_made(y, stores, first_n, n, first_m, M, N, ACTIVATION: gl.constexpr, GATED: gl.constexpr):
+    """Write act(y + bias), or act(gate) * factor, to out; n is the weight's row of each of y's, less first_n."""
+    if stores[0] is not None:
+        y += gl.load(stores[0] + (first_n + n)).to(gl.float32)[:, None]
+    if GATED:
+        y = gl.convert_layout(_beside(y), pairs_layout(y.shape[1]), assert_trivial=True)
+        gate, y = gl.split(y)
+        y *= activate(gate, ACTIVATION)
+    else:
+        y = activate(y, ACTIVATION)
+    _store(y.to(stores[1].dtype.element_ty), stores[1], first_n, first_m, 0, M, N)
 
 
 @gluon.jit
@@ -276,6 +313,6 @@ def _store(y, out_ptr, first_n, first_m, part, M, N):
     L: gl.constexpr = y.type.layout if WIDE else NEAR
     n = first_n + gl.arange(0, y.shape[0], layout=gl.SliceLayout(1, L))
     m = first_m + gl.arange(0, y.shape[1], layout=gl.SliceLayout(0, L))
-    row = part.to(gl.int64) * M + m.to(gl.int64)
+    row = part * M.to(gl.int64) + m.to(gl.int64)
     at = row[None, :] * N + n[:, None]
     gl.store(out_ptr + at, gl.convert_layout(y, L), mask=(m < M)[None, :] & (n < N)[:, None])

@@ -11,7 +11,7 @@ from qcompile.kernels import _tuning, linear_cuda
 from qcompile.kernels._tuning import GemmTile
 from qcompile.kernels._ways import Choice, tile_of
 from qcompile.kernels._weight import Weight
-from qcompile.kernels.linear_gemm import gemm
+from qcompile.kernels.linear_gemm import finish, gemm
 from qcompile.ops.activation import ACTIVATIONS
 from qcompile.ops.linear import linear
 from qcompile.quant.tensor import QTensor
@@ -91,6 +91,17 @@ def test_bias_activation_and_splits(
     got = gemm(x, Weight.of(q.data, q.scale, q.zero, spec, 288), bias, activation, tile)
     want = linear.meaning(x.double(), q.data, q.scale, q.zero, bias.double(), spec, activation)
     assert_close(got, want, rounded=True)
+
+
+@pytest.mark.parametrize("columns", [3, 1030])
+def test_finish_fills_columns_of_a_wider_result(
+    columns: int, random_tensor: Callable[..., Tensor], assert_close: Callable[..., None]
+) -> None:
+    parts, bias, out = random_tensor(3, 2, columns).float(), random_tensor(columns), random_tensor(2, columns + 5)
+    before = out.clone()
+    finish(parts, bias, out[:, 4:-1], "relu")
+    assert_close(out[:, 4:-1], (parts.double().sum(0) + bias.double()).relu(), rounded=True)
+    assert torch.equal(out[:, :4], before[:, :4]) and torch.equal(out[:, -1:], before[:, -1:])
 
 
 @pytest.mark.parametrize("way", ["gemv", "gemm", "dequantize"])

@@ -93,6 +93,7 @@ def test_bias_and_activation(
         MmaTile(64, 64, 4, 8, 4, 1, HOPPER),
         MmaTile(128, 128, 4, 2, 16, 1, HOPPER),
         MmaTile(48, 128, 3, 3, 4, 2, HOPPER),
+        MmaTile(72, 128, 4, 2, 8, 2, HOPPER),
         MmaTile(112, 64, 4, 1, 4, 1, HOPPER),
         MmaTile(256, 64, 5, 4, 8, 1, HOPPER),
         MmaTile(288, 64, 4, 2, 8, 1, HOPPER),

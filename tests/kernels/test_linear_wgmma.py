@@ -7,7 +7,7 @@ import torch
 
 from qcompile.kernels import _tuning
 from qcompile.kernels._tuning import Device
-from qcompile.kernels._turns import WgmmaTile, wgmma_stages, wgmma_tile
+from qcompile.kernels._turns import WgmmaTile, wgmma_stages, wgmma_tile, whole_outputs
 from qcompile.kernels._weight import Weight
 from qcompile.kernels.linear_wgmma import wgmma, wgmma_gated
 from qcompile.ops.activation import ACTIVATIONS
@@ -59,7 +59,7 @@ def test_bias_and_activation(
 
 
 @pytest.mark.parametrize("outputs", [139, 4096])
-@pytest.mark.parametrize("tokens", [128, 192, 256])
+@pytest.mark.parametrize("tokens", [128, 144, 192, 264])
 @pytest.mark.cuda
 @pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute capability 9")
 def test_gated(
@@ -70,7 +70,7 @@ def test_gated(
         ("u4/g64/asym", 4, "silu", torch.bfloat16),
         ("i8/row/sym", 8, "gelu", torch.float16),
     ):
-        tile = WgmmaTile(tokens, wgmma_stages(tokens, bits, H100), 1)
+        tile = WgmmaTile(tokens, wgmma_stages(tokens, bits, H100), 1, last=2)
         q, x = random_weight(spec, 2 * outputs, 1600, dtype), torch.randn(531, 1600, device="cuda").to(dtype)
         bias = torch.randn(2 * outputs, device="cuda").to(dtype)
         for given in (bias, None):
@@ -80,7 +80,11 @@ def test_gated(
             assert_close(got, ACTIVATIONS[activation](gate) * up, rounded=True)
 
 
-@pytest.mark.parametrize("tile", [WgmmaTile(128, 5, 1), WgmmaTile(192, 3, 2), WgmmaTile(256, 3, 4)], ids=str)
+@pytest.mark.parametrize(
+    "tile",
+    [WgmmaTile(128, 5, 1), WgmmaTile(144, 5, 1), WgmmaTile(192, 3, 2), WgmmaTile(264, 3, 1), WgmmaTile(256, 3, 4)],
+    ids=str,
+)
 @pytest.mark.cuda
 @pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute capability 9")
 def test_several_tiles_a_program(
@@ -97,17 +101,43 @@ def test_several_tiles_a_program(
         assert torch.equal(wgmma(x, weight, None, None, tile), first)
 
 
+@pytest.mark.parametrize(("spec", "outputs"), [("u4/g64/asym", 8192), ("u4/g64/asym", 8204), ("i4/row/sym", 4100)])
+@pytest.mark.cuda
+@pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute capability 9")
+def test_a_last_turn_in_parts(
+    spec: str, outputs: int, random_weight: Callable[..., QTensor], assert_close: Callable[..., None]
+) -> None:
+    q, x = random_weight(spec, outputs, 1600, torch.float16), torch.randn(999, 1600, device="cuda").half()
+    bias, tile = torch.randn(outputs, device="cuda").half(), WgmmaTile(144, 5, 1, last=3)
+    assert 0 < whole_outputs(tile, 999, outputs, _tuning.Device.of(x.device)) < outputs
+    got = wgmma(x, Weight.of(q.data, q.scale, q.zero, spec, 1600), bias, "silu", tile)
+    assert_close(got, linear.meaning(x.double(), q.data, q.scale, q.zero, bias.double(), spec, "silu"))
+
+
+def test_whole_outputs() -> None:
+    """Of 448 tiles 396 fill three turns, which are two rows of tiles of 198 blocks of 128 outputs."""
+    assert whole_outputs(WgmmaTile(144, 5, 1, last=2), 257, 28672, H100) == 198 * 128
+    assert whole_outputs(WgmmaTile(144, 5, 1), 257, 28672, H100) == 28672
+    assert whole_outputs(WgmmaTile(144, 5, 2), 257, 28672, H100) == 0
+    assert whole_outputs(WgmmaTile(256, 3, 1, last=2), 256, 132 * 128 - 5, H100) == 132 * 128 - 5
+
+
 @pytest.mark.parametrize(
     ("rows", "outputs", "inputs", "tile"),
     [  # the fastest of those measured, u4/g64/asym, H100
         (128, 28672, 4096, WgmmaTile(128, 5, 1)),
+        (129, 28672, 4096, WgmmaTile(136, 5, 1)),
         (256, 28672, 4096, WgmmaTile(256, 3, 1)),
         (256, 4096, 4096, WgmmaTile(128, 5, 2)),
         (256, 6144, 4096, WgmmaTile(128, 5, 1)),
+        (256, 4096, 14336, WgmmaTile(128, 5, 2)),
+        (257, 28672, 4096, WgmmaTile(264, 3, 1)),
+        (257, 4096, 14336, WgmmaTile(264, 3, 4)),
         (384, 4096, 14336, WgmmaTile(192, 3, 2)),
+        (512, 28672, 4096, WgmmaTile(256, 3, 1, last=2)),
         (512, 4096, 14336, WgmmaTile(256, 3, 2)),
         (512, 4096, 4096, WgmmaTile(128, 5, 1)),
-        (1024, 6144, 4096, WgmmaTile(128, 5, 1)),
+        (1024, 6144, 4096, WgmmaTile(208, 3, 1)),
         (2048, 28672, 4096, WgmmaTile(256, 3, 1)),
     ],
 )

@@ -61,6 +61,7 @@ def test_other_ways_compete() -> None:
         (256, WgmmaTile(256, stages=4, splits=1)),  # shared memory
         (256, WgmmaTile(256, stages=1, splits=1)),  # no step ahead
         (256, WgmmaTile(256, stages=3, splits=64)),  # parts without inputs
+        (256, WgmmaTile(256, stages=3, splits=1, last=64)),
     ],
     ids=str,
 )
@@ -71,6 +72,19 @@ def test_what_would_be_wrong_does_not_fit(rows: int, tile: DotTile | FewTile | M
         Choice(way, tile_of(way, asked, H100)), asked._replace(rows=min(rows, 2 if way == "dot" else rows)), H100
     )
     assert not fits(Choice(way, tile), asked, H100)
+
+
+@pytest.mark.parametrize(("rows", "tokens"), [(17, 32), (32, 32), (33, 40), (41, 48), (49, 64), (65, 72), (73, 80)])
+def test_a_row_more_than_a_power_of_two_takes_eight(rows: int, tokens: int) -> None:
+    tile = tile_of("mma", product("u4/g64/asym", rows), H100)
+    assert isinstance(tile, MmaTile) and tile.tokens == tokens
+
+
+def test_programs_side_by_side_are_no_more_than_there_are() -> None:
+    """256 of 16 outputs on 132 multiprocessors are two on each, with room for a stage more."""
+    few, more = (tile_of("few", product("u4/g64/asym", 4, outputs), H100) for outputs in (4096, 6144))
+    assert isinstance(few, FewTile) and isinstance(more, FewTile)
+    assert (few.together, few.stages, more.together, more.stages) == (2, 4, 3, 3)
 
 
 def test_two_bits_in_float16_are_not_summed() -> None:

@@ -124,7 +124,7 @@ def test_few(tensor_core_chip: Device, compiled: Callable, assert_fits: Callable
 @cases(
     "spec, rows",
     (U4, 16),
-    *((U4, rows) for rows in (30, 48, 64, 80, 112, 160, 256, 300)),
+    *((U4, rows) for rows in (30, 40, 48, 64, 72, 80, 112, 160, 256, 300)),
     (I2, 16),
     (I3, 200),
     (I8, 64),
@@ -150,8 +150,11 @@ def test_mma(
 
 @pytest.mark.parametrize("gpu", [90], indirect=True)
 @pytest.mark.parametrize(
-    ("spec", "tokens", "gated", "stack"),
-    [(U4, 128, False, 32), (U4, 192, True, 32), (U4, 256, False, 256), (U4, 256, True, 256), (I3, 128, False, 32)],
+    ("spec", "tokens", "made", "stack"),
+    [
+        *((U4, 128, "sums", 32), (U4, 144, "parts", 32), (U4, 192, "gated", 32), (I3, 128, "sums", 32)),
+        *((U4, 256, "sums", 256), (U4, 256, "gated", 256), (U4, 264, "parts", 1024)),
+    ],
 )
 def test_wgmma(
     chip: Device,
@@ -160,16 +163,20 @@ def test_wgmma(
     assert_overlaps: Callable,
     spec: str,
     tokens: int,
-    gated: bool,
+    made: str,
     stack: int,
 ) -> None:
     """The widest tiles have most of their registers for sums, and keep in memory what they need once a tile."""
     layout = Layout.of(spec)
     stages = _turns.wgmma_stages(tokens, layout.bits, chip)
-    sizes = {"TOKENS": tokens, "CODES": _turns.WGMMA_CODES, "STAGES": stages, "ACTIVATION": "silu", "GATED": gated}
-    sizes |= {"PIECE": max(linear_wgmma.PIECE, 16 * layout.fields), "registers": linear_wgmma.LAUNCHED}
+    sizes = {"TOKENS": tokens, "CODES": _turns.WGMMA_CODES, "STAGES": stages, "ACTIVATION": "silu"}
+    sizes |= {
+        "GATED": made == "gated",
+        "PIECE": max(linear_wgmma.PIECE, 16 * layout.fields),
+        "registers": linear_wgmma.LAUNCHED,
+    }
     sizes |= {"MULTIPLYING": linear_wgmma.MULTIPLYING, "FETCHING": linear_wgmma.FETCHING}
-    absent = absent_of(spec)
+    absent = absent_of(spec) + ("parts_ptr",) * (made != "parts")
     kernel = compiled(linear_wgmma._wgmma, 4, absent=absent, **reads(spec), **sizes)
     assert_fits(kernel, stack)
     assert_overlaps(kernel)
