@@ -71,6 +71,8 @@ def _captured(
         for key in out[path]
         for place, like in _spare(model.get_submodule(f"{path}.{key}"), flat, int(key), int(pattern)).items()
     }
+    if any(_torch.in_one_memory(flat.tensors[x], y) for x in spare for i, y in enumerate(flat.tensors) if i != x):
+        raise CaptureError("layers of the cache share memory")
     with _torch.without_reports():
         captured, tensors, build = capture_call(few, function.__get__(few), kwargs, spare)
     writer = _Writer(captured, flat, spare)

@@ -225,6 +225,16 @@ def test_caches_of_layers_left_out_are_not_traced(monkeypatch: pytest.MonkeyPatc
     assert [each.user for each in captured.inputs if each.user is not None] == list(range(len(tensors)))
 
 
+def test_a_cache_whose_layers_share_memory(caplog: pytest.LogCaptureFixture) -> None:
+    """An input of its own for each would hide it from passes that ask."""
+    model = llama()
+    kwargs = call(model, 1, 4, cached=True)
+    lengths = torch.zeros(5, dtype=torch.long)
+    for layer, length in zip(kwargs["past_key_values"].layers, lengths, strict=True):
+        layer.cumulative_length = length
+    assert refused(model, kwargs, caplog) == "layers of the cache share memory"
+
+
 def test_few_layers_are_traced(traced: list[int]) -> None:
     model = llama(num_hidden_layers=3)
     capture_unrolled(model, model.forward, call(model, 1, 1, cached=True))
