@@ -101,6 +101,7 @@ def explain(model: nn.Module, reference: nn.Module | None = None, inputs: Mappin
     return Report(
         type(model).__name__, config, str(device), runner.plan, outcomes, runner.eager, numerics, runner.recalled,
         None if cached is None else str(cached), account(device, linears_of(runner.plan)),
+        runner.unkept,
     )  # fmt: skip
 
 

@@ -18,7 +18,8 @@ class Report:
     """Everything there is to know about an optimized model. `str()` is the text, `to_dict()` the data.
 
     `numerics` is {"sqnr_db": {parameter: dB}, "kl": mean KL divergence of the logits in nats} where a reference was
-    given, else None. `eager` counts the calls that ran uncompiled, by reason; `recalled` programs were on disk.
+    given, else None. `eager` counts the calls that ran uncompiled, by reason; `recalled` programs were on disk, and
+    `unkept` says why none are kept there, should the model be the reason.
     `kv_cache` says what generate() caches keys and values as, if not as they are.
     `tuning` says where the tiles of linears on a GPU come from, and who uses a CPU's matrix instructions.
     """
@@ -33,6 +34,7 @@ class Report:
     recalled: int = 0
     kv_cache: str | None = None
     tuning: str | None = None
+    unkept: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -72,6 +74,7 @@ class Report:
             # A forward is captured whole or not at all: what would break a graph is a call that ran uncompiled.
             "eager": dict(self.eager),
             "programs_from_disk": self.recalled,
+            "not_on_disk": self.unkept,
             "kv_cache": self.kv_cache,
             "tuning": self.tuning,
             "numerics": None if self.numerics is None else dict(self.numerics),
@@ -86,6 +89,8 @@ class Report:
             parts.append(f"tiles       {self.tuning}")
         if self.recalled:
             parts.append(f"cache       {self.recalled} of {len(self.outcomes)} programs were on disk")
+        if self.unkept:
+            parts.append(f"cache       programs are not kept on disk: {self.unkept}")
         if self.eager:
             parts.append(tabulate(self.eager.items(), headers=["calls that ran uncompiled", "times"]))
         if self.numerics is not None:

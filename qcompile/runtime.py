@@ -59,6 +59,7 @@ class Runner:
         self.programs: dict[Any, list[Program]] = {}
         self.eager: Counter[str] = Counter()
         self.recalled = 0  # programs that were on disk
+        self.unkept: str | None = None  # why none are kept there
         self._again: Again | None = None
         # Each submodule: where it is kept, under which name, itself, its attributes.
         self._structure: tuple[tuple[Any, ...], ...] | None = None
@@ -158,6 +159,7 @@ class Runner:
         # A dump is written while the passes run.
         off = not self.config.disk_cache or pipeline.dump is not None
         shelf = Shelf("program", self.config.to_json(), self.model, self.original, list(kwargs), flat.key, off=off)
+        self.unkept = shelf.why_not
         for draft in shelf.entries():
             if draft.accepts(flat.tensors):
                 try:

@@ -34,16 +34,19 @@ def folder() -> Path | None:
 
 
 class Shelf:
-    """The entries of one kind, `what`, for models and the like that are as these `roots` are."""
+    """The entries of one kind, `what`, for models and the like that are as these `roots` are. `why_not` says why none
+    is kept, where that is the roots' doing."""
 
     def __init__(self, what: str, *roots: Any, off: bool = False):
         self.place: Path | None = None
+        self.why_not: str | None = None
         if off or (root := folder()) is None:
             return
         try:
             name = f"{what}-{fingerprint(what, *roots)[:40]}"
         except Exception as error:  # Unknown, too deep, or what somebody's attributes raise: never a reason to fail
-            log.info("qcompile: %s is not kept on disk: the model has %s", what, error or type(error).__name__)
+            self.why_not = f"the model has {str(error) or type(error).__name__}"
+            log.info("qcompile: %s is not kept on disk: %s", what, self.why_not)
             return
         if _is_private(root):
             self.place = root / name

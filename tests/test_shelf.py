@@ -145,6 +145,17 @@ def test_a_second_process_captures_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     assert reports[1].replace("\n\ncache       3 of 3 programs were on disk", "") == reports[0]
 
 
+def test_why_nothing_is_kept_is_reported() -> None:
+    model = qcompile.optimize(llama(), "u4/g32/asym", disk_cache=True, progress=False)
+    model.extra = [torch.ones(3)]  # type: ignore[assignment]
+    with torch.no_grad():
+        model(torch.arange(12).reshape(2, 6))
+    report = qcompile.explain(model)
+    why = "the model has a tensor of shape (3,) that is no parameter and no buffer"
+    assert f"\ncache       programs are not kept on disk: {why}\n" in f"{report}\n"
+    assert report.to_dict()["not_on_disk"] == why
+
+
 def test_another_model_is_captured() -> None:
     tokens = torch.arange(12).reshape(2, 6)
     models = [qcompile.optimize(llama(), "u4/g32/asym", disk_cache=True, progress=False) for _ in range(3)]
