@@ -35,7 +35,7 @@ from torch import nn
 import qcompile
 from benchmarks.record import device_slug, record
 from qcompile import models
-from qcompile.evaluate import throughputs
+from qcompile.evaluate import Speed, throughputs
 from qcompile.kernels._cpp import load_cpp
 from qcompile.program import Program
 from qcompile.runtime import runner_of
@@ -194,14 +194,14 @@ class LlamaCpp:
             str(path), n_ctx=1024, n_batch=512, n_threads=threads, n_threads_batch=threads, verbose=False
         )
 
-    def speed(self, prompt: int, new: int) -> tuple[float, list[float]]:
+    def speed(self, prompt: int, new: int) -> Speed:
         self.model.reset()
         times = [time.perf_counter()]
         for tokens in ([i * 7919 % 32000 for i in range(prompt)], *([1] for _ in range(new))):
             self.model.eval(tokens)
             times.append(time.perf_counter())
         first, *later = (end - begin for begin, end in itertools.pairwise(times))
-        return first, later
+        return Speed(prompt / first, 1 / statistics.median(later), prompt, new)
 
 
 def bytewise() -> Any:
@@ -223,16 +223,17 @@ def measure(
     others = {name: contender for name, contender in contenders.items() if name not in modules}
     for prompt in prompts:
         tell(f"prompts of {prompt} tokens")
-        speeds = throughputs(modules, prompt, NEW if prompt == 128 else 1, rounds)
-        for name, speed in speeds.items():
-            lines[name].prefill[prompt] = speed.prefill
+        new, runs = NEW if prompt == 128 else 1, {name: list[Speed]() for name in contenders}
+        for turn in range(rounds + 1):
+            speeds = throughputs(modules, prompt, new, 1, warm_up=not turn)
+            speeds |= {name: other.speed(prompt, new) for name, other in others.items()}
+            limit.measure()
+            for name, speed in speeds.items():
+                runs[name] += [speed] * bool(turn)  # the first one warms up
+        for name, speeds in runs.items():
+            lines[name].prefill[prompt] = statistics.median(speed.prefill for speed in speeds)
             if prompt == 128:
-                lines[name].decode[1] = speed.decode
-        for name, other in others.items():
-            runs = [other.speed(prompt, NEW) for _ in range(rounds + 1)][1:]
-            lines[name].prefill[prompt] = prompt / statistics.median(first for first, _ in runs)
-            lines[name].decode[1] = 1 / statistics.median(token for _, later in runs for token in later)
-        limit.measure()
+                lines[name].decode[1] = statistics.median(speed.decode for speed in speeds)
     # torch.compile would compile each of these anew.
     eager_or_ours = {
         name: module for name, module in modules.items() if "forward" not in module.__dict__ or runner_of(module)
