@@ -228,8 +228,9 @@ def measure(
             speeds = throughputs(modules, prompt, new, 1, warm_up=not turn)
             speeds |= {name: other.speed(prompt, new) for name, other in others.items()}
             limit.measure()
-            for name, speed in speeds.items():
-                runs[name] += [speed] * bool(turn)  # the first one warms up
+            if turn:  # the first one warms up
+                for name, speed in speeds.items():
+                    runs[name].append(speed)
         for name, speeds in runs.items():
             lines[name].prefill[prompt] = statistics.median(speed.prefill for speed in speeds)
             if prompt == 128:

@@ -200,7 +200,11 @@ def few_tile(rows: int, outputs: int, inputs: int, bits: int, device: Device) ->
     codes = 256 if bits < 8 else 128
     # Short rows of few outputs are summed up by a program alone.
     split, together = (4, 3) if outputs < 64 * device.processors and inputs <= 8192 else (2, 4)
-    while together * stages * split * codes * (2 * warps // split * bits + 2 * tokens) > device.shared_bytes:
+
+    def is_too_much() -> bool:
+        return together * stages * split * codes * (2 * warps // split * bits + 2 * tokens) > device.shared_bytes
+
+    while is_too_much():
         if codes > 128:
             codes //= 2
         else:
@@ -210,7 +214,7 @@ def few_tile(rows: int, outputs: int, inputs: int, bits: int, device: Device) ->
     if parts == 1 and (side := cdiv(programs, device.processors)) < together:
         # NOTE: 4 rows, 4096x4096 of u4/g64, H100: 6.3 µs instead of 6.7.
         together, stages = side, 4
-        while together * stages * split * codes * (2 * warps // split * bits + 2 * tokens) > device.shared_bytes:
+        while is_too_much():
             stages -= 1
     return FewTile(tokens, codes, stages, parts, split, warps, together)
 
