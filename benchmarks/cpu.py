@@ -44,7 +44,7 @@ SPECS = ("u8/g64/asym", "u4/g64/asym", "u3/g64/asym", "u2/g64/asym", "u1/g64/asy
 HEADS = "u8/g64/asym"
 LLAMA_CPP = {"Q8_0": "i8/g32/sym", "Q4_0": "i4/g32/sym"}
 PROMPTS = (16, 128, 512)
-LINEARS = ("::linear_packed", "::linear_codes", "::fused_packed", "::chain_packed")
+LINEARS = ("::linear_packed", "::linear_codes", "::fused_packed", "::chain_packed", "::bound_chain")
 BATCHES = (2, 4, 8, 16, 32, 64)
 NEW = 24
 
@@ -285,21 +285,26 @@ def spent(model: nn.Module, prompt: int = 128) -> Spent:
 
 @contextmanager
 def timed_programs() -> Iterator[list[float]]:
-    """Seconds of every call of a compiled program."""
+    """Seconds of every step of a compiled program that generate() takes."""
     taken: list[float] = []
-    original: Callable[..., Any] = Program.__call__
+    original: Callable[..., Any] = Program.calls
 
-    def call(self: Program, *args: Any) -> Any:
-        start = time.perf_counter()
-        result = original(self, *args)
-        taken.append(time.perf_counter() - start)
-        return result
+    def calls(self: Program, *args: Any) -> Callable[[], Any]:
+        step = original(self, *args)
 
-    Program.__call__ = call  # type: ignore[method-assign]
+        def call() -> Any:
+            start = time.perf_counter()
+            result = step()
+            taken.append(time.perf_counter() - start)
+            return result
+
+        return call
+
+    Program.calls = calls  # type: ignore[method-assign]
     try:
         yield taken
     finally:
-        Program.__call__ = original  # type: ignore[method-assign]
+        Program.calls = original  # type: ignore[method-assign]
 
 
 def notes(options: argparse.Namespace, limit: ReadLimit) -> str:

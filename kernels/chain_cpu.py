@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,7 +13,7 @@ from qcompile import _torch
 from qcompile.kernels import attention_cpu, fused_linear_cpu, linear_cpu
 from qcompile.kernels._packed_cpu import FLOATS
 from qcompile.ops.chain import Result, Step, chain, run
-from qcompile.ops.registry import OPS, opaque
+from qcompile.ops.registry import OPS, binder, declare, opaque
 from qcompile.ops.rope import rope_into_cache
 
 MOST_DIMS = 8  # in chain_text.h, too
@@ -86,6 +88,37 @@ def chain_anyhow(tensors: Sequence[Tensor], caches: Sequence[Tensor], steps: str
 def chain_packed(tensors: Sequence[Tensor], caches: Sequence[Tensor], steps: str) -> Tensor:
     # chain_op.cpp takes this one's place, and gives back what is not for it.
     return chain_anyhow(tensors, caches, steps)
+
+
+_bind = declare("bind_chain(Tensor[] given, int[] moving, Tensor(a!)[] caches, str steps) -> int")
+_bound = declare("bound_chain(int bound, Tensor[] moving) -> Tensor")
+
+
+class BoundChain:
+    """chain_packed of tensors that C++ has been given once, but for those that are None: a call brings these.
+
+    To hand over some hundred tensors, and to look at each of them, takes longer than a layer does. Memory that one of
+    them has now is read from now on, and kept, even if the tensor is given other memory. Not for two threads at once.
+    """
+
+    def __init__(self, op: ctypes.CDLL, tensors: Sequence[Tensor | None], caches: Sequence[Tensor], steps: str):
+        given = [tensor.detach() for tensor in tensors if tensor is not None]
+        moving = [index for index, tensor in enumerate(tensors) if tensor is None]
+        self.bound = _bind(given, moving, [cache.detach() for cache in caches], steps)
+        weakref.finalize(self, op.release_chain, self.bound)
+
+    def __call__(self, *moving: Tensor) -> Tensor:
+        return _bound(self.bound, moving)
+
+
+@binder(chain_packed, pays=True)
+def bind_chain(tensors: Sequence[Tensor | None], caches: Sequence[Tensor], steps: str) -> BoundChain | None:
+    op = linear_cpu.without_python()
+    if op is None or all(
+        tensor is not None for tensor in tensors
+    ):  # of no tensor torch does not know whose op it calls
+        return None
+    return BoundChain(op, tensors, caches, steps)
 
 
 @chain.implementation("cpu", refuses, device="cpu")

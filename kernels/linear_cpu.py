@@ -38,6 +38,7 @@ SOURCES = (
     "attention.h",
     "chain_text.h",
     "chain_tensors.h",
+    "chain.h",
     "chain_op.cpp",
 )
 
@@ -186,7 +187,10 @@ def without_python() -> ctypes.CDLL | None:
     op.put_likeliest.argtypes = [
         pointer, *[size] * 3, number, *[pointer] * 2, size, pointer, size, *[pointer] * 5, size,
     ]  # fmt: skip
-    op.know.restype = op.forget.restype = op.put_likeliest.restype = None
+    op.add_to_each.argtypes = [pointer, size, size]
+    op.release_chain.argtypes = [size]
+    for function in (op.know, op.forget, op.put_likeliest, op.add_to_each, op.release_chain):
+        function.restype = None
     return op
 
 

@@ -67,6 +67,7 @@ class Step:
             if not isinstance(bound, str):
                 build = bound[0].build.only("logits", "past_key_values")
                 self.bound = replace(bound[0], build=build), *bound[1:]
+                self.call = self.bound[0].calls(*self.bound[1:])
         return self.bound
 
     def __call__(self) -> Tensor:
@@ -77,8 +78,7 @@ class Step:
             now.mask = _lengthened(now.mask, now.mask.shape[1] + 1)
         if self.bound is None:
             return self._logits(self.model(**self._arguments()))
-        program, weights, tensors, caches, form = self.bound
-        return self._logits(program(weights, tensors, caches, form))
+        return self._logits(self.call())
 
     def _arguments(self) -> dict[str, Any]:
         given = {"input_ids": self.now.token, "past_key_values": self.cache}
@@ -90,7 +90,7 @@ class Step:
 
     def _logits(self, outputs: Any) -> Tensor:
         self.cache = outputs.get("past_key_values", self.cache)
-        logits = outputs["logits"][:, -1]
+        logits = outputs["logits"].select(1, -1)
         # A copy: a view of the last row would keep the logits of a whole prompt.
         return logits if self.as_is else logits.to(copy=True, dtype=torch.float32)
 

@@ -59,6 +59,7 @@ KERNELS = (
     "attention_cpu",
     "attention_prompt_cpu",
     "chain_cpu",
+    "lengths_cpu",
     "inductor",
     "linear_w8a8_cpu",
     "linear_w8a8_cuda",

@@ -27,8 +27,8 @@ Place = tuple[dict[str, Any], str]
 @dataclass(frozen=True)
 class Program:
     """A compiled graph, the weights it gathers from the model at each call, and the shapes it accepts; `written` are
-    the places among the caller's tensors that it writes to, `replay` records it on a GPU. `ties` are weights of two
-    names, which the graph reads under one of them."""
+    the places among the caller's tensors that it writes to, `replay` records it on a GPU, `bind` is `run` on inputs
+    that are given once (see driver.py). `ties` are weights of two names, which the graph reads under one of them."""
 
     run: Callable[..., Sequence[Any]]
     weights: list[Place]
@@ -39,6 +39,7 @@ class Program:
     types: list[tuple[torch.dtype, torch.device]]
     written: frozenset[int] = frozenset()
     replay: Replay | None = None
+    bind: Callable[..., Callable[[], Sequence[Any]] | None] | None = None
 
     def gather(self) -> list[Tensor]:
         """The model's weights as they are now, never a stale copy."""
@@ -64,6 +65,22 @@ class Program:
             outputs = self.run(*given) if self.replay is None else self.replay(given, form)
         return self.build(outputs, tensors, caches)
 
+    def calls(
+        self, weights: Sequence[Tensor], tensors: Sequence[Tensor], caches: Sequence[Any], form: Form
+    ) -> Callable[[], Any]:
+        """Calls of the program on these very tensors, whose memory stays theirs meanwhile; by one thread."""
+        with torch.no_grad():
+            bound = None if self.bind is None or self.replay is not None else self.bind(*weights, *tensors)
+        if bound is None:
+            return lambda: self(weights, tensors, caches, form)
+
+        def call() -> Any:
+            with torch.no_grad():
+                outputs = bound()
+            return self.build(outputs, tensors, caches)
+
+        return call
+
 
 @dataclass(frozen=True)
 class Draft:
@@ -83,8 +100,8 @@ class Draft:
         """The program that reads the weights of `model`."""
         weights = [_place(model, each) if isinstance(each, str) else ({"": each}, "") for each in self.weights]
         with compiled_meanwhile(self.launches):
-            run, ties = self.parts.compile(), _ties(model)
-        return Program(run, weights, ties, self.build, self.accepts, self.outcome, self.types, self.written)
+            (run, bind), ties = self.parts.compile(), _ties(model)
+        return Program(run, weights, ties, self.build, self.accepts, self.outcome, self.types, self.written, bind=bind)
 
 
 def draft_call(model: nn.Module, forward: Forward, kwargs: Mapping[str, Any], pipeline: Pipeline) -> Draft:

@@ -2,6 +2,8 @@
 
 A model of 32 layers is compiled as its embedding, one layer and its head, and a function that calls the layer 32 times,
 each time with other weights. That saves most of the compiler's time; the calls cost a few microseconds each.
+
+Where nothing repeats, what lies around a call that can be bound to its tensors (registry.binder) is compiled.
 """
 
 from __future__ import annotations
@@ -14,47 +16,31 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.node import map_arg
 
-from qcompile import _torch
+from qcompile import _torch, driver
+from qcompile.driver import CALLED, Region, Symbols, input_views, size_name
 from qcompile.graph.alias import storage, writers
-from qcompile.graph.match import is_input, value
+from qcompile.graph.match import is_input, is_tensor, value
 from qcompile.graph.repeat import Stretch, externals, find_repeat
-
-# Each symbol among the inputs' sizes and strides: how to ask an input for it, and its number.
-Symbols = dict[Any, tuple[str, torch.SymInt]]
-
-
-@dataclass(frozen=True)
-class Region:
-    """A stretch of the graph with the nodes that it reads, those that others read of it, and the sizes it depends on.
-
-    `like` is the index of the region whose code it shares, which may be its own.
-    """
-
-    nodes: Stretch
-    inputs: list[Node]
-    outputs: list[Node]
-    symbols: list[Any]
-    like: int
+from qcompile.ops.registry import binder_of
 
 
 @dataclass(frozen=True)
 class Parts:
-    """A graph cut into regions that are not compiled yet: each with the types of its inputs, by the name that `run`, a
-    function in the text `driver`, calls it by; `constants` are what else that reads."""
+    """A graph cut into regions that are not compiled yet: each with the types of its inputs, by the name that functions
+    in the text `driver` call it by (see driver.py); `constants` are what else these read."""
 
     graphs: dict[str, tuple[GraphModule, list[Any]]]
     driver: str
     constants: dict[str, Any]
 
-    def compile(self, patches: dict[str, Any] | None = None) -> Callable[..., Any]:
-        """`run` on compiled regions. `patches` are Inductor's options."""
-        scope = dict(self.constants)
+    def compile(self, patches: dict[str, Any] | None = None) -> tuple[Callable[..., Any], Callable[..., Any] | None]:
+        """`run` and, if there is one, `bind` on compiled regions. `patches` are Inductor's options."""
+        scope = driver.SCOPE | self.constants
         for name, (graph, types) in self.graphs.items():
             scope[name] = _torch.inductor(graph, types, patches)
         exec(self.driver, scope)
-        return scope["run"]
+        return scope["run"], scope.get("bind")
 
 
 def compile_graph(gm: GraphModule, fakes: Sequence[Any], patches: dict[str, Any] | None = None) -> Callable[..., Any]:
@@ -64,13 +50,13 @@ def compile_graph(gm: GraphModule, fakes: Sequence[Any], patches: dict[str, Any]
     """
     if (patches or {}).get("triton.cudagraphs"):
         return _torch.inductor(gm, fakes, patches)
-    return cut(gm, fakes).compile(patches)
+    return cut(gm, fakes).compile(patches)[0]
 
 
 def cut(gm: GraphModule, fakes: Sequence[Any]) -> Parts:
     """The regions of an inference graph whose placeholders are described by `fakes`; one if nothing repeats."""
     sizes = _symbols(gm.graph, fakes)
-    regions = _regions(gm.graph, sizes)
+    regions = _regions(gm.graph, sizes) or _around_calls(gm.graph, sizes)
     if not regions or not all(_stands_alone(region, sizes) for region in regions):
         return Parts(
             {"region_0": (_bare(gm, gm.graph), list(fakes))}, "def run(*inputs):\n    return region_0(*inputs)", {}
@@ -82,7 +68,7 @@ def cut(gm: GraphModule, fakes: Sequence[Any]) -> Parts:
         if region.like == index
     }
     constants = {node.name: _constant(gm, node) for node in gm.graph.find_nodes(op="get_attr")}
-    return Parts(graphs, _driver(gm, regions, sizes), constants)
+    return Parts(graphs, driver.text(gm.graph, regions, sizes), constants)
 
 
 def _regions(graph: Graph, sizes: Symbols) -> list[Region]:
@@ -102,6 +88,30 @@ def _regions(graph: Graph, sizes: Symbols) -> list[Region]:
             outputs = [part[i] for i in (shared if repeats else seen[index])]
             like = (1 if parts[0] else 0) if repeats else len(regions)
             regions.append(Region(part, externals(part), outputs, _free(part, sizes), like))
+    return regions
+
+
+def _around_calls(graph: Graph, sizes: Symbols) -> list[Region]:
+    """The calls that can be bound to their tensors, and what lies before, between and behind them without the views of
+    inputs that they read, which the driver makes."""
+    calls = [node for node in graph.nodes if node.op == "call_function"]
+    binders = {node: binder for node in calls if (binder := binder_of(node.target)) is not None}
+    if not any(binder.pays for binder in binders.values()):
+        return []
+    bindable = [node for node in binders if all(map(is_tensor, node.all_input_nodes))]
+    apart = {*bindable, *input_views(bindable)}
+    parts: list[Stretch] = []
+    first = 0
+    for node in bindable:
+        parts += [tuple(calls[first : calls.index(node)]), (node,)]
+        first = calls.index(node) + 1
+    regions = []
+    for part in (*parts, tuple(calls[first:])):
+        called = part in [(node,) for node in bindable]
+        if nodes := part if called else tuple(node for node in part if node not in apart):
+            outputs = [nodes[i] for i in _seen_outside(nodes)]
+            symbols = [] if called else _free(nodes, sizes)
+            regions.append(Region(nodes, externals(nodes), outputs, symbols, CALLED if called else len(regions)))
     return regions
 
 
@@ -169,7 +179,7 @@ def _module(gm: GraphModule, region: Region, sizes: Symbols, mode: Any) -> tuple
     graph, types = Graph(), []
     for symbol in region.symbols:
         types.append(sizes[symbol][1])
-        graph.placeholder(_size_name(symbol)).meta["val"] = types[-1]
+        graph.placeholder(size_name(symbol)).meta["val"] = types[-1]
     twin = {}
     for node in region.inputs:
         twin[node] = graph.placeholder(node.name)
@@ -201,31 +211,3 @@ def _fresh(val: Any, mode: Any) -> Any:
         return val
     with mode:
         return torch.empty_strided(val.shape, val.stride(), dtype=val.dtype, device=val.device)
-
-
-def _driver(gm: GraphModule, regions: Sequence[Region], sizes: Symbols) -> str:
-    """The text of a function that calls the regions one by one, and lets go of values that no later one reads."""
-    inputs = gm.graph.find_nodes(op="placeholder")
-    last = {node: index for index, region in enumerate(regions) for node in region.inputs}
-    (end,) = gm.graph.find_nodes(op="output")
-    last |= dict.fromkeys(end.all_input_nodes, len(regions))
-    lines = [f"    {_size_name(symbol)} = {text}" for symbol, (text, _) in sizes.items()]
-    for index, region in enumerate(regions):
-        given = ", ".join([*map(_size_name, region.symbols), *(node.name for node in region.inputs)])
-        results = "".join(f"{node.name}, " for node in region.outputs)
-        lines.append(f"    {results and results + '= '}region_{region.like}({given})")
-        spent = [n.name for n in region.inputs if last[n] == index and not is_input(n) and n.op != "get_attr"]
-        spent += [n.name for n in region.outputs if n not in last]
-        lines += [f"    del {', '.join(spent)}"] if spent else []
-    lines.append(f"    return {map_arg(end.args[0], lambda node: _Name(node.name))!r}")
-    return f"def run({', '.join(node.name for node in inputs)}):\n" + "\n".join(lines)
-
-
-def _size_name(symbol: Any) -> str:
-    return f"size_{symbol}"
-
-
-class _Name(str):
-    """A word that is written without quotes."""
-
-    __repr__ = str.__str__

@@ -25,11 +25,12 @@ class Successor(nn.Module):
         odds = torch.full((*input_ids.shape, 8), float((1 - self.p) / 7))
         return SimpleNamespace(logits=odds.scatter(-1, (input_ids[..., None] + 1) % 8, float(self.p)).log())
 
-    def generate(self, input_ids: torch.Tensor, max_new_tokens: int, stopping_criteria: Any, **options: Any) -> None:
+    def generate(self, input_ids: torch.Tensor, max_new_tokens: int, streamer: Any, **options: Any) -> None:
         self.generated.append(max_new_tokens)
+        streamer.put(input_ids)
         time.sleep(0.04)
         for _ in range(max_new_tokens):
-            stopping_criteria[0](input_ids, None)
+            streamer.put(input_ids[:, -1])
             time.sleep(0.01)
 
 

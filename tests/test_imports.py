@@ -17,7 +17,7 @@ LAYERS = [
     {"passes", "kernels", "formats", "writers", "algorithms"},
     # what is to happen, how it is stored, and the account of it
     {"installed", "hub"},
-    {"checks", "patterns", "pinned", "timing", "tuned"},
+    {"checks", "driver", "patterns", "pinned", "timing", "tuned"},
     {"fusing", "transformers_config", "fingerprint"},
     {"shelf"},
     {"config", "normal", "quantized_layer"},

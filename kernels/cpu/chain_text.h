@@ -24,9 +24,10 @@ struct Call {
     std::string op;
     std::vector<Argument> arguments;
 };
+using Arguments = std::vector<std::vector<const Argument*>>;  // some of each call
 struct Text {
     std::vector<Call> calls;
-    std::vector<std::vector<const Argument*>> given;  // of each call those that are tensors
+    Arguments given;  // those that are tensors
 };
 
 int64_t numbers_of(const std::string& words, int64_t* to) {

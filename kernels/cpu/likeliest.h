@@ -1,4 +1,5 @@
-// The likeliest token of each row of scores, appended to texts (qcompile/decode_state.py), as torch's ops would do it.
+// What happens between two steps of decoding: the likeliest token of each row of scores is appended to texts
+// (qcompile/decode_state.py), as torch's ops would do it, and lengths grow.
 
 namespace {
 
@@ -64,4 +65,8 @@ extern "C" void put_likeliest(const void* scores, int64_t rows, int64_t stride, 
         if (std::find(ends, ends + end_count, best) != ends + end_count) unfinished[m] = false;
     }
     ++*at;
+}
+
+extern "C" void add_to_each(int64_t* const* numbers, int64_t count, int64_t added) {
+    for (int64_t i = 0; i < count; i++) *numbers[i] += added;
 }

@@ -125,6 +125,43 @@ def opaque(fake: Function, writes: Sequence[str] = ()) -> Callable[[Function], t
     return lambda function: _define(_KERNELS, function, fake, writes)
 
 
+@dataclass(frozen=True)
+class Binder:
+    """How calls of an op are bound to tensors which many of them have in common.
+
+    `bind` takes the op's arguments, with None in place of each tensor that is another one at every call, and gives a
+    function of those alone, in the order of the arguments, that calls the op; or None where it cannot. If it `pays`, a
+    graph is cut at the call.
+    """
+
+    bind: Function
+    pays: bool
+
+
+_BINDERS: dict[torch._ops.OpOverload, Binder] = {}
+
+
+def binder(overload: torch._ops.OpOverload, pays: bool) -> Callable[[Function], Function]:
+    """Sign up `bind` of the Binder of this op."""
+
+    def sign_up(function: Function) -> Function:
+        _BINDERS[overload] = Binder(function, pays)
+        return function
+
+    return sign_up
+
+
+def binder_of(target: Any) -> Binder | None:
+    """How calls of an op are bound, if they can be."""
+    return _BINDERS.get(target)
+
+
+def declare(schema: str) -> torch._ops.OpOverload:
+    """`torch.ops.qcompile_kernels.<name>` of this schema, whose function is in C++ alone."""
+    _KERNELS.define(schema)
+    return getattr(getattr(torch.ops, _KERNELS.ns), schema.partition("(")[0]).default
+
+
 def _define(
     library: torch.library.Library, function: Function, fake: Function, writes: Sequence[str]
 ) -> torch._ops.OpOverload:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qcompile.algorithms import quantize
 from qcompile.kernels import linear_cpu
-from qcompile.kernels.chain_cpu import chain_anyhow, chain_packed
+from qcompile.kernels.chain_cpu import bind_chain, chain_anyhow, chain_packed
 from qcompile.ops.chain import Cache, Given, Result, Step, chain
 from qcompile.ops.registry import MEANING
 from qcompile.ops.row_codes import CODES, dequantize_rows, quantize_rows
@@ -280,6 +280,41 @@ def test_numbers_that_are_none() -> None:
     for _ in range(2):
         y = chain_packed(*layer.arguments)
         assert y[0].isnan().all() and y[1].isfinite().all()
+
+
+@pytest.mark.parametrize("rounding", [(), ("i8/token/dynamic",)], ids=["", "rounding"])
+def test_bound(rounding: tuple[str, ...]) -> None:
+    layer = Layer(torch.bfloat16, rounding=rounding)
+    tensors, caches, text = layer.arguments
+    _, twins, _ = layer.arguments
+    moving = [i for i, tensor in enumerate(tensors) if i in (0, layer.positions.index) or tensor.dtype == torch.bool]
+    mine = [tensor.clone() for tensor in tensors]
+    bound = bind_chain([None if i in moving else tensor for i, tensor in enumerate(mine)], caches, text)
+    assert bound is not None
+    for step in range(4):
+        for i in moving:  # other numbers elsewhere, and in a memory of another order
+            given = tensors[i] + step if i else torch.randn_like(tensors[0])
+            tensors[i] = given.to(tensors[i].dtype) if step != 2 or i else given.repeat_interleave(2, -1)[..., ::2]
+        want = chain_anyhow(tensors, twins, text)
+        if step == 3:  # what a tensor was given later is not looked at
+            for tensor in mine:
+                tensor.data = torch.zeros_like(tensor)
+        got = bound(*(tensors[i] for i in moving))
+        assert (got - want).norm() <= 0.02 * want.norm()
+        assert all(torch.equal(cache, twin) for cache, twin in zip(caches, twins))
+
+
+def test_bound_steps_that_go_wrong() -> None:
+    layer = Layer(torch.bfloat16)
+    tensors, caches, text = layer.arguments
+    at = layer.positions.index
+    bound = bind_chain([None if i == at else tensor for i, tensor in enumerate(tensors)], caches, text)
+    assert bound is not None and bind_chain(tensors, caches, text) is None
+    want = bound(tensors[at])
+    for _ in range(2):
+        with pytest.raises((RuntimeError, IndexError), match="out of"):
+            bound(tensors[at] + CAPACITY)
+        assert torch.equal(bound(tensors[at]), want)
 
 
 def test_opcheck() -> None:
