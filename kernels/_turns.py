@@ -18,7 +18,8 @@ WGMMA_CODES = 128
 # as what is next. Eight rows behind a power of two keep one row more from another turn. A tile takes WGMMA_TILE_US
 # besides. The sum of a tile's parts takes WGMMA_FINISH_US, and WGMMA_PART_US for each of its numbers behind the first
 # WGMMA_PARTS_NEAR.
-WGMMA_STEP_US = {128: 0.92, 136: 1.0, 144: 1.02, 160: 1.08, 192: 1.18, 208: 1.32, 224: 1.38, 256: 1.45, 264: 1.57}
+WGMMA_STEP_US = {128: 0.92, 136: 1.0, 144: 1.02, 160: 1.08, 192: 1.18, 200: 1.28, 208: 1.32, 224: 1.38}
+WGMMA_STEP_US |= {256: 1.45, 264: 1.57}
 WGMMA_TILE_US, WGMMA_FINISH_US, WGMMA_PART_US, WGMMA_PARTS_NEAR = 2.0, 2.5, 5.5e-6, 1_200_000
 
 # Outputs of a tile of linear_codes, and inputs of its steps: what the copy engine lays side by side.

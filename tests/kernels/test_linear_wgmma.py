@@ -59,7 +59,7 @@ def test_bias_and_activation(
 
 
 @pytest.mark.parametrize("outputs", [139, 4096])
-@pytest.mark.parametrize("tokens", [128, 144, 192, 264])
+@pytest.mark.parametrize("tokens", [128, 144, 192, 200, 264])
 @pytest.mark.cuda
 @pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute capability 9")
 def test_gated(
@@ -134,6 +134,8 @@ def test_whole_outputs() -> None:
         (257, 28672, 4096, WgmmaTile(264, 3, 1)),
         (257, 4096, 14336, WgmmaTile(264, 3, 4)),
         (384, 4096, 14336, WgmmaTile(192, 3, 2)),
+        (385, 28672, 4096, WgmmaTile(200, 3, 1, last=2)),
+        (385, 4096, 14336, WgmmaTile(200, 3, 2)),
         (512, 28672, 4096, WgmmaTile(256, 3, 1, last=2)),
         (512, 4096, 14336, WgmmaTile(256, 3, 2)),
         (512, 4096, 4096, WgmmaTile(128, 5, 1)),
