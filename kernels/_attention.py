@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qcompile.kernels._tiles import (
     dependent_launch,
+    fetch,
     gdc_launch_dependents,
     gdc_wait,
     launch,
@@ -111,10 +112,7 @@ def _fetch(ptr, n, row, column, wanted, WIDTH: tl.constexpr, BLOCK: tl.constexpr
     LINE: tl.constexpr = 128 // (ptr.dtype.element_ty.primitive_bitwidth // 8)
     d = tl.arange(0, (BLOCK + LINE - 1) // LINE)[None, :] * LINE
     at = (ptr + n.to(tl.int64) * row + tl.minimum(d, WIDTH - 1) * column).to(tl.int64)
-    tl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, 0; }",
-        "=r,l,r", [at, (wanted & (d < WIDTH)).to(tl.int32)], tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
+    fetch(at, wanted & (d < WIDTH))
 
 
 @triton.jit

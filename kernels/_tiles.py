@@ -95,6 +95,15 @@ def row_offset(row, inner, outer_stride, inner_stride):
 
 
 @triton.jit
+def fetch(place, wanted):
+    """Begin to bring the 128 bytes around each place, an int64 tensor, to the L2 cache."""
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, 0; }",
+        "=r,l,r", [place, wanted.to(tl.int32)], tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
 def plane_words(K, WIDTH: tl.constexpr):
     """int32 words of one row of a plane of WIDTH bits."""
     return (K + 128 // WIDTH - 1) // (128 // WIDTH) * 4

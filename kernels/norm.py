@@ -8,6 +8,7 @@ from qcompile.kernels._tiles import (
     as_rows,
     cdiv,
     dependent_launch,
+    fetch,
     gdc_launch_dependents,
     gdc_wait,
     launch,
@@ -147,6 +148,15 @@ def _run(
 
 
 @triton.jit
+def _fetch(ptr, columns, BLOCK_N: tl.constexpr):
+    """Begin to bring a parameter to the L2 cache, if there is one: right even while the kernel ahead writes to it."""
+    if ptr is not None:
+        LINE: tl.constexpr = 128 // (ptr.dtype.element_ty.primitive_bitwidth // 8)
+        column = tl.arange(0, (BLOCK_N + LINE - 1) // LINE) * LINE
+        fetch((ptr + column).to(tl.int64), column < columns)
+
+
+@triton.jit
 def _rms_norm(
     x_ptr, residual_ptr, weight_ptr, out_ptr, sum_ptr, rows, columns, x_inner, x_outer_stride, x_inner_stride,
     r_inner, r_outer_stride, r_inner_stride, eps,
@@ -154,10 +164,14 @@ def _rms_norm(
 ):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
+        _fetch(weight_ptr, columns, BLOCK_N)
         gdc_wait()
     row = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
     column = tl.arange(0, BLOCK_N)[None, :]
     inside = (row < rows) & (column < columns)
+    weight = None
+    if weight_ptr is not None:  # before the sum, behind which threads wait for one another
+        weight = tl.load(weight_ptr + column, mask=column < columns, other=0.0)
     x = tl.load(x_ptr + row_offset(row, x_inner, x_outer_stride, x_inner_stride) + column, mask=inside, other=0.0)
     at = row.to(tl.int64) * columns + column
     if residual_ptr is not None:
@@ -167,8 +181,8 @@ def _rms_norm(
         x = tl.where(inside, x, 0.0)
     y = x.to(tl.float32)
     y *= tl.rsqrt(tl.sum(y * y, 1)[:, None] / columns + eps)
-    if weight_ptr is not None:
-        y *= tl.load(weight_ptr + column, mask=column < columns, other=0.0).to(tl.float32) + OFFSET
+    if weight is not None:
+        y *= weight.to(tl.float32) + OFFSET
     tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -180,10 +194,18 @@ def _layer_norm(
 ):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
+        _fetch(weight_ptr, columns, BLOCK_N)
+        _fetch(bias_ptr, columns, BLOCK_N)
         gdc_wait()
     row = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
     column = tl.arange(0, BLOCK_N)[None, :]
     inside = (row < rows) & (column < columns)
+    weight = None
+    if weight_ptr is not None:  # before the sum, behind which threads wait for one another
+        weight = tl.load(weight_ptr + column, mask=column < columns, other=0.0)
+    bias = None
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + column, mask=column < columns, other=0.0)
     x = tl.load(x_ptr + row_offset(row, x_inner, x_outer_stride, x_inner_stride) + column, mask=inside, other=0.0)
     at = row.to(tl.int64) * columns + column
     if residual_ptr is not None:
@@ -194,8 +216,8 @@ def _layer_norm(
     y = x.to(tl.float32)
     y = tl.where(inside, y - tl.sum(y, 1)[:, None] / columns, 0.0)
     y *= tl.rsqrt(tl.sum(y * y, 1)[:, None] / columns + eps)
-    if weight_ptr is not None:
-        y *= tl.load(weight_ptr + column, mask=column < columns, other=0.0).to(tl.float32)
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + column, mask=column < columns, other=0.0).to(tl.float32)
+    if weight is not None:
+        y *= weight.to(tl.float32)
+    if bias is not None:
+        y += bias.to(tl.float32)
     tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=inside)
