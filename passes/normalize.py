@@ -3,6 +3,7 @@
     detach(x), dropout(x, p, False), x.to(x.dtype), x * 1, x + 0     ->    x
     x.to(device, dtype), type_as(x, y), _to_copy(x, dtype=d)         ->    to(x, d)
     x * x, square(x)                                                 ->    pow(x, 2)
+    matmul(columns, rows), as the angles of rope                     ->    columns * rows
     _assert_tensor_metadata(x, …)                                    ->
 
 Why: captured spellings change with each release of torch and transformers; later passes know one of each.
@@ -20,6 +21,7 @@ from qcompile.graph.alias import is_returned, is_written
 from qcompile.graph.match import aten, is_call, is_tensor, named_argument, same_type, value
 from qcompile.graph.rewrite import Rewriter
 from qcompile.graph.spelling import Build, Spelling, spell
+from qcompile.ops.registry import known
 
 
 class Normalize:
@@ -79,6 +81,14 @@ def _square(node: Node) -> Build | None:
     return spell(node, aten.pow.Tensor_Scalar, node.args[0], 2)
 
 
+def _outer(node: Node) -> Build | None:
+    """Products with nothing to sum; of three dimensions, so that attention to a single key stays attention."""
+    x, y = node.args
+    if value(x).dim() != 3 or value(y).dim() != 3 or known(value(x).shape[-1]) != 1:
+        return None
+    return spell(node, aten.mul.Tensor, x, y)
+
+
 def _dropout(node: Node) -> Node | None:
     """dropout, or the first result of native_dropout."""
     call, fresh = (node.args[0], True) if is_call(node, operator.getitem) else (node, False)
@@ -123,6 +133,7 @@ _SPELLINGS: dict[Any, Any] = {
         (_add, (aten.add.Tensor, aten.sub.Tensor)),
         (_divide, (aten.div.Tensor,)),
         (_square, (aten.square.default,)),
+        (_outer, (aten.matmul.default, aten.bmm.default)),
         (_dropout, (aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default)),
         (_cast, (aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other, aten.to.prim_Device)),
         (_cast, (aten._to_copy.default, aten.type_as.default)),

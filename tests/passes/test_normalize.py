@@ -56,6 +56,18 @@ def test_spellings(graph, function, ops):
     assert g.ops() == ops
 
 
+def test_a_product_with_nothing_to_sum_is_one_of_elements(graph):
+    g = graph(lambda x, y: x @ y, torch.randn(2, 3, 1), torch.randn(2, 1, 4))
+    g.apply(Normalize())
+    assert g.ops() == ["mul"]
+
+
+def test_attention_to_a_single_key_stays_a_product(graph):
+    g = graph(lambda x, y: x @ y, torch.randn(2, 2, 3, 1), torch.randn(2, 2, 1, 4))
+    g.apply(Normalize())
+    assert g.ops() == ["matmul"]
+
+
 @pytest.mark.parametrize(
     "function",
     [
