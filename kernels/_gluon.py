@@ -65,6 +65,14 @@ def wait():
 
 
 @gluon.jit
+def fetch_bytes(ptr, COUNT: gl.constexpr):
+    """Begin to bring so many bytes to the L2 cache, a multiple of 16 from such an address on (Hopper and later)."""
+    asm: gl.constexpr = """{ .reg .pred p; .reg .b32 t; mov.u32 t, %tid.x; setp.eq.s32 p, t, 0;
+        @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0; }"""
+    gl.inline_asm_elementwise(asm, "=r,l,r", [ptr, COUNT], gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
 def pick_bytes(a, b, selector):
     """Four bytes of a (0 … 3) and b (4 … 7); a hexadecimal digit of the selector each, the lowest first."""
     return gl.inline_asm_elementwise(

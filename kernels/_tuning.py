@@ -49,6 +49,11 @@ class DotTile:
     words: int = 4
     late: bool = False
 
+    def held(self, inputs: int, step: int, bits: int) -> int:
+        """Bytes of shared memory for weights; `step` is the weight's."""
+        codes = 32 * self.split * step * self.words // 4
+        return self.outputs * cdiv(inputs, codes) * codes * bits // 8 * min(self.ahead, self.steps)
+
 
 @dataclass(frozen=True)
 class FewTile:

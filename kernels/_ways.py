@@ -138,9 +138,7 @@ def fits(choice: Choice, product: Product, device: Device) -> bool:
     if any(count != power_of_two(count) for name, count in counts.items() if name not in ANY_COUNT):
         return False
     if isinstance(tile, DotTile):
-        codes = 32 * tile.split * step * tile.words // 4
-        row_bytes = cdiv(product.inputs, codes) * codes * layout.bits // 8
-        held = tile.outputs * row_bytes * min(tile.ahead, tile.steps)
+        held = tile.held(product.inputs, step, layout.bits)
         return tile.split <= tile.warps and tile.ahead <= tile.steps and held <= shared - (16 << 10)
     if isinstance(tile, FewTile):
         a_stage = tile.split * tile.codes * (tile.rows * layout.bits // 8 + 2 * tile.tokens)
