@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from qcompile.kernels import _tuning
 from qcompile.kernels._gluon import can_read
@@ -93,6 +94,19 @@ def test_many_tiles(tile: DotTile, random_weight: Callable[..., QTensor], assert
         q, x = random_weight(spec, 37, 1600, torch.float16), torch.randn(1, 1600, device="cuda").half()
         got = dot(x, Weight.of(q.data, q.scale, q.zero, spec, 1600), None, Around(), tile)
         assert_close(got, linear.meaning(x.double(), q.data, q.scale, q.zero, None, spec, None))
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_more_programs_than_there_is_room_for(
+    gated: bool, random_weight: Callable[..., QTensor], assert_close: Callable[..., None]
+) -> None:
+    """The first ones fetch what later ones copy, and nothing from beyond the weight's end."""
+    spec, n = "u4/g64/asym", 9001
+    q, x = random_weight(spec, n * (1 + gated), 256, torch.float16), torch.randn(1, 256, device="cuda").half()
+    around = Around(activation="silu" if gated else None, gated=gated)
+    got = dot(x, Weight.of(q.data, q.scale, q.zero, spec, 256), None, around, DotTile(4, 2, 2))
+    want = linear.meaning(x.double(), q.data, q.scale, q.zero, None, spec, None)
+    assert_close(got, F.silu(want[:, :n]) * want[:, n:] if gated else want)
 
 
 def test_fixed_point_of_uneven_inputs(random_weight: Callable[..., QTensor], assert_close: Callable[..., None]) -> None:
