@@ -1,21 +1,16 @@
-"""Pieces that the attention kernels share: masks, the sums over keys, and what programs leave for one another.
+"""Pieces that the attention kernels share: masks, and the sums over keys.
 
-A program reads some of the keys. With splits > 1 each leaves what it found, and `_combine` makes one result of it.
 Tensors may have a first axis of BESIDE warps, each with its own sums over a share of a block of keys.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from qcompile.kernels._tiles import (
-    dependent_launch,
+    INTERPRET,
+    constexpr,
     fetch,
-    gdc_launch_dependents,
-    gdc_wait,
-    launch,
-    power_of_two,
     tl,
     triton,
 )
@@ -25,6 +20,7 @@ SCAN_ELEMENTS = 1024
 # NOTE: batch 1, a mask over 32768 keys, H100: 52.3 µs with none, 50.8 with 2, 49.7 with 4, 51.2 with 8; over 8192 keys
 # 18.3, 17.1, 17.2 and 17.0. A layer of Llama-3-8B at batch 16 over 513 keys: 97.8 with none, 97.2 with 4.
 FETCHED = 4
+HAS_ASM = constexpr(not INTERPRET)
 
 
 def mask_strides(mask: Tensor | None, *shape: int) -> list[int]:
@@ -35,30 +31,6 @@ def mask_strides(mask: Tensor | None, *shape: int) -> list[int]:
     return [stride if size > 1 else 0 for size, stride in zip(shape, mask.stride())]
 
 
-def partial_results(like: Tensor, rows: int, splits: int, columns: int) -> tuple[Tensor, Tensor]:
-    """Where programs leave what they found in their parts: top and total, and the weighted sums of the values."""
-    sums = like.new_empty(rows, 2, splits, dtype=torch.float32)
-    return sums, like.new_empty(rows, splits, columns, dtype=torch.float32)
-
-
-def combine(sums: Tensor, parts: Tensor, out: Tensor) -> None:
-    """Write to `out`, rows of columns one after the other, what all parts together give."""
-    rows, splits, columns = parts.shape
-    block_dv = max(16, power_of_two(columns))
-    launch(
-        _combine,
-        (rows,),
-        sums,
-        parts,
-        out,
-        DV=columns,
-        BLOCK_DV=block_dv,
-        SPLITS=splits,
-        PDL=dependent_launch(out),
-        num_warps=max(1, min(8, splits * block_dv // 512)),
-    )
-
-
 @triton.jit
 def is_attended(mask):
     return mask if mask.dtype == tl.int1 else mask.to(tl.float32) != float("-inf")
@@ -66,12 +38,11 @@ def is_attended(mask):
 
 @triton.jit
 def seen_steps(
-    mask_ptr, mask_column, rows, steps, keys,
+    mask_ptr, mask_column, rows, part, splits, steps, keys,
     BLOCK_N: tl.constexpr, MASK_ROWS: tl.constexpr, SCAN: tl.constexpr, CACHED: tl.constexpr,
 ):  # fmt: skip
     """Of this program's steps the first one in which anyone attends, the one behind the last, and the key behind the
     last."""
-    part, splits = tl.program_id(1), tl.num_programs(1)
     lowest = tl.zeros((MASK_ROWS, SCAN), tl.int32) + keys
     highest = tl.zeros((MASK_ROWS, SCAN), tl.int32)
     for start in range(0, steps * BLOCK_N, SCAN):
@@ -90,12 +61,11 @@ def seen_steps(
 
 @triton.jit
 def fetch_ahead(
-    k_ptr, v_ptr, mask_ptr, keys, k_row, k_column, v_row, v_column, mask_column, STEPS: tl.constexpr,
+    k_ptr, v_ptr, mask_ptr, part, splits, keys, k_row, k_column, v_row, v_column, mask_column, STEPS: tl.constexpr,
     BLOCK_N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """Begin to bring keys and values of this program's first steps to the L2 cache, those that are attended to by the
     mask as it is by now: the kernel before may have yet to write it."""
-    part, splits = tl.program_id(1), tl.num_programs(1)
     i = tl.arange(0, STEPS * BLOCK_N)[:, None]
     n = (i // BLOCK_N * splits + part) * BLOCK_N + i % BLOCK_N
     wanted = n < keys
@@ -187,6 +157,21 @@ def mask_at(mask_ptr, n, mask_column, inside):
 
 
 @triton.jit
+def attended_in(mask_ptr, n, mask_column, keys):
+    """Which keys n are attended to, to read these alone; there is one key at least."""
+    at = mask_ptr + tl.minimum(n, keys - 1).to(tl.int64) * mask_column
+    if HAS_ASM and mask_ptr.dtype.element_ty == tl.int1:
+        # In assembly: keys whose read depends on a load of bytes that Triton knows would be laid out as bytes for dots.
+        mask = tl.inline_asm_elementwise(
+            "{ .reg .u16 byte; ld.global.u8 byte, [$1]; cvt.u32.u16 $0, byte; }",
+            "=r,l", [at.to(tl.int64)], tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+        return (mask != 0) & (n < keys)
+    else:
+        return is_attended(tl.load(at)) & (n < keys)
+
+
+@triton.jit
 def masked(logits, mask, inside, softcap):
     """Logits as the cap and the mask leave them."""
     if softcap is not None:
@@ -216,40 +201,3 @@ def _sum_of(y):
         return _sum_of(a + b)
     else:
         return tl.reshape(a + b, (y.shape[1], y.shape[2]))
-
-
-@triton.jit
-def leave(y, top, total, out_ptr, sums_ptr, parts_ptr, result, inside, dv, DV: tl.constexpr):
-    """Store the rows that are `inside` as rows of the result, or where there are parts what `_combine` makes it of."""
-    part, splits = tl.program_id(1), tl.num_programs(1)
-    if parts_ptr is None:
-        # Rows that attend to nothing are zeros.
-        y /= tl.where(total == 0.0, 1.0, total)
-        tl.store(out_ptr + result * DV + dv, y.to(out_ptr.dtype.element_ty), mask=inside & (dv < DV))
-    else:
-        tl.store(sums_ptr + result * 2 * splits + part, top, mask=inside)
-        tl.store(sums_ptr + (result * 2 + 1) * splits + part, total, mask=inside)
-        tl.store(parts_ptr + (result * splits + part) * DV + dv, y, mask=inside & (dv < DV))
-
-
-@triton.jit
-def _combine(
-    sums_ptr, parts_ptr, out_ptr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr
-):
-    """One program makes one row of the result."""
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
-    row = tl.program_id(0).to(tl.int64)
-    part = tl.arange(0, SPLITS)[:, None]
-    column = tl.arange(0, BLOCK_DV)[None, :]
-    top = tl.load(sums_ptr + row * 2 * SPLITS + part)
-    total = tl.load(sums_ptr + (row * 2 + 1) * SPLITS + part)
-    y = tl.load(parts_ptr + (row * SPLITS + part) * DV + column, mask=column < DV, other=0.0)
-    highest = tl.max(top, 0, keep_dims=True)
-    weight = tl.exp(top - tl.where(highest == float("-inf"), 0.0, highest))
-    whole = tl.sum(total * weight, 0)
-    y = tl.sum(y * weight, 0) / tl.where(whole == 0.0, 1.0, whole)
-    DTYPE: tl.constexpr = out_ptr.dtype.element_ty
-    column = tl.arange(0, BLOCK_DV)
-    tl.store(out_ptr + row * DV + column, y.to(DTYPE), mask=column < DV)

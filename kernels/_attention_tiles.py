@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from qcompile.kernels._clusters import MOST, has_clusters
 from qcompile.kernels._tiles import cdiv, power_of_two
 from qcompile.kernels._tuning import Device, floor_power
 
@@ -11,7 +12,7 @@ from qcompile.kernels._tuning import Device, floor_power
 @dataclass(frozen=True)
 class AttentionTile:
     """What a program of attention_decode makes: `rows` query rows, from every splits-th block of `keys` keys, of which
-    `beside` warps take a share each; powers of two."""
+    `beside` warps take a share each; powers of two. Its programs are a `cluster` or leave their parts in memory."""
 
     splits: int
     rows: int
@@ -19,6 +20,7 @@ class AttentionTile:
     warps: int
     stages: int
     beside: int = 1
+    cluster: bool = False
 
 
 def attention_tile(pairs: int, rows: int, keys: int, columns: int, itemsize: int, device: Device) -> AttentionTile:
@@ -38,19 +40,24 @@ def attention_tile(pairs: int, rows: int, keys: int, columns: int, itemsize: int
             block, warps = 128 if 2 * 128 * 2 * columns * itemsize <= room else 64, 8
     programs = pairs * cdiv(rows, tile_rows)
     splits = floor_power(min(cdiv(keys, block), device.processors // programs, 64))
+    narrow = tile_rows == 16 and columns <= 128 and itemsize == 2  # more would be more sums than registers
     beside = 1
-    if tile_rows == 16 and columns <= 128 and itemsize == 2:  # more would be more sums than registers
+    if narrow and splits == 1 and keys <= 4096:
         # NOTE: a layer of Llama-3-8B at batch 16 over 513 of 1024 keys, H100: 95.5 µs with four warps side by side and
         # 64 keys, 96.4 with eight that share their sums and 128; over 8192 keys attention alone 189 and 183.
-        if splits == 1 and keys <= 4096:
-            block, warps, beside = 64, 4, 4
-        elif keys <= block * splits:
-            warps = beside = block // 16
+        block, warps, beside = 64, 4, 4
+    one_step = keys <= block * splits
     while stages > 1 and (stages - 1) * block * 2 * columns * itemsize > room:
         stages -= 1
-    if keys <= block * splits:  # one step a program: nothing to fetch ahead
-        stages = 1
-    return AttentionTile(splits, tile_rows, block, warps, stages, beside)
+    if one_step:  # nothing to fetch ahead, but values while keys are awaited
+        stages = min(stages, 2 if narrow and beside == 1 else 1)
+    # NOTE: a layer of Llama-3-8B at batch 1 over 513 of 1024 keys, H100: 53.4 µs with `_combine`, warps side by side
+    # and values read behind keys, 52.5 with both on their way at once, 51.7 when it is a cluster, too; four warps and
+    # two steps of 64 keys 54.1. Over 8192 keys attention alone 17.3 µs with `_combine` and 16 parts, 19.7 to 27.4 in
+    # clusters of 8 or 16.
+    small = 2 * programs * splits <= device.processors
+    cluster = has_clusters(device) and narrow and one_step and small and 1 < splits <= MOST
+    return AttentionTile(splits, tile_rows, block, warps, stages, beside, cluster)
 
 
 def codes_tile(pairs: int, rows: int, keys: int, columns: int, itemsize: int, device: Device) -> AttentionTile:

@@ -11,18 +11,8 @@ import torch
 from torch import Tensor
 
 from qcompile.kernels import _attention_tiles, _tuning, attention_decode
-from qcompile.kernels._attention import (
-    SCAN_ELEMENTS,
-    add_product,
-    capped,
-    combine,
-    is_attended,
-    leave,
-    mask_strides,
-    partial_results,
-    seen_steps,
-    weigh,
-)
+from qcompile.kernels._attention import SCAN_ELEMENTS, add_product, capped, is_attended, mask_strides, seen_steps, weigh
+from qcompile.kernels._attention_parts import combine, leave, partial_results
 from qcompile.kernels._row_codes import SMALLEST, refuses_codes
 from qcompile.kernels._tiles import (
     INTERPRET,
@@ -234,7 +224,9 @@ def _split_codes(
     if mask_ptr is not None:
         seen_head = kv_head * (rows // length) + seen_row // length
         mask_ptr += batch * mask_batch + seen_head * mask_head + (seen_row % length).to(tl.int64) * mask_row
-        first, end, _ = seen_steps(mask_ptr, mask_column, seen_row < rows, end, keys, BLOCK_N, MASK_ROWS, SCAN, "")
+        first, end, _ = seen_steps(
+            mask_ptr, mask_column, seen_row < rows, part, splits, end, keys, BLOCK_N, MASK_ROWS, SCAN, ""
+        )
     word, v_word = tl.arange(0, BLOCK_D // 4)[None, :], tl.arange(0, BLOCK_DV // 4)[None, :]
     k_ptr += batch * k_batch + kv_head * k_head + word
     v_ptr += batch * v_batch + kv_head * v_head + v_word
@@ -280,4 +272,4 @@ def _split_codes(
         k, v, k_scale, v_scale, inside = next_k, next_v, next_k_scale, next_v_scale, next_inside
     if PDL and not EARLY:
         gdc_launch_dependents()  # not earlier: waiting programs would take room from those that read
-    leave(y, top, total, out_ptr, sums_ptr, parts_ptr, pair * rows + row, row < rows, dv, DV)
+    leave(y, top, total, out_ptr, sums_ptr, parts_ptr, pair * rows + row, row < rows, part, splits, dv, DV)

@@ -1,4 +1,4 @@
-"""attention_into_cache: `_step` over parts of the keys, and attention_decode's `_combine` of what they found.
+"""attention_into_cache: `_step` over parts of the keys, whose sums are attention_decode's.
 
 As `_split` of attention_decode, for one query position. Each program turns the queries that it loads; the one in whose
 part the new position lies turns the new key, writes it and the new value to the cache, and reads them there as others.
@@ -14,25 +14,24 @@ from qcompile.kernels._attention import (
     FETCHED,
     SCAN_ELEMENTS,
     add_product,
+    attended_in,
     beside,
-    combine,
     fetch_ahead,
     key_places,
-    leave,
     mask_at,
     mask_strides,
     masked,
-    partial_results,
     seen_steps,
     together,
     turned_keys,
     weigh,
 )
+from qcompile.kernels._attention_parts import combine, given, leave, leave_to_cluster, partial_results
+from qcompile.kernels._clusters import enter
 from qcompile.kernels._tiles import (
     dependent_launch,
     gdc_launch_dependents,
     gdc_wait,
-    launch,
     power_of_two,
     tl,
     triton,
@@ -83,12 +82,14 @@ def attention_into_cache_cuda(
     tile = _attention_tiles.attention_tile(
         batch * kv_heads, group, capacity, max(block_d, block_dv), keys.itemsize, device
     )
+    tile = attention_decode.as_launched(tile, keys.device)
     sums = parts = None
-    if tile.splits > 1:
+    if tile.splits > 1 and not tile.cluster:
         sums, parts = partial_results(query, batch * heads, tile.splits, value_width)
-    launch(
+    attention_decode.launch_parts(
         _step,
-        (batch * kv_heads, tile.splits),
+        tile,
+        (batch * kv_heads, 1),
         query,
         key,
         value,
@@ -117,12 +118,12 @@ def attention_into_cache_cuda(
         BLOCK_D=block_d,
         BLOCK_DV=block_dv,
         BESIDE=tile.beside,
+        ROWS=power_of_two(group),
         SCAN=SCAN_ELEMENTS,
         FETCHED=FETCHED,
+        IN_ONE=capacity <= tile.keys * tile.splits,
         EARLY=attention_decode.lets_start(tile, batch * kv_heads, capacity, device),
         PDL=dependent_launch(query),
-        num_warps=tile.warps,
-        num_stages=tile.stages,
     )
     if sums is not None and parts is not None:
         combine(sums, parts, out)
@@ -158,32 +159,34 @@ def _step(
     kv_heads, group, capacity, scale, softcap, q_batch, q_head, k_batch, k_head, v_batch, v_head, angle_batch,
     keys_batch, keys_head, keys_row, values_batch, values_head, values_row, mask_batch, mask_column,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr, BESIDE: tl.constexpr, SCAN: tl.constexpr, FETCHED: tl.constexpr, EARLY: tl.constexpr,
+    BLOCK_DV: tl.constexpr, BESIDE: tl.constexpr, ROWS: tl.constexpr, SCAN: tl.constexpr, FETCHED: tl.constexpr,
+    SPLITS: tl.constexpr, CLUSTER: tl.constexpr, IN_ONE: tl.constexpr, EARLY: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
+    if CLUSTER:
+        enter(given(SPLITS, ROWS, BLOCK_DV))
     if PDL and EARLY:
         gdc_launch_dependents()
-    pair = tl.program_id(0).to(tl.int64)
+    pair, part = (tl.program_id(0) // SPLITS).to(tl.int64), tl.program_id(0) % SPLITS
     batch, kv_head = pair // kv_heads, pair % kv_heads
-    part, splits = tl.program_id(1), tl.num_programs(1)
     row = tl.arange(0, BLOCK_M)[:, None]
     d, dv = tl.arange(0, BLOCK_D)[None, :], tl.arange(0, BLOCK_DV)[None, :]
     keys_ptr += batch * keys_batch + kv_head * keys_head
     values_ptr += batch * values_batch + kv_head * values_head
-    # Step s of this program is block s * splits + part.
-    first, end, limit = 0, tl.cdiv(tl.cdiv(capacity, BLOCK_N) - part, splits), capacity
+    # Step s of this program is block s * SPLITS + part.
+    first, end, limit = 0, tl.cdiv(tl.cdiv(capacity, BLOCK_N) - part, SPLITS), capacity
     rows = tl.full((1, 1), 1, tl.int1)
     if mask_ptr is not None:
         mask_ptr += batch * mask_batch
     if PDL:
         fetch_ahead(
-            keys_ptr, values_ptr, mask_ptr, capacity, keys_row, 1, values_row, 1, mask_column,
+            keys_ptr, values_ptr, mask_ptr, part, SPLITS, capacity, keys_row, 1, values_row, 1, mask_column,
             FETCHED, BLOCK_N, D, DV, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
         gdc_wait()
     # A position outside the cache is the caller's mistake, and must not become a write to other memory.
     position = tl.full((1, 1), 0, tl.int64) + tl.load(positions_ptr)
-    owns = (position >= 0) & (position < capacity) & (position // BLOCK_N % splits == part)
+    owns = (position >= 0) & (position < capacity) & (position // BLOCK_N % SPLITS == part)
     # All reads before what depends on one of them.
     cos = tl.load(cos_ptr + batch * angle_batch + d, mask=d < D, other=0.0)
     sin = tl.load(sin_ptr + batch * angle_batch + d, mask=d < D, other=0.0)
@@ -191,8 +194,12 @@ def _step(
     q, q_other = _halves(q_ptr + batch * q_batch + head * q_head, (row < group) & (d < D), d, D // 2)
     new_k, k_other = _halves(k_ptr + batch * k_batch + kv_head * k_head, d < D, d, D // 2)
     new_v = tl.load(v_ptr + batch * v_batch + kv_head * v_head + dv, mask=dv < DV, other=0.0)
-    if mask_ptr is not None:
-        first, end, limit = seen_steps(mask_ptr, mask_column, rows, end, capacity, BLOCK_N, 1, SCAN, "")
+    down, across = key_places(BLOCK_N, BESIDE)
+    wanted = rows
+    if mask_ptr is not None and IN_ONE:
+        wanted = attended_in(mask_ptr, part * BLOCK_N + down, mask_column, capacity)
+    if mask_ptr is not None and not IN_ONE:
+        first, end, limit = seen_steps(mask_ptr, mask_column, rows, part, SPLITS, end, capacity, BLOCK_N, 1, SCAN, "")
     q, new_k = _rotated(q, q_other, cos, sin, d, D // 2), _rotated(new_k, k_other, cos, sin, d, D // 2)
     tl.store(keys_ptr + position * keys_row + d, new_k, mask=owns & (d < D))
     tl.store(values_ptr + position * values_row + dv, new_v, mask=owns & (dv < DV))
@@ -201,21 +208,23 @@ def _step(
     total = beside(tl.zeros((BLOCK_M, 1), tl.float32), BESIDE)
     y = beside(tl.zeros((BLOCK_M, BLOCK_DV), tl.float32), BESIDE)
     q = beside(q, BESIDE)
-    down, across = key_places(BLOCK_N, BESIDE)
-    n = (first * splits + part) * BLOCK_N + across
+    n = (first * SPLITS + part) * BLOCK_N + across
     mask = mask_at(mask_ptr, n, mask_column, n < limit)
     # From zero: Triton 3.9 loses sight of the alignment of loads in a loop that begins at a reduction's result.
     for step in range(0, end - first):  # type: ignore[operator]
-        start = ((first + step) * splits + part) * BLOCK_N  # type: ignore[operator]
+        start = ((first + step) * SPLITS + part) * BLOCK_N  # type: ignore[operator]
         k_at, v_at = keys_ptr + start.to(tl.int64) * keys_row, values_ptr + start.to(tl.int64) * values_row
-        k = tl.load(k_at + (down * keys_row + d), mask=(start + down < limit) & (d < D), other=0.0)
-        v = tl.load(v_at + (down * values_row + dv), mask=(start + down < limit) & (dv < DV), other=0.0)
+        k = tl.load(k_at + (down * keys_row + d), mask=(start + down < limit) & wanted & (d < D), other=0.0)
+        v = tl.load(v_at + (down * values_row + dv), mask=(start + down < limit) & wanted & (dv < DV), other=0.0)
         logits = masked(add_product(q, turned_keys(k), None) * scale, mask, n < limit, softcap)
-        n += splits * BLOCK_N
+        n += SPLITS * BLOCK_N
         mask = mask_at(mask_ptr, n, mask_column, n < limit)  # the next step's, which nothing waits for here
         p, shrink, top, total = weigh(logits, top, total)
         y = add_product(p, v, y * shrink)
     if PDL and not EARLY:
         gdc_launch_dependents()
-    y, top, total = together(y, top, total)
-    leave(y, top, total, out_ptr, sums_ptr, parts_ptr, pair * group + row, row < group, dv, DV)
+    if CLUSTER:
+        leave_to_cluster(y, top, total, out_ptr, pair * group, row, group, part, DV, SPLITS, ROWS)
+    else:
+        y, top, total = together(y, top, total)
+        leave(y, top, total, out_ptr, sums_ptr, parts_ptr, pair * group + row, row < group, part, SPLITS, dv, DV)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from qcompile.kernels import _attention_tiles, _tuning, attention_decode, attention_wgmma
-from qcompile.kernels._attention import capped, combine, is_attended, leave, partial_results
+from qcompile.kernels._attention import capped, is_attended
+from qcompile.kernels._attention_parts import combine, leave, partial_results
 from qcompile.kernels._tiles import (
     cdiv,
     constexpr,
@@ -300,4 +301,4 @@ def _prompt(
     if PDL:
         gdc_launch_dependents()  # not earlier: waiting programs would take room from those that multiply
     result = (batch * length + row) * heads + head
-    leave(y, top, total, out_ptr, sums_ptr, parts_ptr, result, row < length, dv, DV)
+    leave(y, top, total, out_ptr, sums_ptr, parts_ptr, result, row < length, part, splits, dv, DV)

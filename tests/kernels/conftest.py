@@ -165,11 +165,11 @@ def compile_cpu_code(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str]
 @pytest.fixture
 def chosen_for() -> Callable[..., None]:
     """`chosen_for(tile, query, value)` skips what attention_tile never chooses: such programs would not fit into
-    registers. The interpreter takes them all the same."""
+    registers or shared memory. The interpreter takes them all the same."""
 
     def check(tile: AttentionTile, query: Tensor, value: Tensor) -> None:
         wide = max(query.shape[3], value.shape[3]) > 128
-        if query.is_cuda and tile.beside > 1 and (wide or query.itemsize > 2):
-            pytest.skip("warps are side by side for up to 128 columns of two bytes")
+        if query.is_cuda and (tile.beside > 1 or tile.cluster) and (wide or query.itemsize > 2):
+            pytest.skip("warps are side by side, and programs in clusters, for up to 128 columns of two bytes")
 
     return check

@@ -11,9 +11,12 @@ from torch import Tensor
 from qcompile.kernels import _attention_tiles, _tuning, attention_decode
 from qcompile.kernels._attention import mask_strides
 from qcompile.kernels._attention_tiles import AttentionTile
+from qcompile.kernels._clusters import MOST, has_clusters
 from qcompile.ops.attention import attention
 
+CLUSTERS = torch.cuda.is_available() and has_clusters(_tuning.Device.of(torch.device("cuda", 0)))
 TILES = [AttentionTile(1, 16, 16, 4, 2), AttentionTile(4, 2, 32, 4, 1), AttentionTile(2, 16, 64, 4, 2, beside=4)]
+TILES += [AttentionTile(4, 16, 32, 4, 2, cluster=True), AttentionTile(8, 16, 16, 2, 1, cluster=True)] * CLUSTERS
 # batch, heads, kv_heads, length, keys, width, value width
 SHAPES = {
     "one key": (1, 1, 1, 1, 1, 8, 8),
@@ -68,7 +71,7 @@ MASKS = {
 
 
 @pytest.mark.parametrize(
-    ("shape", "tile"), list(zip((SHAPES["grouped"], SHAPES["few queries"], SHAPES["few queries"]), TILES)), ids=str
+    ("shape", "tile"), list(zip((SHAPES["grouped"], *[SHAPES["few queries"]] * 4), TILES)), ids=str
 )
 @pytest.mark.parametrize("mask_shape", MASKS.values(), ids=MASKS)
 @pytest.mark.parametrize("additive", [False, True], ids=["bool", "additive"])
@@ -218,4 +221,5 @@ def test_tiles(major: int, shared: int, pairs: int, keys: int) -> None:
         assert 1 <= tile.splits <= math.ceil(keys / tile.keys)
         assert tile.stages == 1 or (tile.stages - 1) * tile.keys * 2 * columns * itemsize < shared << 10
         assert tile.beside == 1 or tile.beside == tile.warps <= tile.keys // 16
+        assert not tile.cluster or 1 < tile.splits <= MOST
         assert (tile.rows >= 16) == (major == 8 and itemsize == 2)

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from qcompile.kernels import _attention_tiles, attention_into_cache
+from qcompile.kernels import _attention_tiles, _tuning, attention_into_cache
 from qcompile.kernels._attention_tiles import AttentionTile
+from qcompile.kernels._clusters import has_clusters
 from qcompile.ops.attention import attention
 from qcompile.ops.rope import rope
 
@@ -22,6 +23,9 @@ SHAPES = {
     "wide": (1, 2, 1, 256, 192, 70, 69),
     "long": (1, 4, 2, 64, 64, 600, 480),
 }
+CLUSTERS = torch.cuda.is_available() and has_clusters(_tuning.Device.of(torch.device("cuda", 0)))
+TILES = [*(AttentionTile(n, 16, 16, 4, 1) for n in (1, 4)), AttentionTile(2, 16, 64, 4, 3, beside=4)]
+TILES += [AttentionTile(4, 16, 32, 4, 2, cluster=True), AttentionTile(8, 16, 128, 8, 2, cluster=True)] * CLUSTERS
 
 
 @pytest.fixture
@@ -50,7 +54,7 @@ def check(args: list[Tensor], mask: Tensor | None, assert_close: Callable, softc
     assert torch.equal(values, new_values)
 
 
-@pytest.mark.parametrize("tile", [*(AttentionTile(n, 16, 16, 4, 1) for n in (1, 4)), AttentionTile(2, 16, 64, 4, 3, 4)])
+@pytest.mark.parametrize("tile", TILES, ids=str)
 @pytest.mark.parametrize("masked", ["not", "boolean", "additive"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_meaning(

@@ -7,6 +7,7 @@ import pytest
 
 from qcompile.kernels import (
     _attention,
+    _attention_parts,
     _attention_tiles,
     attention_codes,
     attention_decode,
@@ -14,6 +15,7 @@ from qcompile.kernels import (
     attention_prompt,
     attention_wgmma,
 )
+from qcompile.kernels._tiles import power_of_two
 from qcompile.kernels._tuning import Device
 
 widely = pytest.mark.widely
@@ -27,20 +29,31 @@ def sizes_of(width: int) -> dict[str, int]:
     return {"D": width, "DV": width, "BLOCK_D": width, "BLOCK_DV": width}
 
 
-def absent_of(width: int, splits: int) -> tuple[str, ...]:
+def absent_of(width: int, tile: _attention_tiles.AttentionTile | None = None) -> tuple[str, ...]:
     """The widest has a soft-cap."""
-    return ("softcap",) * (width < 256) + ("sums_ptr", "parts_ptr") * (splits == 1)
+    alone = tile is None or tile.splits == 1 or tile.cluster
+    return ("softcap",) * (width < 256) + ("sums_ptr", "parts_ptr") * alone
 
 
 def steps_of(tile: _attention_tiles.AttentionTile) -> dict[str, Any]:
     return {"BLOCK_M": tile.rows, "BLOCK_N": tile.keys, "MASK_ROWS": 1, "SCAN": _attention.SCAN_ELEMENTS, "EARLY": True}
 
 
+def parts_of(tile: _attention_tiles.AttentionTile, rows: int, keys: int) -> dict[str, Any]:
+    parts = {"BESIDE": tile.beside, "SPLITS": tile.splits, "CLUSTER": tile.cluster}
+    return parts | {
+        "ROWS": rows,
+        "IN_ONE": keys <= tile.keys * tile.splits,
+        "FETCHED": _attention.FETCHED,
+        "mask_column": 1,
+    }
+
+
 @heads
 def test_decode(chip: Device, compiled: Callable, assert_fits: Callable, pairs: int, rows: int, width: int) -> None:
     tile = _attention_tiles.attention_tile(pairs, rows, 8192, width, 2, chip)
-    around = {"BESIDE": tile.beside, "FETCHED": _attention.FETCHED, "k_column": 1, "v_column": 1, "mask_column": 1}
-    absent, constants = absent_of(width, tile.splits), sizes_of(width) | steps_of(tile) | around
+    around = parts_of(tile, min(tile.rows, power_of_two(rows)), 8192) | {"k_column": 1, "v_column": 1}
+    absent, constants = absent_of(width, tile), sizes_of(width) | steps_of(tile) | around
     kernel = compiled(attention_decode._split, tile.warps, tile.stages, absent, **constants)
     assert_fits(kernel)
     if chip.major == 9 and width == 128:  # keys and values of several steps are fetched ahead
@@ -56,7 +69,7 @@ def test_codes(
     types = {"k_ptr": "*i32", "v_ptr": "*i32"}
     for integers in (True, False) if gpu >= 89 else (True,):
         kernel = attention_codes._split_codes
-        absent = absent_of(width, tile.splits)
+        absent = absent_of(width, tile)
         assert_fits(compiled(kernel, tile.warps, 1, absent, types=types, IS_INTEGER=integers, **constants))
 
 
@@ -65,7 +78,7 @@ def test_prompt(chip: Device, compiled: Callable, assert_fits: Callable, width: 
     if (tile := _attention_tiles.prompt_tile(width, 2, chip)) is None:
         pytest.skip("has no tile here")
     blocks = {"BLOCK_M": tile.rows, "BLOCK_N": tile.keys, "mask_column": 1}
-    absent, kernel = absent_of(width, 1), attention_prompt._prompt
+    absent, kernel = absent_of(width), attention_prompt._prompt
     assert_fits(compiled(kernel, tile.warps, tile.stages, absent, BLOCKS=64, **sizes_of(width), **blocks))
     assert_fits(compiled(attention_prompt._survey, 4, **blocks))
 
@@ -93,13 +106,18 @@ def test_wgmma(
 
 
 @pytest.mark.parametrize("batch", [1, 16])
-def test_into_cache(chip: Device, compiled: Callable, assert_fits: Callable, batch: int) -> None:
+def test_into_cache(
+    gpu: int, chip: Device, compiled: Callable, assert_fits: Callable, told: Callable, batch: int
+) -> None:
     tile = _attention_tiles.attention_tile(8 * batch, 4, 1024, 128, 2, chip)
-    sizes = sizes_of(128) | {"BLOCK_M": tile.rows, "BLOCK_N": tile.keys, "BESIDE": tile.beside, "SCAN": 1024}
-    constants = sizes | {"FETCHED": _attention.FETCHED, "EARLY": True, "mask_column": 1}
-    absent = absent_of(128, tile.splits)
-    assert_fits(compiled(attention_into_cache._step, tile.warps, tile.stages, absent, **constants))
+    sizes = sizes_of(128) | {"BLOCK_M": tile.rows, "BLOCK_N": tile.keys, "SCAN": 1024, "EARLY": True}
+    constants = sizes | parts_of(tile, 4, 1024)
+    kernel = compiled(attention_into_cache._step, tile.warps, tile.stages, absent_of(128, tile), **constants)
+    assert_fits(kernel)
+    assert tile.cluster == (gpu == 90 and batch == 1)
+    if tile.cluster and (code := told(kernel, "-sass")):
+        assert code.count("UCGABAR_WAIT") == 2
 
 
 def test_combine(compiled: Callable, assert_fits: Callable) -> None:
-    assert_fits(compiled(_attention._combine, 8, DV=128, BLOCK_DV=128, SPLITS=32))
+    assert_fits(compiled(_attention_parts._combine, 8, DV=128, BLOCK_DV=128, SPLITS=32))
