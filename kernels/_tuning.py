@@ -176,6 +176,10 @@ def dot_tile(rows: int, outputs: int, inputs: int, step: int, bits: int, device:
     warps = 4 if threads <= 128 else 8 if threads <= 512 else 16
     split = min(warps, power_of_two(cdiv(threads, 32)))
     parts = cdiv(threads, 32 * split)
+    long = parts > 1
+    if long and rows == 1 and words < 4:
+        # NOTE: a layer of Llama-3-8B of u1/g64, H100: 39.3 -> 37.0 µs; u2 38.1, 38.1; u3 51.5, 50.9.
+        words, share, parts = 2 * words, 2 * share, cdiv(parts, 2)
     row_bytes = parts * 32 * split * share * bits // 8
     # Larger programs share what x costs, where they still are several waves.
     wide = outputs >= 16384
@@ -187,12 +191,12 @@ def dot_tile(rows: int, outputs: int, inputs: int, step: int, bits: int, device:
     # Few rows at a time share what x costs with those of other steps; no processor is left without a program.
     # NOTE: two rows, 28672x4096 of i4/g128, H100: four steps 24.1 µs, one 29.3.
     shared = rows == 2 and bits == 4 and wide and threads <= 128
-    several = (parts > 1 or shared) and tall * row_bytes <= 32 << 10
+    several = (long or shared) and tall * row_bytes <= 32 << 10
     steps = cdiv(outputs, tall * 2 * device.processors) if several else 1
     steps = max(1, min(steps, (32 if shared else 16) // tall))
     # Where rows are long, what the next kernel copies stands in the way of what this one waits for. NOTE: the linears
     # of a layer of Llama-3-8B, i8/g64, H100: 81.6 -> 79.3 µs; other widths 0 to 0.6 µs.
-    return DotTile(tall, split, warps, steps, cdiv(steps, 2), words, late=parts > 1)
+    return DotTile(tall, split, warps, steps, cdiv(steps, 2), words, late=long)
 
 
 def floor_power(n: int) -> int:
