@@ -1,6 +1,6 @@
 // Many rows of x as signed codes of eight bits, by the instruction of AVX512 that multiplies bytes: tiles of the weight's
-// codes are transposed into the cache, and multiplied by all rows of x. Of TILE outputs times MR rows of x, the inputs
-// that share a scale are summed up exactly, in registers; scaled, they are added to sums in the cache. What the zero
+// codes are transposed into the cache, and multiplied by all rows of x. Of TILE outputs times a block of rows of x, the
+// inputs that share a scale are summed up exactly, in registers; scaled, they are added to sums in the cache. What the zero
 // points take off is the sum of x over these inputs.
 //
 // A step is four neighbouring inputs, a word of the codes of each output and each row of x.
@@ -34,7 +34,7 @@ struct Runs {
     int64_t panels() const { return first_of_panel.size() - 1; }
 };
 
-// MR rows of x (or the few that are left), step by step, and their sums over each run.
+// A block of rows of x, step by step, and their sums over each run.
 void pack_codes(const int8_t* x, int64_t rows, int64_t columns, const std::vector<Run>& runs, uint32_t* to,
                 float* sums) {
     uint32_t* at = to;
@@ -113,7 +113,8 @@ template <int V> INLINE auto multiply_runs(int rows) {
         case 5: return multiply_runs<V, 5>;
         case 6: return multiply_runs<V, 6>;
         case 7: return multiply_runs<V, 7>;
-        default: return multiply_runs<V, 8>;
+        case 8: return multiply_runs<V, 8>;
+        default: return multiply_runs<V, MOST_ROWS>;
     }
 }
 
@@ -124,14 +125,17 @@ void many_codes(const Weight& w, const int8_t* x, const float* steps_of_x, int64
     const int64_t groups = whole(w.groups()), tiles = whole(w.rows, TILE) / TILE;
     // Rows of x are parted where there are more threads than tiles, and so that the sums stay in the cache.
     const int64_t parts = std::max((x_rows + 511) / 512, std::min((2 * threads + tiles - 1) / tiles, x_rows / 64));
-    const int64_t part = whole((x_rows + parts - 1) / parts, MR);
+    const RowBlocks row_blocks = {x_rows};
+    const int64_t of_part = (row_blocks.count + parts - 1) / parts, part = of_part * MOST_ROWS;  // blocks and rows
     Scratch x_scratch;
     uint32_t* packed = x_scratch.get<uint32_t>(x_rows * (steps + count_of_runs));
     float* x_sums = (float*)(packed + x_rows * steps);
 #pragma omp parallel for num_threads(threads) if (x_rows * steps > 1 << 16)  // waiting for threads has its price
-    for (int64_t m = 0; m < x_rows; m += MR)
-        pack_codes(x + m * w.columns, std::min<int64_t>(MR, x_rows - m), w.columns, runs.runs, packed + m * steps,
+    for (int64_t i = 0; i < row_blocks.count; i++) {
+        const int64_t m = row_blocks.first_of(i);
+        pack_codes(x + m * w.columns, row_blocks.first_of(i + 1) - m, w.columns, runs.runs, packed + m * steps,
                    x_sums + m * count_of_runs);
+    }
 #pragma omp parallel num_threads(threads)
     {
         static thread_local Scratch scratch;
@@ -141,8 +145,9 @@ void many_codes(const Weight& w, const int8_t* x, const float* steps_of_x, int64
         float *scale = sides.shift + groups * TILE, *zero = scale + groups;
 #pragma omp for collapse(2) schedule(dynamic)
         for (int64_t first = 0; first < w.rows; first += TILE)
-            for (int64_t m0 = 0; m0 < x_rows; m0 += part) {
-                const int64_t m1 = std::min(m0 + part, x_rows), count = std::min(TILE, w.rows - first);
+            for (int64_t i0 = 0; i0 < row_blocks.count; i0 += of_part) {
+                const int64_t i1 = std::min(i0 + of_part, row_blocks.count), count = std::min(TILE, w.rows - first);
+                const int64_t m0 = row_blocks.first_of(i0), m1 = row_blocks.first_of(i1);
                 const int vectors = (count + LANES - 1) / LANES;
                 for (int64_t n = 0; n < TILE; n++) {
                     w.sides(scale, zero, std::min(first + n, w.rows - 1));
@@ -156,8 +161,9 @@ void many_codes(const Weight& w, const int8_t* x, const float* steps_of_x, int64
                     for (int v = 0; v < vectors; v++)
                         fill_codes(w, first + v * LANES, p * PANEL_CODES, panel + v * LANES);
                     const int64_t begin = runs.first_of_panel[p], end = runs.first_of_panel[p + 1];
-                    for (int64_t m = m0; m < m1; m += MR) {
-                        const int rows = std::min<int64_t>(MR, x_rows - m);
+                    for (int64_t i = i0; i < i1; i++) {
+                        const int64_t m = row_blocks.first_of(i);
+                        const int rows = row_blocks.first_of(i + 1) - m;
                         const auto multiply = vectors == 1   ? multiply_runs<1>(rows)
                                               : vectors == 2 ? multiply_runs<2>(rows)
                                                              : multiply_runs<3>(rows);

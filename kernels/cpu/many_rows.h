@@ -1,13 +1,10 @@
 // Many rows of x: tiles of the weight are dequantized into the cache, transposed for outer products, and multiplied by
-// all rows of x. The sums of TILE outputs times MR rows of x stay in registers.
+// all rows of x. The sums of TILE outputs times a block of rows of x stay in registers.
 //
 // A step is one float32 input, or a pair of bfloat16 inputs where the processor multiplies pairs.
 
 #ifdef HAS_AVX512
 namespace {
-
-constexpr int MR = 8, VR = 3;
-constexpr int64_t TILE = VR * LANES;
 
 // Blocks first … last - 1 of sixteen rows of the weight, as steps of sixteen outputs, written `stride` apart; the first
 // block begins a unit. The codes are transposed, four to a word; then each vector has a code of every row, and the
@@ -102,11 +99,12 @@ INLINE void multiply_block(int m, const uint32_t* panel, const uint32_t* x, int6
         case 5: return multiply_block<PAIRS, V, 5>(panel, x, steps, sums);
         case 6: return multiply_block<PAIRS, V, 6>(panel, x, steps, sums);
         case 7: return multiply_block<PAIRS, V, 7>(panel, x, steps, sums);
-        default: return multiply_block<PAIRS, V, 8>(panel, x, steps, sums);
+        case 8: return multiply_block<PAIRS, V, 8>(panel, x, steps, sums);
+        default: return multiply_block<PAIRS, V, MOST_ROWS>(panel, x, steps, sums);
     }
 }
 
-// MR rows of x (or the few that are left), step by step, so that the inner loop reads on and on.
+// A block of rows of x, step by step, so that the inner loop reads on and on.
 template <bool PAIRS>
 void pack_rows(const void* x, int64_t x_stride, int kind, int64_t rows, int64_t columns, int64_t steps, uint32_t* to) {
     const int64_t at_once = PAIRS ? 2 * LANES : LANES;
@@ -138,25 +136,29 @@ void many_rows(const Weight& w, const void* x, int64_t x_rows, int64_t x_stride,
     const int64_t tiles = whole(w.rows, TILE) / TILE;
     // Rows of x are parted where there are more threads than tiles, and so that the sums stay in the cache.
     const int64_t parts = std::max((x_rows + 511) / 512, std::min((2 * threads + tiles - 1) / tiles, x_rows / 64));
-    const int64_t part = ((x_rows + parts - 1) / std::max<int64_t>(parts, 1) + MR - 1) / MR * MR;
+    const RowBlocks row_blocks = {x_rows};
+    const int64_t of_part = (row_blocks.count + parts - 1) / std::max<int64_t>(parts, 1);  // blocks
     Scratch x_scratch;
     uint32_t* packed = x_scratch.get<uint32_t>(x_rows * steps);
 #pragma omp parallel for num_threads(threads) if (x_rows * steps > 1 << 16)  // waiting for threads has its price
-    for (int64_t m = 0; m < x_rows; m += MR)
+    for (int64_t i = 0; i < row_blocks.count; i++) {
+        const int64_t m = row_blocks.first_of(i);
         pack_rows<PAIRS>((const char*)x + m * x_stride * size_of(out.kind), x_stride, out.kind,
-                         std::min<int64_t>(MR, x_rows - m), w.columns, steps, packed + m * steps);
+                         row_blocks.first_of(i + 1) - m, w.columns, steps, packed + m * steps);
+    }
 #pragma omp parallel num_threads(threads)
     {
         static thread_local Scratch scratch;
         const int64_t panel_size = DEPTH * TILE;
-        float* scale = scratch.get<float>(2 * TILE * groups + panel_size + part * TILE + 3 * LANES);
+        float* scale = scratch.get<float>(2 * TILE * groups + panel_size + of_part * MOST_ROWS * TILE + 3 * LANES);
         float* zero = scale + TILE * groups;
         uint32_t* panel = (uint32_t*)(((uintptr_t)(zero + TILE * groups) + 63) / 64 * 64);
         float* sums = (float*)(panel + panel_size);
 #pragma omp for collapse(2) schedule(dynamic)
         for (int64_t first = 0; first < w.rows; first += TILE)
-            for (int64_t m0 = 0; m0 < x_rows; m0 += part) {
-                const int64_t m1 = std::min(m0 + part, x_rows), count = std::min(TILE, w.rows - first);
+            for (int64_t i0 = 0; i0 < row_blocks.count; i0 += of_part) {
+                const int64_t i1 = std::min(i0 + of_part, row_blocks.count), count = std::min(TILE, w.rows - first);
+                const int64_t m0 = row_blocks.first_of(i0), m1 = row_blocks.first_of(i1);
                 const int vectors = (count + LANES - 1) / LANES;
                 for (int64_t n = 0; n < vectors * LANES; n++) {
                     w.sides(scale + n * groups, zero + n * groups, std::min(first + n, w.rows - 1));
@@ -167,8 +169,9 @@ void many_rows(const Weight& w, const void* x, int64_t x_rows, int64_t x_stride,
                     for (int v = 0; v < vectors; v++)
                         fill_panel<PAIRS>(w, first + v * LANES, b, last, scale + v * LANES * groups,
                                           zero + v * LANES * groups, panel + v * LANES, TILE);
-                    for (int64_t m = m0; m < m1; m += MR) {
-                        const int rows = std::min<int64_t>(MR, x_rows - m);
+                    for (int64_t i = i0; i < i1; i++) {
+                        const int64_t m = row_blocks.first_of(i);
+                        const int rows = row_blocks.first_of(i + 1) - m;
                         const uint32_t* from = packed + m * steps + b * PER_BLOCK * rows;
                         float* to = sums + (m - m0) * TILE;
                         if (vectors == 1) multiply_block<PAIRS, 1>(rows, panel, from, depth, to);

@@ -1,8 +1,17 @@
-// What products of many rows are made of: sixteen rows transposed word by word, and a step, which is one float32 of each
-// or a pair of bfloat16 where the processor multiplies pairs.
+// What products of many rows are made of: blocks of rows of x, sixteen rows transposed word by word, and a step, which is
+// one float32 of each or a pair of bfloat16 where the processor multiplies pairs.
 
 #ifdef HAS_AVX512
 namespace {
+
+constexpr int MOST_ROWS = 9, VR = 3;  // 27 sums in registers, three vectors of the weight and one of x
+constexpr int64_t TILE = VR * LANES;
+
+// Rows of x in blocks that differ by one row at most: one row alone would take half as long as eight.
+struct RowBlocks {
+    int64_t rows, count = (rows + MOST_ROWS - 1) / MOST_ROWS;
+    int64_t first_of(int64_t block) const { return rows * block / count; }
+};
 
 INLINE void transpose16(__m512i (&v)[16]) {
     __m512i t[16];
