@@ -1,9 +1,9 @@
 """linear on the CPU, in C++ of our own (kernels/cpu). The number of rows, known only at the call, decides how.
 
 A few rows are bound by reading the weight: each code is read once, unpacked in registers and multiplied by all of them
-(few_rows). More rows share tiles of the weight that are dequantized into the cache (many_rows), in bfloat16 for the
-processor's matrix instructions where it has them (many_rows_tiles). Where there are no vectors of 512 bits for that, or
-matrix instructions that only torch may use, slabs of a float copy go to torch.
+(few_rows). More rows share tiles of the weight that are dequantized into the cache, or tiles of its codes (many_rows),
+in bfloat16 for the processor's matrix instructions where it has them (many_rows_tiles). Where there are no vectors of
+512 bits for that, or matrix instructions that only torch may use, slabs of a float copy go to torch.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ SOURCES = (
 # u4 float32    4.53 | 6.78   7.99 | 6.57   11.4 | 8.36
 # u8 float32    4.92 | 7.26   7.96 | 7.05   11.9 | 8.81
 # Times torch's bfloat16 linear, one thread of Zen 5, weights from memory, few_rows | many_rows:
-#                   4 rows        8 rows        10 rows       12 rows       14 rows
-# u2 8192 × 2048    3.41 | 1.56   2.24 | 1.50   1.83 | 1.32   1.53 | 1.33   1.35 | 1.37
-# u4 8192 × 2048    2.73 | 1.41   1.75 | 1.41   1.58 | 1.27   1.37 | 1.34   1.28 | 1.30
-#    2048 × 8192    2.32 | 1.29   1.55 | 1.31   1.34 | 1.17   1.25 | 1.18   1.17 | 1.23
-# u8 8192 × 2048    2.31 | 1.40   1.42 | 1.33   1.28 | 1.22   1.13 | 1.25   1.02 | 1.23
-#    2048 × 8192    1.40 | 1.23   1.11 | 1.23   1.01 | 1.14   0.90 | 1.10   0.89 | 1.18
+#                   8 rows        10 rows       12 rows       14 rows
+# u2 8192 × 2048    2.26 | 1.71   1.78 | 1.73   1.58 | 1.74   1.44 | 1.61
+# u4 8192 × 2048    2.02 | 1.79   1.77 | 1.60   1.51 | 1.55   1.40 | 1.52
+#    2048 × 8192    1.87 | 1.60   1.71 | 1.50   1.42 | 1.40   1.38 | 1.38
+# u8 8192 × 2048    1.42 | 1.33   1.28 | 1.22   1.13 | 1.25   1.02 | 1.23
+#    2048 × 8192    1.11 | 1.23   1.01 | 1.14   0.90 | 1.10   0.89 | 1.18
 # A step of decoding in one call (ops/fused_linear.FEW_ROWS) needs as many as eight.
 FEW_ROWS = 4
 FEW_ROWS_OF_NARROW_CODES, FEW_SHORT_ROWS, FEW_ROWS_OF_16_BITS = 12, 10, 8

@@ -1,5 +1,6 @@
 // Many rows of x: tiles of the weight are dequantized into the cache, transposed for outer products, and multiplied by
-// all rows of x. The sums of TILE outputs times a block of rows of x stay in registers.
+// all rows of x. The sums of TILE outputs times a block of rows of x stay in registers. What many_codes.h does with fewer
+// instructions is left to it.
 //
 // A step is one float32 input, or a pair of bfloat16 inputs where the processor multiplies pairs.
 
@@ -10,20 +11,17 @@ namespace {
 // block begins a unit. The codes are transposed, four to a word; then each vector has a code of every row, and the
 // values are computed. Pairs are codes 0 and 2, 1 and 3 of each four.
 template <bool PAIRS>
-void fill_panel(const Weight& w, int64_t n, int64_t first, int64_t last, const float* scales, const float* zeros,
-                uint32_t* to, int64_t stride) {
-    const int64_t groups = whole(w.groups()), blocks = w.blocks();
-    const int64_t per_group = w.group >= w.columns ? blocks : w.group / LANES;
+void fill_panel(const Weight& w, int64_t n, int64_t first, int64_t last, Sides sides, uint32_t* to, int64_t stride) {
+    const int64_t blocks = w.blocks(), per_group = w.group >= w.columns ? blocks : w.group / LANES;
     Row row[16];
     for (int r = 0; r < 16; r++) row[r] = w.row(std::min(n + r, w.rows - 1));
     const __m512i each = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m512i of_row = _mm512_mullo_epi32(each, _mm512_set1_epi32(groups)), byte = _mm512_set1_epi32(255);
-    const __m512i twice = _mm512_mullo_epi32(each, _mm512_set1_epi32(0x10001));
+    const __m512i twice = _mm512_mullo_epi32(each, _mm512_set1_epi32(0x10001)), byte = _mm512_set1_epi32(255);
     const __m512i mix = _mm512_add_epi32(twice, _mm512_set1_epi32(16 << 16));  // words 0, 16, 1, 17 …
     __m512 scale{}, shift{};
     int64_t next = first;  // the block at which the scales change
     auto value = [&](__m512i codes) __attribute__((always_inline)) {
-        return _mm512_fmadd_ps(bits_of<__m512>(numbers(bits_of<i32x16>(codes))), scale, shift);
+        return _mm512_fmsub_ps(bits_of<__m512>(numbers(bits_of<i32x16>(codes))), scale, shift);
     };
     auto write = [&](__m512i v) __attribute__((always_inline)) {
         _mm512_store_si512(to, v);
@@ -45,8 +43,8 @@ void fill_panel(const Weight& w, int64_t n, int64_t first, int64_t last, const f
             if (b == next && b < blocks) {
                 const int64_t g = b / per_group;
                 next = (g + 1) * per_group;
-                scale = _mm512_i32gather_ps(of_row, scales + g, 4);
-                shift = _mm512_fnmadd_ps(scale, _mm512_i32gather_ps(of_row, zeros + g, 4), _mm512_setzero_ps());
+                scale = _mm512_load_ps(sides.scale + g * TILE);
+                shift = _mm512_load_ps(sides.shift + g * TILE);
             }
             for (int q = 4 * i; q < 4 * i + 4; q++) {
                 const __m512 code0 = value(_mm512_and_si512(v[q], byte));
@@ -104,29 +102,6 @@ INLINE void multiply_block(int m, const uint32_t* panel, const uint32_t* x, int6
     }
 }
 
-// A block of rows of x, step by step, so that the inner loop reads on and on.
-template <bool PAIRS>
-void pack_rows(const void* x, int64_t x_stride, int kind, int64_t rows, int64_t columns, int64_t steps, uint32_t* to) {
-    const int64_t at_once = PAIRS ? 2 * LANES : LANES;
-    for (int64_t s = 0; s < steps; s += LANES) {
-        const int64_t k = PAIRS ? 2 * s : s, count = std::max<int64_t>(0, std::min(at_once, columns - k));
-        __m512i v[16] = {};
-        for (int64_t m = 0; m < rows; m++) {
-            const char* from = (const char*)x + (m * x_stride + k) * size_of(kind);
-            if (count == at_once) {
-                v[m] = PAIRS ? _mm512_loadu_si512(from) : bits_of<__m512i>(load16(from, 0, kind));
-            } else {
-                v[m] = PAIRS ? _mm512_maskz_loadu_epi16((1ull << count) - 1, from)
-                             : bits_of<__m512i>(load_some(from, 0, count, kind));
-            }
-        }
-        if (PAIRS)  // 0 and 2, 1 and 3 of each four, as in fill_panel
-            for (int64_t m = 0; m < rows; m++) v[m] = _mm512_shufflehi_epi16(_mm512_shufflelo_epi16(v[m], 0xd8), 0xd8);
-        transpose16(v);
-        for (int j = 0; j < 16; j++) _mm512_mask_storeu_epi32(to + (s + j) * rows, (1 << rows) - 1, v[j]);
-    }
-}
-
 template <bool PAIRS>
 void many_rows(const Weight& w, const void* x, int64_t x_rows, int64_t x_stride, const Output& out, int threads) {
     constexpr int64_t DEPTH = PAIRS ? 512 : 256;              // steps that are worked on, and summed up, at a time
@@ -150,25 +125,23 @@ void many_rows(const Weight& w, const void* x, int64_t x_rows, int64_t x_stride,
     {
         static thread_local Scratch scratch;
         const int64_t panel_size = DEPTH * TILE;
-        float* scale = scratch.get<float>(2 * TILE * groups + panel_size + of_part * MOST_ROWS * TILE + 3 * LANES);
-        float* zero = scale + TILE * groups;
-        uint32_t* panel = (uint32_t*)(((uintptr_t)(zero + TILE * groups) + 63) / 64 * 64);
-        float* sums = (float*)(panel + panel_size);
+        float* sums = scratch.get<float>((of_part * MOST_ROWS + DEPTH + 2 * groups) * TILE + 32 * groups);
+        uint32_t* panel = (uint32_t*)(sums + of_part * MOST_ROWS * TILE);
+        const Sides sides = {(float*)(panel + panel_size), (float*)(panel + panel_size + groups * TILE)};
 #pragma omp for collapse(2) schedule(dynamic)
         for (int64_t first = 0; first < w.rows; first += TILE)
             for (int64_t i0 = 0; i0 < row_blocks.count; i0 += of_part) {
                 const int64_t i1 = std::min(i0 + of_part, row_blocks.count), count = std::min(TILE, w.rows - first);
                 const int64_t m0 = row_blocks.first_of(i0), m1 = row_blocks.first_of(i1);
                 const int vectors = (count + LANES - 1) / LANES;
-                for (int64_t n = 0; n < vectors * LANES; n++) {
-                    w.sides(scale + n * groups, zero + n * groups, std::min(first + n, w.rows - 1));
-                }
+                for (int v = 0; v < vectors; v++)
+                    sides.fill(w, first + v * LANES, v * LANES, sides.shift + groups * TILE);
                 std::memset(sums, 0, (m1 - m0) * TILE * sizeof(float));
                 for (int64_t b = 0; b < blocks; b += DEPTH / PER_BLOCK) {
                     const int64_t last = std::min(b + DEPTH / PER_BLOCK, blocks), depth = (last - b) * PER_BLOCK;
                     for (int v = 0; v < vectors; v++)
-                        fill_panel<PAIRS>(w, first + v * LANES, b, last, scale + v * LANES * groups,
-                                          zero + v * LANES * groups, panel + v * LANES, TILE);
+                        fill_panel<PAIRS>(w, first + v * LANES, b, last,
+                                          {sides.scale + v * LANES, sides.shift + v * LANES}, panel + v * LANES, TILE);
                     for (int64_t i = i0; i < i1; i++) {
                         const int64_t m = row_blocks.first_of(i);
                         const int rows = row_blocks.first_of(i + 1) - m;
@@ -203,6 +176,8 @@ extern "C" void many_rows(WEIGHT_ARGUMENTS, const void* x, int64_t x_rows, int64
     const Weight w = WEIGHT;
     const Output out = {y, bias, rows, kind, bias_kind};
 #ifdef HAS_BF16_DOT
+    if (kind == BF16 && has_pairs(w, x_rows))
+        return many_codes<Pairs>(w, {x, x_stride}, nullptr, x_rows, out, threads);
     if (kind == BF16) return many_rows<true>(w, x, x_rows, x_stride, out, threads);
 #endif
     many_rows<false>(w, x, x_rows, x_stride, out, threads);
