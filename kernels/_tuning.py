@@ -78,6 +78,10 @@ class FewTile:
     def rows(self) -> int:
         return 16 * self.warps // self.split
 
+    def stage_bytes(self, bits: int) -> int:
+        """Of codes and of x."""
+        return self.split * self.codes * (self.rows * bits // 8 + 2 * self.tokens)
+
 
 @dataclass(frozen=True)
 class MmaTile:

@@ -141,7 +141,7 @@ def fits(choice: Choice, product: Product, device: Device) -> bool:
         held = tile.held(product.inputs, step, layout.bits)
         return tile.split <= tile.warps and tile.ahead <= tile.steps and held <= shared - (16 << 10)
     if isinstance(tile, FewTile):
-        a_stage = tile.split * tile.codes * (tile.rows * layout.bits // 8 + 2 * tile.tokens)
+        a_stage = tile.stage_bytes(layout.bits)
         # What is unpacked at once is of whole chunks; a part has a step at least.
         whole = tile.codes >= max(64, step) and tile.split <= tile.warps and tile.stages >= 2
         return whole and tile.parts * tile.split * tile.codes <= product.inputs and tile.stages * a_stage <= shared
@@ -174,8 +174,7 @@ def _dot_tiles(tile: DotTile, product: Product, device: Device) -> Iterator[DotT
 def _few_tiles(tile: FewTile, product: Product, device: Device) -> Iterator[FewTile]:
     for codes, split, together in itertools.product((128, 256), (2, 4), (3, 4)):
         near = replace(tile, codes=codes, split=split, together=together)
-        a_stage = split * codes * (near.rows * _bits(product) // 8 + 2 * near.tokens)
-        if (stages := min(4, device.shared_bytes // (together * a_stage))) >= 2:
+        if (stages := min(4, device.shared_bytes // (together * near.stage_bytes(_bits(product))))) >= 2:
             programs = cdiv(product.outputs, near.rows) * cdiv(product.rows, near.tokens)
             for parts in _parts(programs, product.inputs // (2 * split * codes), device.processors * together):
                 yield replace(near, stages=stages, parts=parts)

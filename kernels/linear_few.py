@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from qcompile.kernels import _tuning
+from qcompile.kernels._few_operands import as_floats, few_starts, read_codes, read_inputs
 from qcompile.kernels._gluon import (
     ampere,
-    begin_copy,
-    codes,
     commit_copies,
     gl,
     gluon,
@@ -25,9 +24,11 @@ from qcompile.kernels._gluon import (
     wait,
     wait_for_copies,
 )
-from qcompile.kernels._operand import bases, beside, floats, own_words, unstack
+from qcompile.kernels._inputs import copy_inputs
+from qcompile.kernels._operand import bases, beside, unstack
 from qcompile.kernels._planes import copy_codes, make_planes, plane_starts
-from qcompile.kernels._tiles import cdiv, constexpr_function, dependent_launch, launch, stack
+from qcompile.kernels._sides import can_copy, copy_sides, fetch_sides, make_sides
+from qcompile.kernels._tiles import cdiv, constexpr_function, dependent_launch, launch
 from qcompile.kernels._weight import Layout, Weight
 from qcompile.kernels.linear_gemm import in_parts
 
@@ -54,6 +55,8 @@ def _launch(
     gated: bool = False,
 ) -> None:  # fmt: skip
     (m, k), n = x.shape, out.shape[-1]
+    shared = _tuning.Device.of(x.device).shared_bytes
+    room = shared // (tile.together * tile.stages) - tile.stage_bytes(weight.layout.bits)
     launch(
         _few,
         (cdiv(n, tile.rows // 2 if gated else tile.rows) * cdiv(m, tile.tokens), tile.parts),
@@ -72,6 +75,7 @@ def _launch(
         CODES=tile.codes,
         STAGES=tile.stages,
         SPLIT=tile.split,
+        COPIED=weight.layout.group <= tile.codes and can_copy(weight, tile.codes * tile.split, room // tile.rows),
         GATED=gated,
         PDL=dependent_launch(x) and not weight.copied,
         num_warps=tile.warps,
@@ -83,7 +87,7 @@ def _launch(
 def _few(
     x_ptr, data_ptr, scale_ptr, zero_ptr, bias_ptr, out_ptr, M, N, K, data_stride, scale_stride, zero_stride,
     W: gl.constexpr, ACTIVATION: gl.constexpr, EVEN: gl.constexpr, TOKENS: gl.constexpr, CODES: gl.constexpr,
-    STAGES: gl.constexpr, SPLIT: gl.constexpr, GATED: gl.constexpr, PDL: gl.constexpr,
+    STAGES: gl.constexpr, SPLIT: gl.constexpr, COPIED: gl.constexpr, GATED: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     TALL: gl.constexpr = gl.num_warps() // SPLIT  # warps one below the other
     ROWS: gl.constexpr = 16 * TALL
@@ -107,49 +111,67 @@ def _few(
 
     planes = make_planes(STEP, STAGES, W, ROWS)
     data = plane_starts(data_ptr, first_n, N, data_stride, STEP, W, ROWS, GATED)
+    if COPIED:
+        copied = make_sides(
+            scale_ptr, zero_ptr, first_n, N, scale_stride, zero_stride, STAGES, ROWS, STEP // W.group, GATED
+        )
     for i in gl.static_range(AHEAD):
         if i < count:
             copy_codes(planes, data, i, first + i, K, STEP, W, EVEN)
+            if COPIED:
+                copy_sides(copied, i, first + i)
         commit_copies()
-    place = gl.arange(0, ROWS, layout=gl.SliceLayout(1, _of_sides(SPLIT, TALL, CODES // SHARE)))
-    row = row_of(place, first_n, N, GATED)
-    scale = scale_ptr + first_n.to(gl.int64) * scale_stride, row * scale_stride
-    zero = None if zero_ptr is None else (zero_ptr + first_n.to(gl.int64) * zero_stride, row * zero_stride)
-    sides = _sides(scale, zero, first, K, CODES, SPLIT, W, EVEN)
+    begin, end = first * STEP, gl.minimum((first + count) * STEP, K)
+    fetch_sides(scale_ptr, first_n, N, scale_stride, begin, end, W, ROWS, GATED)
+    if zero_ptr is not None:
+        fetch_sides(zero_ptr, first_n, N, zero_stride, begin, end, W, ROWS, GATED)
+    if not COPIED:
+        row = row_of(
+            gl.arange(0, ROWS, layout=gl.SliceLayout(1, _of_sides(SPLIT, TALL, CODES // SHARE))), first_n, N, GATED
+        )
+        scale = scale_ptr + first_n.to(gl.int64) * scale_stride, row * scale_stride
+        zero = None if zero_ptr is None else (zero_ptr + first_n.to(gl.int64) * zero_stride, row * zero_stride)
+        sides = _sides(scale, zero, first, K, CODES, SPLIT, W, EVEN)
     if PDL:
         wait()
-    x = _starts(x_ptr, first_m, M, K, TOKENS, CODES, SPLIT)
+    x = few_starts(x_ptr, first_m, M, K, TOKENS, CODES, SPLIT)
     # Eight rows of four codes' inputs lie in different banks.
     SWIZZLE: gl.constexpr = gl.SwizzledSharedLayout(16, 1, min(4, CODES // 16), [2, 1, 0])
-    xs = gl.allocate_shared_memory(DTYPE, [STAGES, SPLIT, TOKENS, CODES], SWIZZLE)
+    xs = (gl.allocate_shared_memory(DTYPE, [STAGES, SPLIT, TOKENS, CODES], SWIZZLE),)
     for i in gl.static_range(AHEAD):
         if i < count:
-            _copy_x(xs, x, i, first + i, K, STEP, EVEN)
+            copy_inputs(xs, x, i, first + i, K, STEP, EVEN)
         commit_copies()
 
     nothing = gl.full([SPLIT, ROWS, TOKENS], 0.0, gl.float32, layout=MMA)
     ones = gl.full([SPLIT, ROWS, PART], 1.0, DTYPE, layout=A)
     total = nothing
     for step in range(count):
-        following = _sides(scale, zero, first + step + 1, K, CODES, SPLIT, W, EVEN)
+        if not COPIED:
+            following = _sides(scale, zero, first + step + 1, K, CODES, SPLIT, W, EVEN)
         wait_for_copies(AHEAD - 1)
         slot = step % STAGES
         if step + AHEAD < count:
             copy_codes(planes, data, (step + AHEAD) % STAGES, first + step + AHEAD, K, STEP, W, EVEN)
-            _copy_x(xs, x, (step + AHEAD) % STAGES, first + step + AHEAD, K, STEP, EVEN)
+            copy_inputs(xs, x, (step + AHEAD) % STAGES, first + step + AHEAD, K, STEP, EVEN)
+            if COPIED:
+                copy_sides(copied, (step + AHEAD) % STAGES, first + step + AHEAD)
         commit_copies()
-        words = _words(planes, slot, CODES, PIECE, W, SPLIT)
+        if COPIED:
+            sides = _copied_sides(copied, slot, SPLIT)
+        words = read_codes(planes, slot, CODES, PIECE, W, SPLIT)
         sums, sums_x = nothing, nothing
         for piece in gl.static_range(CODES // PIECE):
-            parts = _parts(words, piece, CODES, PIECE, PART, W, DTYPE, SPLIT)
+            parts = as_floats(words, piece, CODES, PIECE, PART, W, DTYPE, SPLIT)
             for part in gl.static_range(PIECE // PART):
-                b = _inputs(xs.index(slot), piece * PIECE + part * PART, PART, MMA)
+                b = read_inputs(xs[0].index(slot), piece * PIECE + part * PART, PART, MMA)
                 sums = ampere.mma_v2(gl.convert_layout(parts[part], A, assert_trivial=True), b, sums)
                 sums_x = ampere.mma_v2(ones, b, sums_x)
                 if (piece * PIECE + part * PART + PART) % SHARE == 0:
                     total += _scaled(sums, sums_x, sides, (piece * PIECE + part * PART) // SHARE, W, DTYPE)
                     sums, sums_x = nothing, nothing
-        sides = following
+        if not COPIED:
+            sides = following
     store_outputs(gl.sum(total, 0), bias_ptr, out_ptr, first_n, first_m, M, N, ACTIVATION, GATED)
 
 
@@ -166,8 +188,18 @@ def _of_sides(split, tall, groups):
 
 
 @gluon.jit
-def _sides(scale, zero, step, K, CODES: gl.constexpr, SPLIT: gl.constexpr, W: gl.constexpr, EVEN: gl.constexpr):
+def _copied_sides(copied, slot, SPLIT: gl.constexpr):
     """Scales and zero points of a step: of each group, (splits, rows)."""
+    L: gl.constexpr = _of_sides(SPLIT, gl.num_warps() // SPLIT, copied[0][0].shape[2] // SPLIT)
+    zeros = ()
+    if len(copied) > 1:
+        zeros = _by_group(copied[1][0].index(slot).load(L), SPLIT)
+    return _by_group(copied[0][0].index(slot).load(L), SPLIT), zeros
+
+
+@gluon.jit
+def _sides(scale, zero, step, K, CODES: gl.constexpr, SPLIT: gl.constexpr, W: gl.constexpr, EVEN: gl.constexpr):
+    """The same, from memory."""
     scales = _sides_of(scale, step, K, CODES, SPLIT, W, EVEN)
     return scales, () if zero is None else _sides_of(zero, step, K, CODES, SPLIT, W, EVEN)
 
@@ -177,17 +209,20 @@ def _sides_of(side, step, K, CODES: gl.constexpr, SPLIT: gl.constexpr, W: gl.con
     SHARE: gl.constexpr = min(W.run, CODES)
     GROUPS: gl.constexpr = CODES // SHARE
     start, row = side
-    ROWS: gl.constexpr = row.shape[0]
-    L: gl.constexpr = _of_sides(SPLIT, gl.num_warps() // SPLIT, GROUPS)
-    i = gl.arange(0, SPLIT * GROUPS, layout=gl.SliceLayout(0, L))
+    i = gl.arange(0, SPLIT * GROUPS, layout=gl.SliceLayout(0, _of_sides(SPLIT, gl.num_warps() // SPLIT, GROUPS)))
     if W.group == 0:
         at = i * 0
     elif EVEN and W.group == SHARE:  # neighbours, which the compiler sees
         at = gl.minimum(step, K // (SPLIT * CODES) - 1) * (SPLIT * GROUPS) + i
     else:
         at = gl.minimum(step * (SPLIT * CODES) + i * SHARE, K - 1) // W.group
-    sides = gl.reshape(gl.load(start + (row[:, None] + at[None, :])), [ROWS, SPLIT, 1, GROUPS])
-    return unstack(gl.permute(sides, (1, 0, 2, 3)), GROUPS)
+    return _by_group(gl.load(start + (row[:, None] + at[None, :])), SPLIT)
+
+
+@gluon.jit
+def _by_group(sides, SPLIT: gl.constexpr):
+    GROUPS: gl.constexpr = sides.shape[1] // SPLIT
+    return unstack(gl.permute(gl.reshape(sides, [sides.shape[0], SPLIT, 1, GROUPS]), (1, 0, 2, 3)), GROUPS)
 
 
 @gluon.jit
@@ -209,115 +244,3 @@ def _scaled(y, x, sides, INDEX: gl.constexpr, W: gl.constexpr, DTYPE: gl.constex
 def _of_rows(side, y):
     side = gl.convert_layout(gl.reshape(side, [y.shape[0], y.shape[1]]), gl.SliceLayout(2, y.type.layout), True)
     return gl.expand_dims(side.to(gl.float32), 2)
-
-
-# Operands. Lane t of four has the word t of each chunk, and of each unit the four inputs that its codes meet.
-
-
-@constexpr_function
-def _of_words(split, tall, words):
-    """(rows, words of a step)."""
-    registers = [*bases(words, 4, 2, 1), [8, 0]]
-    lanes = [[0, 1], [0, 2], *bases(8, 1, 2, 0)]
-    warps = bases(16 * tall, 16, 2, 0) + bases(split * words, words, 2, 1)
-    return gl.DistributedLinearLayout(registers, lanes, warps, [], [16 * tall, split * words])
-
-
-@constexpr_function
-def _of_chunks(split, tall, chunks):
-    """(splits * rows, chunks, words of a chunk)."""
-    registers = [[8, 0, 0], *bases(chunks, 1, 3, 1)]
-    lanes = [[0, 0, 1], [0, 0, 2], *bases(8, 1, 3, 0)]
-    warps = bases(16 * tall * split, 16, 3, 0)
-    return gl.DistributedLinearLayout(registers, lanes, warps, [], [16 * tall * split, chunks, 4])
-
-
-@gluon.jit
-def _words(planes, slot, CODES: gl.constexpr, PIECE: gl.constexpr, W: gl.constexpr, SPLIT: gl.constexpr):
-    """Of each plane, for each piece and chunk of its units, words (splits * rows, chunks, 4)."""
-    words = _words_of(planes[0], slot, CODES, PIECE, W.fields, W.p0, SPLIT)
-    if W.p1 > 0:
-        words += _words_of(planes[1], slot, CODES, PIECE, W.fields, W.p1, SPLIT)
-    if W.p2 > 0:
-        words += _words_of(planes[2], slot, CODES, PIECE, W.fields, W.p2, SPLIT)
-    return words
-
-
-@gluon.jit
-def _words_of(
-    plane, slot, CODES: gl.constexpr, PIECE: gl.constexpr, FIELDS: gl.constexpr, WIDTH: gl.constexpr,
-    SPLIT: gl.constexpr,
-):  # fmt: skip
-    TALL: gl.constexpr = gl.num_warps() // SPLIT
-    CHUNKS: gl.constexpr = PIECE // (16 * FIELDS)
-    COUNT: gl.constexpr = CODES * WIDTH // 128 // CHUNKS
-    words = plane.index(slot).load(_of_words(SPLIT, TALL, CODES * WIDTH // 32))
-    words = gl.permute(gl.reshape(words, [16 * TALL, SPLIT, COUNT, CHUNKS, 4]), (1, 0, 3, 4, 2))
-    words = unstack(gl.reshape(words, [SPLIT * 16 * TALL, CHUNKS, 4, COUNT]), COUNT)
-    found = ()
-    for i in gl.static_range(COUNT):
-        found += (gl.convert_layout(words[i], _of_chunks(SPLIT, TALL, CHUNKS), assert_trivial=True),)
-    return found
-
-
-@gluon.jit
-def _parts(
-    words, INDEX: gl.constexpr, CODES: gl.constexpr, PIECE: gl.constexpr, PART: gl.constexpr, W: gl.constexpr,
-    DTYPE: gl.constexpr, SPLIT: gl.constexpr,
-):  # fmt: skip
-    """A piece's codes as floats, in parts (splits, rows, PART)."""
-    FIELDS: gl.constexpr = W.fields
-    TALL: gl.constexpr = gl.num_warps() // SPLIT
-    own = own_words(words, 0, INDEX, W.fields, W.p0)
-    if W.p1 > 0:
-        own += own_words(words, CODES // PIECE * (FIELDS * W.p0 // 8), INDEX, W.fields, W.p1)
-    if W.p2 > 0:
-        own += own_words(words, CODES // PIECE * (FIELDS * (W.p0 + W.p1) // 8), INDEX, W.fields, W.p2)
-    pairs = ()
-    for field in gl.static_range(FIELDS):
-        found = codes(own, field, W)
-        found = gl.join(found, found)
-        pairs += (floats(found, "0x4140", W.bits, DTYPE), floats(found, "0x4342", W.bits, DTYPE))
-    w = gl.reshape(stack(pairs, 2 * FIELDS), [SPLIT, 16 * TALL, PIECE // (16 * FIELDS), 4, 2, FIELDS, 2])
-    w = gl.reshape(gl.permute(w, (0, 1, 2, 5, 6, 3, 4)), [SPLIT, 16 * TALL, PIECE // PART, PART])
-    return unstack(gl.permute(w, (0, 1, 3, 2)), PIECE // PART)
-
-
-@constexpr_function
-def _of_inputs(split, tall, tokens, part):
-    """(splits, tokens, inputs of a part)."""
-    registers = [[0, 0, 1], [0, 0, 2], *bases(part, 16, 3, 2), *bases(tokens, 8, 3, 1)]
-    lanes = [[0, 0, 4], [0, 0, 8], *bases(8, 1, 3, 1)]
-    warps = [[0, 0, 0]] * (tall.bit_length() - 1) + bases(split, 1, 3, 0)
-    return gl.DistributedLinearLayout(registers, lanes, warps, [], [split, tokens, part])
-
-
-@gluon.jit
-def _inputs(xs, AT: gl.constexpr, PART: gl.constexpr, MMA: gl.constexpr):
-    """The second operand (splits, PART, tokens), in the order of the first's codes."""
-    SPLIT: gl.constexpr = xs.shape[0]
-    TOKENS: gl.constexpr = xs.shape[1]
-    x = xs.slice(AT, PART, 2).load(_of_inputs(SPLIT, gl.num_warps() // SPLIT, TOKENS, PART))
-    x = gl.permute(gl.reshape(x, [SPLIT, TOKENS, PART // 16, 4, 2, 2]), (0, 2, 4, 3, 5, 1))
-    return gl.convert_layout(gl.reshape(x, [SPLIT, PART, TOKENS]), gl.DotOperandLayout(1, MMA, 2), assert_trivial=True)
-
-
-# Inputs
-
-
-@gluon.jit
-def _starts(x_ptr, first_m, M, K, TOKENS: gl.constexpr, CODES: gl.constexpr, SPLIT: gl.constexpr):
-    """Where the rows of x begin, the inputs of a step (splits, tokens, CODES), and which rows there are."""
-    NEXT: gl.constexpr = min(32, CODES // 8)
-    L: gl.constexpr = gl.BlockedLayout([1, 1, 8], [1, 32 // NEXT, NEXT], [SPLIT, gl.num_warps() // SPLIT, 1], [2, 1, 0])
-    split = gl.arange(0, SPLIT, layout=gl.SliceLayout(1, gl.SliceLayout(2, L)))[:, None, None]
-    m = gl.arange(0, TOKENS, layout=gl.SliceLayout(0, gl.SliceLayout(2, L)))[None, :, None]
-    k = split * CODES + gl.arange(0, CODES, layout=gl.SliceLayout(0, gl.SliceLayout(1, L)))[None, None, :]
-    return x_ptr + first_m.to(gl.int64) * K, m * K + k, k, m < M - first_m
-
-
-@gluon.jit
-def _copy_x(xs, x, slot, step, K, STEP: gl.constexpr, EVEN: gl.constexpr):
-    start, offset, k, inside = x
-    mask = inside if EVEN else inside & (k + step * STEP < K)
-    begin_copy(xs.index(slot), start + step * STEP + offset, mask=mask)

@@ -117,8 +117,9 @@ def test_few(tensor_core_chip: Device, compiled: Callable, assert_fits: Callable
     sizes = {"TOKENS": tile.tokens, "CODES": tile.codes, "STAGES": tile.stages, "SPLIT": tile.split}
     absent, registers = absent_of(spec), min(255, 2048 // (tile.warps * tile.together))
     sizes |= {"registers": registers, "ACTIVATION": "silu"}
-    for gated in (False, True) if rows == 4 else (False,):
-        assert_fits(compiled(linear_few._few, tile.warps, absent=absent, GATED=gated, **reads(spec), **sizes))
+    for gated, copied in ((False, True), (True, False)) if rows == 4 else ((False, spec == U4),):
+        kinds = {"GATED": gated, "COPIED": copied}
+        assert_fits(compiled(linear_few._few, tile.warps, absent=absent, **kinds, **reads(spec), **sizes))
 
 
 @cases(
