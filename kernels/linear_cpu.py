@@ -166,10 +166,13 @@ def make_known(spec: str, columns: int) -> None:
     if (op := without_python()) is None:
         return
     reader = packed.Reader.of(spec, columns)
-    most = [most_few_rows(dtype, reader) for dtype in packed.FLOATS]
+    three = ctypes.c_int64 * 3
+    most = three(*(most_few_rows(dtype, reader) for dtype in packed.FLOATS))
+    many = three(*(_most_many_rows(dtype, reader) for dtype in packed.FLOATS))
     few_rows = ctypes.cast(reader.share_few_rows, ctypes.c_void_p)  # type: ignore[arg-type]
+    many_rows = ctypes.cast(reader.many_rows, ctypes.c_void_p) if reader.many_rows else None  # type: ignore[arg-type]
     shape = (reader.group, reader.groups, reader.height, reader.bytes, reader.by_row)
-    op.know(spec.encode(), columns, few_rows, *most, *shape, packed.ADDED * reader.added, reader.offset)
+    op.know(spec.encode(), columns, few_rows, many_rows, most, many, *shape, packed.ADDED * reader.added, reader.offset)
 
 
 @functools.cache
@@ -182,8 +185,8 @@ def without_python() -> ctypes.CDLL | None:
         warnings.warn(f"qcompile: linears of a few rows are called through Python: {error}", stacklevel=2)
         return None
     size, number = ctypes.c_int64, ctypes.c_int
-    op.know.argtypes = [ctypes.c_char_p, size, ctypes.c_void_p, *[size] * 7, number, number, ctypes.c_float]
     pointer = ctypes.c_void_p
+    op.know.argtypes = [ctypes.c_char_p, size, *[pointer] * 4, *[size] * 4, number, number, ctypes.c_float]
     op.put_likeliest.argtypes = [
         pointer, *[size] * 3, number, *[pointer] * 2, size, pointer, size, *[pointer] * 5, size,
     ]  # fmt: skip
@@ -192,6 +195,13 @@ def without_python() -> ctypes.CDLL | None:
     for function in (op.know, op.forget, op.put_likeliest, op.add_to_each, op.release_chain):
         function.restype = None
     return op
+
+
+def _most_many_rows(dtype: torch.dtype, reader: packed.Reader) -> int:
+    """The most rows of x that its many_rows takes; 0 where it takes none."""
+    if reader.many_rows is None or has_tiles(dtype, reader):
+        return 0
+    return _rows_without_copy(dtype, True)
 
 
 @functools.cache

@@ -15,10 +15,16 @@ using ShareFewRows = void (*)(const void*, const void*, const void*, int64_t, in
                               int64_t, int64_t, int, int, float, const void*, int64_t, int64_t, int, void*,
                               const void*, int, const void*, Shares*);
 
-// What linear_cpu.py knows of a spec with so many columns; `most` rows of float32, bfloat16 and float16.
+// WEIGHT_ARGUMENTS; x, its rows, stride and kind; y; bias and its kind; threads.
+using ManyRows = void (*)(const void*, const void*, const void*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
+                          int64_t, int, int, float, const void*, int64_t, int64_t, int, void*, const void*, int, int);
+
+// What linear_cpu.py knows of a spec with so many columns; `most` rows of float32, bfloat16 and float16 for few_rows, and
+// `many` for many_rows.
 struct Reader {
     ShareFewRows few_rows;
-    int64_t most[3], group, groups, height, bytes;
+    ManyRows many_rows;
+    int64_t most[3], many[3], group, groups, height, bytes;
     int by_row, added;
     float offset;
 };
@@ -63,9 +69,10 @@ struct Linear {
         return true;
     }
     bool take_weight(const std::string& spec, const Tensor& data, const Tensor& scale,
-                     const std::optional<Tensor>& zero, const std::optional<Tensor>& bias) {
+                     const std::optional<Tensor>& zero, const std::optional<Tensor>& bias, bool or_many = false) {
         const std::optional<Reader> found = find_reader(spec, columns);
-        if (!found || kind < 0 || kind > 2 || rows < 1 || rows > found->most[kind] || data.dim() != 2) return false;
+        if (!found || kind < 0 || kind > 2 || rows < 1 || data.dim() != 2) return false;
+        if (rows > found->most[kind] && !(or_many && rows <= found->many[kind])) return false;
         reader = *found, outputs = data.size(0);
         const int64_t sides = reader.by_row ? (outputs + reader.height - 1) / reader.height : 1;
         if (!has_rows(data, outputs, reader.bytes) || !has_rows(scale, sides, reader.groups) || kind_of(scale) < 0 ||
@@ -97,6 +104,12 @@ struct Linear {
     bool take_rounding(const std::optional<std::string>& name) {
         rounds = name.has_value();
         return !rounds || *name == "i8/token/dynamic";
+    }
+
+    void run_many(int64_t threads) {
+        reader.many_rows(data, scale, zero, outputs, columns, reader.group, reader.height, data_stride, scale_stride,
+                         zero_stride, scale_kind, zero_kind, reader.offset, x, rows, columns, kind, y, bias, bias_kind,
+                         threads);
     }
 
     // What a team needs.

@@ -40,11 +40,12 @@ void run_alone(Linear& linear) {
 Tensor linear_packed(Tensor x, Tensor data, Tensor scale, std::optional<Tensor> zero, std::optional<Tensor> bias,
                      std::string spec) {
     Linear linear;
-    if (!take_x(linear, x) || !linear.take_weight(spec, data, scale, zero, bias))
+    if (!take_x(linear, x) || !linear.take_weight(spec, data, scale, zero, bias, true))
         return in_python("qcompile_kernels::linear_anyhow", x, data, scale, zero, bias, spec);
     Tensor y = empty_with(x, x.dim(), linear.outputs);
     linear.y = y.data_ptr();
-    if (linear.outputs) run_alone(linear);
+    if (linear.outputs && linear.rows > linear.reader.most[linear.kind]) linear.run_many(threads_for(linear.work()));
+    else if (linear.outputs) run_alone(linear);
     return y;
 }
 
@@ -69,12 +70,12 @@ Tensor fused_packed(Tensor x, std::optional<Tensor> norm_weight, std::optional<d
 
 }  // namespace
 
-extern "C" void know(const char* spec, int64_t columns, void* few_rows, int64_t float32, int64_t bfloat16,
-                     int64_t float16, int64_t group, int64_t groups, int64_t height, int64_t bytes, int by_row,
+extern "C" void know(const char* spec, int64_t columns, void* few_rows, void* many_rows, const int64_t* most,
+                     const int64_t* many, int64_t group, int64_t groups, int64_t height, int64_t bytes, int by_row,
                      int added, float offset) {
     std::unique_lock<std::shared_mutex> writing(lock);
-    readers[{spec, columns}] = {(ShareFewRows)few_rows, {float32, bfloat16, float16}, group, groups, height, bytes,
-                                by_row, added, offset};
+    readers[{spec, columns}] = {(ShareFewRows)few_rows, (ManyRows)many_rows, {most[0], most[1], most[2]},
+                                {many[0], many[1], many[2]}, group, groups, height, bytes, by_row, added, offset};
     readers_known++;
 }
 
