@@ -42,23 +42,22 @@ SOURCES = (
     "chain_op.cpp",
 )
 
-# The most rows that few_rows takes; where it multiplies 16 bits as integers, of codes of up to four bits, of wider ones
-# whose rows of x stay in the first cache, and of others. ms of one thread, few_rows | many_rows, float32 16384 × 2048,
-# Zen 4:
+# The most rows that few_rows takes; where it multiplies 16 bits as integers, of codes of fewer than eight bits, and of
+# others. ms of one thread, few_rows | many_rows, float32 16384 × 2048, Zen 4:
 #               4 rows        5 rows        8 rows
 # u4 float32    4.53 | 6.78   7.99 | 6.57   11.4 | 8.36
 # u8 float32    4.92 | 7.26   7.96 | 7.05   11.9 | 8.81
-# Times torch's bfloat16 linear, one thread of Zen 5, weights from memory, few_rows | many_rows:
-#                   8 rows        10 rows       12 rows       14 rows
-# u2 8192 × 2048    2.26 | 1.71   1.78 | 1.73   1.58 | 1.74   1.44 | 1.61
-# u4 8192 × 2048    2.02 | 1.79   1.77 | 1.60   1.51 | 1.55   1.40 | 1.52
-#    2048 × 8192    1.87 | 1.60   1.71 | 1.50   1.42 | 1.40   1.38 | 1.38
-# u8 8192 × 2048    1.42 | 1.33   1.28 | 1.22   1.13 | 1.25   1.02 | 1.23
-#    2048 × 8192    1.11 | 1.23   1.01 | 1.14   0.90 | 1.10   0.89 | 1.18
+# Times torch's bfloat16 linear, two threads of Zen 5, weights from memory, few_rows | many_rows:
+#                   9 rows        11 rows       12 rows       13 rows
+# u4 8192 × 2048    1.95 | 1.52   1.81 | 1.68   1.59 | 1.61   1.67 | 1.60
+#    2048 × 8192    1.76 | 1.51   1.63 | 1.40   1.55 | 1.43   1.50 | 1.47
+# u7 8192 × 2048    1.66 | 1.12   1.72 | 1.09   1.51 | 1.07   1.50 | 1.10
+#    2048 × 8192    1.60 | 1.15   1.48 | 1.08   1.45 | 1.09   1.30 | 1.03
+# u8 8192 × 2048    1.34 | 1.34   1.26 | 1.31   1.19 | 1.30   1.12 | 1.29
+#    2048 × 8192    1.33 | 1.26   1.23 | 1.26   1.12 | 1.23   1.12 | 1.24
 # A step of decoding in one call (ops/fused_linear.FEW_ROWS) needs as many as eight.
 FEW_ROWS = 4
-FEW_ROWS_OF_NARROW_CODES, FEW_SHORT_ROWS, FEW_ROWS_OF_16_BITS = 12, 10, 8
-SHORT = 4096
+FEW_ROWS_OF_NARROW_CODES, FEW_ROWS_OF_16_BITS = 12, 10
 # Beside many_rows_tiles. µs of torch's bfloat16 linear by those of few_rows | many_rows_tiles (with panels of half the
 # inputs and slower bookkeeping), two cores of a Xeon with AMX, three copies in turn, 8192 × 2048 and 2048 × 8192:
 #                   4 rows        8 rows        12 rows       16 rows       64 rows   512 rows
@@ -155,9 +154,7 @@ def most_few_rows(dtype: torch.dtype, reader: packed.Reader) -> int:
         return FEW_ROWS_BESIDE_TILES
     if dtype == torch.float32 or not reader.has_dot:
         return FEW_ROWS
-    if 2 * reader.bytes <= reader.columns:
-        return FEW_ROWS_OF_NARROW_CODES
-    return FEW_SHORT_ROWS if reader.columns <= SHORT else FEW_ROWS_OF_16_BITS
+    return FEW_ROWS_OF_NARROW_CODES if reader.bytes < reader.columns else FEW_ROWS_OF_16_BITS
 
 
 @functools.lru_cache(maxsize=4096)
