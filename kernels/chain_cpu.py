@@ -114,9 +114,8 @@ class BoundChain:
 @binder(chain_packed, pays=True)
 def bind_chain(tensors: Sequence[Tensor | None], caches: Sequence[Tensor], steps: str) -> BoundChain | None:
     op = linear_cpu.without_python()
-    if op is None or all(
-        tensor is not None for tensor in tensors
-    ):  # of no tensor torch does not know whose op it calls
+    # Of no tensor torch does not know whose op it calls.
+    if op is None or not any(tensor is None for tensor in tensors):
         return None
     return BoundChain(op, tensors, caches, steps)
 

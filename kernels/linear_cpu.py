@@ -159,7 +159,7 @@ def most_few_rows(dtype: torch.dtype, reader: packed.Reader) -> int:
 
 @functools.lru_cache(maxsize=4096)
 def make_known(spec: str, columns: int) -> None:
-    """Tell linear_op.cpp how to multiply a few rows by weights of this spec."""
+    """Tell linear_op.cpp how to multiply rows by weights of this spec."""
     if (op := without_python()) is None:
         return
     reader = packed.Reader.of(spec, columns)
@@ -179,7 +179,7 @@ def without_python() -> ctypes.CDLL | None:
     try:
         op = load_cpp(work + text_of(*SOURCES))
     except RuntimeError as error:
-        warnings.warn(f"qcompile: linears of a few rows are called through Python: {error}", stacklevel=2)
+        warnings.warn(f"qcompile: linears are called through Python: {error}", stacklevel=2)
         return None
     size, number = ctypes.c_int64, ctypes.c_int
     pointer = ctypes.c_void_p

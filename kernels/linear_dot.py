@@ -6,8 +6,8 @@ activation and product, and a residual sum.
 
 A program takes several whole weight rows. It copies them to shared memory before it waits for the kernel that makes x,
 so that the memory has work while one kernel ends and the next begins; in pieces, so that it does not stand in the way
-of what is at work. A thread takes 32 inputs of a row at any width of codes: of those, of x and of scales it has as much
-as registers hold.
+of what is at work. A thread takes 16 to 64 neighbouring inputs of a row (_tuning.dot_tile): of those, of x and of
+scales it has as much as registers hold.
 """
 
 from __future__ import annotations
@@ -253,7 +253,7 @@ def _products(
 
 @constexpr_function
 def _side(index: int, units: int, layout: Layout) -> int:
-    """Where the scale of the index-th so many units is among those of `_sides`."""
+    """Where the scale of the index-th so many units is among those of `read_sides`."""
     return index * units // layout.sharing if layout.group else 0
 
 

@@ -1,11 +1,12 @@
 """The text of the functions that call the regions of a graph.
 
     def run(a, w, …):                       def bind(a, w, …):
-        x, = region_0(a)                        w_1 = torch.ops.aten.view.default(w, [1])
-        w_1 = torch.ops.aten.view.default(…     call_1 = bind_call(torch.ops.….default, [None, w_1], …)
-        y = torch.ops.….default([x, w_1], …)    def step():
-        region_2(a)                                 x, = region_0(a)
-        return (y,)                                 y = call_1(x)
+        v = torch.ops.aten.view.default(w, …    v = torch.ops.aten.view.default(w, [1])
+        x, = region_0(a)                        bound_y = bind_call(torch.ops.….default, [None, v], …)
+        y = torch.ops.….default([x, v], …)      if bound_y is None: return None
+        region_2(a)                             def step():
+        return (y,)                                 x, = region_0(a)
+                                                    y = bound_y(x)
                                                     region_2(a)
                                                     return (y,)
                                                 return step

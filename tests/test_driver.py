@@ -60,9 +60,9 @@ def test_what_lies_around_a_call_is_compiled(monkeypatch: pytest.MonkeyPatch) ->
         torch.testing.assert_close(run(*mine), Model()(*theirs))
     step = bind(*mine)
     assert [each is None for each in made[0].tensors] == [True, False, True, False]
-    assert (
-        made[0].tensors[1].data_ptr() == mine[1][4:].data_ptr() and made[0].tensors[3].data_ptr() == mine[0].data_ptr()
-    )  # type: ignore[union-attr]
+    view, tensor = made[0].tensors[1], made[0].tensors[3]
+    assert view is not None and view.data_ptr() == mine[1][4:].data_ptr()
+    assert tensor is not None and tensor.data_ptr() == mine[0].data_ptr()
     for _ in range(2):
         for side in (mine, theirs):  # the memory is read, not what was in it
             side[0].mul_(2)

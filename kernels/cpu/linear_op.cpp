@@ -1,8 +1,8 @@
-// linear_packed and fused_packed of a few rows, called by torch without Python in between, which takes longer than a
+// linear_packed, and fused_packed of a few rows, called by torch without Python in between, which takes longer than a
 // small layer does.
 //
-// Ordinary arguments are a Linear. All others, more rows and what is wrong go to linear_anyhow and fused_anyhow, the
-// same in Python (linear_cpu.py, fused_linear_cpu.py).
+// Ordinary arguments are a Linear. All others, more rows of fused_packed and what is wrong go to linear_anyhow and
+// fused_anyhow, the same in Python (linear_cpu.py, fused_linear_cpu.py).
 
 #include <array>
 
