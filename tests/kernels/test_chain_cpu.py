@@ -1,15 +1,18 @@
 """chain_cpu against its ops one by one."""
 
+import gc
 import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from qcompile.algorithms import quantize
 from qcompile.kernels import linear_cpu
@@ -315,6 +318,37 @@ def test_bound_steps_that_go_wrong() -> None:
         with pytest.raises((RuntimeError, IndexError), match="out of"):
             bound(tensors[at] + CAPACITY)
         assert torch.equal(bound(tensors[at]), want)
+
+
+def test_bound_in_two_threads() -> None:
+    """Each has what is bound of its own, of the same weights."""
+    layer = Layer(torch.bfloat16)
+
+    def calls(_: int) -> list[Tensor]:
+        tensors, caches, text = layer.arguments
+        bound = bind_chain([None, *tensors[1:]], caches, text)
+        assert bound is not None
+        return [bound(tensors[0] * (1 + step)) for step in range(50)]
+
+    want = calls(0)
+    with ThreadPoolExecutor(2) as pool:
+        for got in pool.map(calls, range(2)):
+            torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+def test_memory_that_is_bound_lives_as_long_as_what_binds_it() -> None:
+    tensors, caches, text = Layer(torch.bfloat16).arguments
+    mine = tensors[1].clone()
+    memory = StorageWeakRef(mine.untyped_storage())
+    bound = bind_chain([None, mine, *tensors[2:]], caches, text)
+    assert bound is not None
+    del mine
+    gc.collect()
+    bound(tensors[0])
+    assert not memory.expired()
+    del bound
+    gc.collect()
+    assert memory.expired()
 
 
 def test_opcheck() -> None:
