@@ -121,7 +121,7 @@ def attention_into_cache_cuda(
         ROWS=power_of_two(group),
         SCAN=SCAN_ELEMENTS,
         FETCHED=FETCHED,
-        IN_ONE=capacity <= tile.keys * tile.splits,
+        IN_ONE=0 < capacity <= tile.keys * tile.splits,
         EARLY=attention_decode.lets_start(tile, batch * kv_heads, capacity, device),
         PDL=dependent_launch(query),
     )

@@ -101,6 +101,14 @@ def test_a_position_outside_writes_nothing(arguments: Callable) -> None:
     assert torch.equal(keys, before[0]) and torch.equal(values, before[1])
 
 
+def test_a_cache_without_room(arguments: Callable) -> None:
+    """Its mask has nothing to read."""
+    q, k, v, cos, sin, keys, values, at = arguments(1, 2, 1, 8, 8, 4, 0)
+    none = [x[:, :, :0] for x in (keys, values)]
+    mask = torch.zeros(1, 1, 1, 0, dtype=torch.bool, device=q.device)
+    assert not attention_into_cache.attention_into_cache_cuda(q, k, v, cos, sin, *none, at, mask, 0.3).any()
+
+
 def test_refusals(arguments: Callable) -> None:
     args = arguments(1, 4, 2, 8, 8, 4, 0)
     by_head = torch.ones(1, 4, 1, 4, dtype=torch.bool, device=args[0].device)
