@@ -29,6 +29,8 @@ def are_launched(device: torch.device, size: int) -> bool:
     """Does the driver launch clusters of so many programs there? Of a part of a GPU it may not."""
     try:
         launch_clusters(_meeting, size, (1,), torch.empty(1, device=device), num_warps=1)
+    except torch.OutOfMemoryError:
+        raise  # which says nothing of clusters, and is not kept
     except RuntimeError:
         return False
     return True
