@@ -154,7 +154,7 @@ def test_mma(
     ("spec", "tokens", "made", "stack"),
     [
         *((U4, 128, "sums", 32), (U4, 144, "parts", 32), (U4, 192, "gated", 32), (I3, 128, "sums", 32)),
-        (U4, 200, "parts", 32),
+        (U4, 200, "parts", 128),  # with Triton 3.9, also in its steps; with 3.6, on which it was timed, nothing
         *((U4, 256, "sums", 256), (U4, 256, "gated", 256), (U4, 264, "parts", 1024)),
     ],
 )
