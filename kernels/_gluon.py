@@ -73,15 +73,6 @@ def fetch_bytes(ptr, COUNT: gl.constexpr):
 
 
 @gluon.jit
-def fetch_lines(at, wanted):
-    """Begin to bring the lines of these addresses to the L2 cache, of those that are wanted."""
-    gl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, 0; }",
-        "=r,l,r", [at.to(gl.int64), wanted.to(gl.int32)], gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@gluon.jit
 def pick_bytes(a, b, selector):
     """Four bytes of a (0 … 3) and b (4 … 7); a hexadecimal digit of the selector each, the lowest first."""
     return gl.inline_asm_elementwise(

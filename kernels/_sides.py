@@ -6,8 +6,8 @@ each step anew: of four bits in groups of 64 that is half as many requests as fo
 
 from __future__ import annotations
 
-from qcompile.kernels._gluon import begin_copy, fetch_lines, gl, gluon, row_of
-from qcompile.kernels._tiles import constexpr_function
+from qcompile.kernels._gluon import begin_copy, gl, gluon, row_of
+from qcompile.kernels._tiles import constexpr_function, fetch
 from qcompile.kernels._weight import Weight
 
 
@@ -77,4 +77,4 @@ def fetch_sides(ptr, first_n, N, stride, begin, end, W: gl.constexpr, ROWS: gl.c
         row = row_of(gl.arange(0, ROWS, layout=gl.SliceLayout(1, L)), first_n, N, GATED)[:, None] * stride
         group = begin // W.group + gl.arange(0, LINES, layout=gl.SliceLayout(0, L))[None, :] * LINE
         wanted = (group <= (end - 1) // W.group) & (row >= 0)
-        fetch_lines((ptr + first_n.to(gl.int64) * stride) + (row + group), wanted)
+        fetch(((ptr + first_n.to(gl.int64) * stride) + (row + group)).to(gl.int64), wanted)

@@ -215,7 +215,8 @@ def few_tile(rows: int, outputs: int, inputs: int, bits: int, device: Device) ->
     split, together = (4, 3) if outputs < 64 * device.processors and inputs <= 8192 else (2, 4)
 
     def is_too_much() -> bool:
-        return together * stages * split * codes * (2 * warps // split * bits + 2 * tokens) > device.shared_bytes
+        tile = FewTile(tokens, codes, stages, 1, split, warps, together)
+        return together * stages * tile.stage_bytes(bits) > device.shared_bytes
 
     while is_too_much():
         if codes > 128:
