@@ -21,17 +21,18 @@ struct Attention {
     float softcap;  // 0: scores are as they are
     bool is_causal = false;  // of prompts, instead of a mask
     int kind, cache_kind;  // of query and out, of key and value
-    int64_t parts;
+    int64_t parts, threads;
     float* memory;  // of each row y of every part, then tops and sums
     Shares shares;
 
     int64_t groups() const { return heads / kv_heads; }
     int64_t rows() const { return groups() * length; }  // of a key/value head
     int64_t work() const { return batch * heads * length * keys * (width + value_width); }
-    // As many as leave no thread without work.
+    // As many as leave no thread without work: one where query rows are shared instead, see attend_alone.
     int64_t parts_for(int64_t threads) const {
         const int64_t all = batch * kv_heads, few = std::max<int64_t>(1, keys / PART);
         if (all * few >= 4 * threads || all * few % threads == 0) return few;
+        if (few == 1 && all * rows() >= 4 * threads) return 1;
         return std::min(few * threads, std::max<int64_t>(1, keys / SMALLEST_PART));
     }
     // What a team needs.
@@ -39,13 +40,13 @@ struct Attention {
         return Shares::bytes(threads) + batch * kv_heads * rows() * parts_for(threads) * (value_width + 2) * sizeof(float);
     }
     void begin(void* memory, int64_t threads) {
-        parts = parts_for(threads);
+        parts = parts_for(threads), this->threads = threads;
         shares.begin(memory, threads, batch * kv_heads * parts, 1);
         this->memory = (float*)((char*)memory + Shares::bytes(threads));
     }
     void prefetch(int64_t) const {}
     // What one thread of a team does of it.
-    void run(int64_t thread);
+    void run(int64_t thread, Meeting& meeting);
     // The mask of row r of a key/value head: query position r % length of head r / length of its group.
     const char* mask_row(int64_t b, int64_t kv_head, int64_t r) const {
         const int64_t head = kv_head * groups() + r / length;
@@ -87,52 +88,76 @@ INLINE void fetch_row(const char* at, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i);
 }
 
-// The sum of each vector. Of three and four side by side: one after the other they take 1.1 times as long over a cache
-// of 4096 keys in int8 (32 heads over 8, 64 columns, Zen 4).
-template <int M> INLINE void sums(const f32x16* v, float* to) {
+// So many keys are multiplied side by side: sums of four vectors at once take as long as those of one or two.
 #ifdef HAS_AVX512
-    if constexpr (M == 3 || M == 4) {
-        __m512 pairs[2];
-        for (int i = 0; i < 2; i++) {
-            const __m512 a = bits_of<__m512>(v[2 * i]), b = bits_of<__m512>(v[std::min(2 * i + 1, M - 1)]);
-            pairs[i] = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-        }
-        const __m512 low = _mm512_shuffle_ps(pairs[0], pairs[1], 0x44), high = _mm512_shuffle_ps(pairs[0], pairs[1], 0xee);
-        const __m512 all = _mm512_add_ps(low, high);
-        const __m256 upper = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(all), 1));
-        const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), upper);
-        float each[4];
-        store(each, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
-        std::copy_n(each, M, to);
-        return;
-    }
+constexpr int64_t KEYS_AT_ONCE = 4;
+INLINE void store_sums(float* to, const f32x16 (&v)[4], float scale) {
+    auto vector = [&](int i) { return bits_of<__m512>(v[i]); };
+    store(to, _mm_mul_ps(sums4(vector(0), vector(1), vector(2), vector(3)), _mm_set1_ps(scale)));
+}
+#else
+constexpr int64_t KEYS_AT_ONCE = 1;
+INLINE void store_sums(float* to, const f32x16 (&v)[1], float scale) { *to = sum(v[0]) * scale; }
 #endif
-    for (int m = 0; m < M; m++) to[m] = sum(v[m]);
+
+// scores[m * room + n] = scale times the sum of query row m times key n. add(total, key) adds the products of a key.
+template <int KIND, int M, typename Add>
+INLINE void each_keys(const char* key, int64_t stride, int64_t width, int64_t count, float scale, float* scores,
+                      int64_t room, Add add) {
+    for (int64_t n = 0; n < count; n += KEYS_AT_ONCE) {
+        f32x16 total[M][KEYS_AT_ONCE] = {};
+#pragma GCC unroll 4
+        for (int i = 0; i < KEYS_AT_ONCE; i++) {
+            const char* at = key + std::min(n + i, count - 1) * stride * size_of(KIND);
+            fetch_row(at + AHEAD * stride * size_of(KIND), width * size_of(KIND));
+            add(total, i, at);
+        }
+        for (int m = 0; m < M; m++) store_sums(scores + m * room + n, total[m], scale);
+    }
 }
 
-// scores[m * room + n] = sum of query row m times key n
 template <int KIND, int M>
-void multiply_keys(const float* query, const char* key, int64_t stride, int64_t width, int64_t count, float* scores,
-                   int64_t room) {
-    for (int64_t n = 0; n < count; n++, key += stride * size_of(KIND)) {
-        fetch_row(key + AHEAD * stride * size_of(KIND), width * size_of(KIND));
-        f32x16 total[M] = {}, k[4];
+void multiply_keys(const float* query, const char* key, int64_t stride, int64_t width, int64_t count, float scale,
+                   float* scores, int64_t room) {
+    auto add = [&](auto& total, int i, const char* at) __attribute__((always_inline)) {
+        f32x16 k[4];
         int64_t c = 0;
         for (; c + 4 * LANES <= width; c += 4 * LANES) {
-            load64<KIND>(key, c, k);
-            for (int i = 0; i < 4; i++)
+            load64<KIND>(at, c, k);
+            for (int v = 0; v < 4; v++)
                 for (int m = 0; m < M; m++)
-                    total[m] = multiply_add(k[i], load<f32x16>(query + m * width + c + i * LANES), total[m]);
+                    total[m][i] = multiply_add(k[v], load<f32x16>(query + m * width + c + v * LANES), total[m][i]);
         }
         for (; c < width; c += LANES) {
-            k[0] = load_row<KIND>(key, c);
-            for (int m = 0; m < M; m++) total[m] = multiply_add(k[0], load<f32x16>(query + m * width + c), total[m]);
+            k[0] = load_row<KIND>(at, c);
+            for (int m = 0; m < M; m++)
+                total[m][i] = multiply_add(k[0], load<f32x16>(query + m * width + c), total[m][i]);
         }
-        float each[M];
-        sums<M>(total, each);
-        for (int m = 0; m < M; m++) scores[m * room + n] = each[m];
-    }
+    };
+    each_keys<KIND, M>(key, stride, width, count, scale, scores, room, add);
 }
+
+#ifdef HAS_BF16_DOT
+// The same of queries and keys in bfloat16, in pairs of columns.
+template <int M>
+void multiply_keys(const char* const* query, const char* key, int64_t stride, int64_t width, int64_t count, float scale,
+                   float* scores, int64_t room) {
+    constexpr int64_t PAIRS = 2 * LANES;
+    auto load_pairs = [&](const char* from, int64_t c) __attribute__((always_inline)) {
+        const char* at = from + c * 2;
+        return bits_of<__m512bh>(width - c >= PAIRS ? load<__m512i>(at) : _mm512_zextsi256_si512(load<__m256i>(at)));
+    };
+    auto add = [&](auto& total, int i, const char* at) __attribute__((always_inline)) {
+        for (int64_t c = 0; c < width; c += PAIRS) {
+            const __m512bh k = load_pairs(at, c);
+            for (int m = 0; m < M; m++)
+                total[m][i] = bits_of<f32x16>(
+                    _mm512_dpbf16_ps(bits_of<__m512>(total[m][i]), k, load_pairs(query[m], c)));
+        }
+    };
+    each_keys<BF16, M>(key, stride, width, count, scale, scores, room, add);
+}
+#endif
 
 // y[m * width + c] = sum over n of shares[m * room + n] times value n, for 1 or 4 vectors of columns
 template <int KIND, int M, int C>
@@ -200,17 +225,23 @@ void attend_rows(const Attention& a, int64_t b, int64_t kv_head, int64_t r, int6
                  float* total, float* y) {
     static thread_local Scratch scratch;
     const int64_t count = last - first, room = whole(count);
-    float* query = scratch.get<float>(M * (a.width + room));
-    float* scores = query + M * a.width;
+    float* scores = scratch.get<float>(M * (room + a.width));
     const int64_t size = size_of(KIND), *q = a.query_strides, *k = a.key_strides, *v = a.value_strides;
+    const char *query[M], *key = (const char*)a.key + (b * k[0] + kv_head * k[1] + first * k[2]) * size;
     for (int m = 0; m < M; m++) {
         const int64_t head = kv_head * a.groups() + (r + m) / a.length, row = (r + m) % a.length;
-        const char* from = (const char*)a.query + (b * q[0] + head * q[1] + row * q[2]) * size_of(a.kind);
-        for (int64_t c = 0; c < a.width; c += LANES)
-            store(query + m * a.width + c, load16(from, c, a.kind) * splat(a.scale));
+        query[m] = (const char*)a.query + (b * q[0] + head * q[1] + row * q[2]) * size_of(a.kind);
     }
-    const char* key = (const char*)a.key + (b * k[0] + kv_head * k[1] + first * k[2]) * size;
-    multiply_keys<KIND, M>(query, key, k[2], a.width, count, scores, room);
+#ifdef HAS_BF16_DOT
+    if constexpr (KIND == BF16)
+        multiply_keys<M>(query, key, k[2], a.width, count, a.scale, scores, room);
+    else
+#endif
+    {
+        float* floats = scores + M * room;
+        for (int m = 0; m < M; m++) to_floats(floats + m * a.width, query[m], a.width, a.kind);
+        multiply_keys<KIND, M>(floats, key, k[2], a.width, count, a.scale, scores, room);
+    }
     auto scales = [&](const float* all, const int64_t* s) {
         return all ? all + b * s[0] + kv_head * s[1] + first : all;
     };
@@ -228,8 +259,47 @@ void attend_rows(const Attention& a, int64_t b, int64_t kv_head, int64_t r, int6
         mix_values<KIND, M, 1>(scores, room, value + c * size, v[2], count, y + c, a.value_width);
 }
 
+// As many of rows r … behind - 1 of a key/value head as fit into registers; gives their number. `top`, `total` and `y` are
+// those of row r.
 template <int KIND>
-void attend(Attention& a, int64_t thread) {
+int64_t attend_some(const Attention& a, int64_t b, int64_t kv_head, int64_t r, int64_t behind, int64_t first, int64_t last,
+                    float* top, float* total, float* y) {
+    auto run = [&](auto most) {
+        constexpr int M = decltype(most)::value;
+        attend_rows<KIND, M>(a, b, kv_head, r, first, last, top, total, y);
+        return M;
+    };
+    const int64_t left = behind - r;
+    return left >= 4 ? run(Count<4>()) : left == 3 ? run(Count<3>()) : left == 2 ? run(Count<2>()) : run(Count<1>());
+}
+
+// Rows over all keys, without a part in which to wait for others: the threads have as many rows each, of a few
+// neighbouring key/value heads.
+template <int KIND> void attend_alone(const Attention& a, int64_t thread) {
+    static thread_local Scratch scratch;
+    float *y = scratch.get<float>(4 * a.value_width), top[4], total[4];
+    const int64_t rows = a.rows(), all = a.batch * a.kv_heads * rows, end = all * (thread + 1) / a.threads;
+    for (int64_t row = all * thread / a.threads; row < end;) {
+        const int64_t head = row / rows, b = head / a.kv_heads, kv_head = head % a.kv_heads, begin = head * rows;
+        const int64_t behind = std::min(rows, end - begin);
+        const auto [first, last] = attended(a, b, kv_head, row - begin, behind);
+        for (int64_t r = row - begin; r < behind;) {
+            const int64_t count = attend_some<KIND>(a, b, kv_head, r, behind, first, std::max(first, last), top, total, y);
+            for (int64_t m = 0; m < count; m++)
+                for (int64_t c = 0; c < a.value_width; c += LANES) {
+                    // Rows that attend to nothing are zeros.
+                    const f32x16 scale = splat(total[m] == 0 ? 0 : 1 / total[m]);
+                    store16(a.out, (begin + r + m) * a.value_width + c, a.kind, load<f32x16>(y + m * a.value_width + c) * scale);
+                }
+            r += count;
+        }
+        row = begin + behind;
+    }
+}
+
+template <int KIND>
+void attend(Attention& a, int64_t thread, Meeting& meeting) {
+    if (a.parts == 1) return attend_alone<KIND>(a, thread);
     const int64_t parts = a.parts, rows = a.rows(), heads = a.batch * a.kv_heads;
     float *ys = a.memory, *tops = ys + heads * rows * parts * a.value_width, *sums = tops + heads * rows * parts;
     for (int64_t i, behind; a.shares.take(thread, i, behind);) {
@@ -239,19 +309,10 @@ void attend(Attention& a, int64_t thread) {
         const int64_t first = std::min(low + part * each, high), last = std::min(first + each, high);
         for (int64_t r = 0; r < rows;) {
             const int64_t at = i * rows + r;
-            auto run = [&](auto most) {
-                constexpr int M = decltype(most)::value;
-                attend_rows<KIND, M>(a, b, kv_head, r, first, last, tops + at, sums + at, ys + at * a.value_width);
-                r += M;
-            };
-            const int64_t left = rows - r;
-            if (left >= 4) run(Count<4>());
-            else if (left == 3) run(Count<3>());
-            else if (left == 2) run(Count<2>());
-            else run(Count<1>());
+            r += attend_some<KIND>(a, b, kv_head, r, rows, first, last, tops + at, sums + at, ys + at * a.value_width);
         }
     }
-    wait_for_all();
+    meeting.wait();
     for (int64_t row = heads * rows * thread / a.shares.threads; row < heads * rows * (thread + 1) / a.shares.threads;
          row++) {
         auto at = [&](int64_t part) { return (row / rows * parts + part) * rows + row % rows; };
@@ -270,12 +331,12 @@ void attend(Attention& a, int64_t thread) {
     }
 }
 
-void Attention::run(int64_t thread) {
-    if (cache_kind == F32) attend<F32>(*this, thread);
-    else if (cache_kind == BF16) attend<BF16>(*this, thread);
-    else if (cache_kind == F16) attend<F16>(*this, thread);
-    else if (cache_kind == I8) attend<I8>(*this, thread);
-    else attend<E4M3>(*this, thread);
+void Attention::run(int64_t thread, Meeting& meeting) {
+    if (cache_kind == F32) attend<F32>(*this, thread, meeting);
+    else if (cache_kind == BF16) attend<BF16>(*this, thread, meeting);
+    else if (cache_kind == F16) attend<F16>(*this, thread, meeting);
+    else if (cache_kind == I8) attend<I8>(*this, thread, meeting);
+    else attend<E4M3>(*this, thread, meeting);
 }
 
 }  // namespace

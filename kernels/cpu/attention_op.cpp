@@ -49,7 +49,7 @@ Tensor attend_cpu(Tensor query, Tensor key, Tensor value, std::optional<Tensor> 
     static thread_local Scratch scratch;
     const int64_t threads = threads_for(a);
     char* memory = scratch.get<char>(a.bytes(threads));
-    as_team(threads, [&](int64_t n) { a.begin(memory, n); }, [&](int64_t thread) { a.run(thread); });
+    as_team(threads, [&](int64_t n) { a.begin(memory, n); }, [&](int64_t thread, Meeting& meeting) { a.run(thread, meeting); });
     return out;
 }
 
@@ -72,7 +72,7 @@ Tensor attend_prompt(Tensor query, Tensor key, Tensor value, std::optional<Tenso
         positions = positions_of_piece(a, n);
         shares.begin(memory, n, a.batch * a.kv_heads * ((a.length + positions - 1) / positions), 1);
     };
-    as_team(threads, begin, [&](int64_t thread) { attend_pieces(a, shares, positions, thread); });
+    as_team(threads, begin, [&](int64_t thread, Meeting&) { attend_pieces(a, shares, positions, thread); });
     return out;
 }
 #endif

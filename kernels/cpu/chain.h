@@ -80,7 +80,7 @@ class Chain {
         };
         std::atomic<size_t> made{1};
         std::exception_ptr error;
-        as_team(threads, begin, [&](int64_t thread) {
+        as_team(threads, begin, [&](int64_t thread, Meeting& meeting) {
             for (size_t i = 0; i < made; i++) {
                 if (thread == 0 && i + 1 < count) {
                     try {
@@ -90,9 +90,9 @@ class Chain {
                         error = std::current_exception();
                     }
                 }
-                std::visit([&](auto& s) { s.run(thread); }, steps[i]);
+                std::visit([&](auto& s) { s.run(thread, meeting); }, steps[i]);
                 if (i + 1 < made) std::visit([&](auto& s) { s.prefetch(thread); }, steps[i + 1]);
-                wait_for_all();
+                meeting.wait();
             }
         });
         if (error) std::rethrow_exception(error);

@@ -106,7 +106,7 @@ extern "C" void few_rows(WEIGHT_ARGUMENTS, const void* x, int64_t x_rows, int64_
     Shares shares;
     char* memory = scratch.get<char>(Shares::bytes(threads));
     auto begin = [&](int64_t n) { shares.begin(memory, n, rows, rows_of_piece(rows, columns, n)); };
-    as_team(threads, begin, [&](int64_t) {
+    as_team(threads, begin, [&](int64_t, Meeting&) {
         share_few_rows(data, scale, zero, rows, columns, group, height, data_stride, scale_stride, zero_stride,
                        scale_kind, zero_kind, offset, x, x_rows, x_stride, kind, y, bias, bias_kind, nullptr, &shares);
     });

@@ -11,18 +11,6 @@ namespace {
 // four rows ahead, since as many are read side by side: 2048 × 8192, two threads, Zen 5: 286 µs, 244 so.
 constexpr int64_t AHEAD = 8192;
 
-// Four vectors to their four sums.
-INLINE __m128 sums4(__m512 a, __m512 b, __m512 c, __m512 d) {
-    __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-    __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-    __m512d low = _mm512_unpacklo_pd(bits_of<__m512d>(ab), bits_of<__m512d>(cd));
-    __m512d high = _mm512_unpackhi_pd(bits_of<__m512d>(ab), bits_of<__m512d>(cd));
-    __m512 all = _mm512_add_ps(bits_of<__m512>(low), bits_of<__m512>(high));
-    __m256d upper = _mm512_extractf64x4_pd(bits_of<__m512d>(all), 1);
-    __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), bits_of<__m256>(upper));
-    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
-}
-
 // Where a step of some rows of x and of the weight lies: of each the first row, and how far the next one is. gcc would
 // compute all of it anew from more numbers than there are registers for.
 struct At {

@@ -128,7 +128,7 @@ struct Linear {
         for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i, 0, 2);
     }
     // What one thread of a team does of it.
-    void run(int64_t thread) {
+    void run(int64_t thread, Meeting& meeting) {
         static thread_local Scratch scratch;
         const int64_t size = size_of(kind);
         auto row = [&](const void* at, int64_t m, int64_t columns) { return (char*)at + m * columns * size; };
@@ -146,7 +146,7 @@ struct Linear {
                         zero_stride, scale_kind, zero_kind, reader.offset, from, rows, columns, kind, gated ? wide : y,
                         bias, bias_kind, activation ? nullptr : residual, &shares);
         if (!activation) return;
-        wait_for_all();
+        meeting.wait();
         const int64_t vectors = whole(width()) / LANES, first = vectors * thread / shares.threads * LANES;
         const int64_t count = std::min(vectors * (thread + 1) / shares.threads * LANES, width()) - first;
         for (int64_t m = 0; m < rows; m++) {

@@ -34,7 +34,7 @@ void run_alone(Linear& linear) {
     static thread_local Scratch scratch;
     const int64_t threads = threads_for(linear.work());
     char* memory = scratch.get<char>(linear.bytes(threads));
-    as_team(threads, [&](int64_t n) { linear.begin(memory, n); }, [&](int64_t thread) { linear.run(thread); });
+    as_team(threads, [&](int64_t n) { linear.begin(memory, n); }, [&](int64_t thread, Meeting& meeting) { linear.run(thread, meeting); });
 }
 
 Tensor linear_packed(Tensor x, Tensor data, Tensor scale, std::optional<Tensor> zero, std::optional<Tensor> bias,

@@ -26,7 +26,7 @@ struct Rope {
     int64_t bytes(int64_t) const { return 0; }
     void begin(void*, int64_t threads) { this->threads = threads; }
     void prefetch(int64_t) const {}
-    void run(int64_t thread) {
+    void run(int64_t thread, Meeting&) {
         const int64_t each = heads + 2 * kv_heads, all = batch * each * length;
         for (int64_t i = all * thread / threads; i < all * (thread + 1) / threads; i++) {
             const int64_t b = i / length / each, head = i / length % each, row = i % length;

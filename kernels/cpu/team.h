@@ -1,6 +1,8 @@
 // Threads that share work, and wait for one another between its steps.
 
 #include <atomic>
+#include <chrono>
+#include <thread>
 
 namespace {
 
@@ -45,25 +47,56 @@ INLINE int64_t rows_of_piece(int64_t rows, int64_t columns, int64_t threads) {
     return std::max<int64_t>(1, std::min(CODES / columns, rows / (4 * threads)) / WHOLE) * WHOLE;
 }
 
-// What a team has done so far is seen by all of it.
-INLINE void wait_for_all() {
-#pragma omp barrier
-}
+// Where the threads of a team wait for one another: what they have done before is seen by all of them. OpenMP's own
+// barrier takes 240 ns, this one 40 (two cores of Zen 5).
+class Meeting {
+  public:
+    explicit Meeting(int64_t threads) : threads(threads) {}
+    void wait() {
+        const uint32_t now = round.load(std::memory_order_relaxed);
+        if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
+            arrived.store(0, std::memory_order_relaxed);
+            round.store(now + 1, std::memory_order_release);
+            return;
+        }
+        for (int64_t i = 0; round.load(std::memory_order_acquire) == now; i++)
+            if (i < patience) pause();
+            else std::this_thread::sleep_for(std::chrono::microseconds(50));
+    }
 
-// begin(threads), and then work(thread) in each of so many; in one where OpenMP does not give as many, as under a limit
-// or inside of another team.
+  private:
+    static void pause() {
+#if defined(__x86_64__) || defined(__i386__)
+        __builtin_ia32_pause();
+#elif defined(__aarch64__)
+        asm volatile("yield");
+#endif
+    }
+    // Turns of some 10 ns. After that, somebody else has the other's core, as at once where there are not enough of them.
+    int64_t patience_of(int64_t threads) const {
+        static const int64_t cores = omp_get_num_procs();
+        return threads > cores ? 1 << 7 : 1 << 17;
+    }
+    const int64_t threads, patience = patience_of(threads);
+    alignas(64) std::atomic<int64_t> arrived{0};
+    alignas(64) std::atomic<uint32_t> round{0};
+};
+
+// begin(threads), and then work(thread, meeting) in each of so many; in one where OpenMP does not give as many, as under
+// a limit or inside of another team.
 template <typename Begin, typename Work> void as_team(int64_t threads, Begin begin, Work work) {
     begin(threads);
+    Meeting meeting(threads), alone(1);
     bool whole = false;
 #pragma omp parallel num_threads(threads)
     if (omp_get_num_threads() == threads) {
         if (omp_get_thread_num() == 0) whole = true;
-        work(omp_get_thread_num());
+        work(omp_get_thread_num(), meeting);
     }
     if (whole) return;
     begin(1);
 #pragma omp parallel num_threads(1)
-    work(0);
+    work(0, alone);
 }
 
 }  // namespace

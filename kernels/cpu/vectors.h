@@ -135,6 +135,20 @@ INLINE float sum(f32x16 v) {
 #endif
 }
 
+#ifdef HAS_AVX512
+// Four vectors to their four sums.
+INLINE __m128 sums4(__m512 a, __m512 b, __m512 c, __m512 d) {
+    __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    __m512d low = _mm512_unpacklo_pd(bits_of<__m512d>(ab), bits_of<__m512d>(cd));
+    __m512d high = _mm512_unpackhi_pd(bits_of<__m512d>(ab), bits_of<__m512d>(cd));
+    __m512 all = _mm512_add_ps(bits_of<__m512>(low), bits_of<__m512>(high));
+    __m256d upper = _mm512_extractf64x4_pd(bits_of<__m512d>(all), 1);
+    __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), bits_of<__m256>(upper));
+    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+#endif
+
 INLINE bool all_are(u32x16 v, uint32_t x) {
 #ifdef HAS_AVX512
     return _mm512_cmpneq_epi32_mask(bits_of<__m512i>(v), _mm512_set1_epi32(x)) == 0;

@@ -28,6 +28,7 @@ SHAPES = {
     "as many keys as queries": (2, 3, 3, 1, 65, 80, 80),
     "few queries": (1, 4, 2, 5, 33, 48, 48),
     "several parts": (2, 9, 3, 1, 1600, 64, 64),
+    "shared by rows": (1, 9, 3, 1, 900, 64, 64),
     "wide": (1, 2, 1, 8, 70, 256, 208),
 }
 MASKS: dict[str, Callable[[int, int, int, int], tuple[int, ...]]] = {
@@ -185,11 +186,13 @@ def test_views(dtype: torch.dtype) -> None:
     check(query, k[..., 16:48].transpose(1, 2), v.view(2, 50, 2, 64).transpose(1, 2), None)
 
 
-def test_threads_do_not_change_the_result() -> None:
-    q, k, v = heads(1, 9, 3, 1, 3000, 64, 64)
+@pytest.mark.parametrize("keys, counts", [(900, (1, 2)), (3000, (1, 2, 5))], ids=["by rows", "by parts"])
+@each_float
+def test_threads_do_not_change_the_result(keys: int, counts: tuple[int, ...], dtype: torch.dtype) -> None:
+    q, k, v = (x.to(dtype) for x in heads(1, 9, 3, 1, keys, 64, 64))
     before, results = torch.get_num_threads(), []
     try:
-        for threads in (1, 2, 5):
+        for threads in counts:
             torch.set_num_threads(threads)
             results.append(attention_cpu.attention_cpu(q, k, v, None, False, 0.2))
     finally:
