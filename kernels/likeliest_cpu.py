@@ -5,6 +5,8 @@ With torch's ops it is twenty calls, and each of them takes 20 us after a model'
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ from qcompile.kernels._packed_cpu import FLOATS, KINDS
 
 
 def refuses(text: Tensor) -> str | None:
-    """Why put_likeliest does not append to such texts, or None."""
+    """Why likeliest tokens are not appended to such texts, or None."""
     if text.device.type != "cpu":
         return f"needs cpu, got {text.device.type}"
     if text.dtype != torch.int64:
@@ -21,21 +23,32 @@ def refuses(text: Tensor) -> str | None:
     return None if linear_cpu.without_python() else "the C++ that torch calls does not compile here"
 
 
-def put_likeliest(
-    scores: Tensor, banned: Tensor, least: Tensor, text: Tensor, at: Tensor, token: Tensor, unfinished: Tensor,
-    pad: Tensor | None, ends: Tensor | None,
-) -> None:  # fmt: skip
-    """What argmax of scores [batch, vocabulary] and `put` of decode_state.State do. `banned` i64[n] are tokens in
-    ascending order, each of which counts as -inf before there are `least` i64[n] tokens."""
+def bind_likeliest(
+    banned: Tensor, least: Tensor, text: Tensor, at: Tensor, token: Tensor, unfinished: Tensor, pad: Tensor | None,
+    ends: Tensor | None,
+) -> Callable[[Tensor], None]:  # fmt: skip
+    """A function of scores [batch, vocabulary], or [batch, 1, vocabulary], that does what argmax of them and `put` of
+    decode_state.State do, in the memory that these tensors have now. `banned` i64[n] are tokens in ascending order,
+    each of which counts as -inf before there are `least` i64[n] tokens."""
     op = linear_cpu.without_python()
     assert op is not None
-    if scores.dtype not in FLOATS:
-        scores = scores.float()
-    if scores.stride(1) != 1:
-        scores = scores.contiguous()
-    op.put_likeliest(
-        scores.data_ptr(), scores.shape[0], scores.stride(0), scores.shape[1], KINDS[scores.dtype],
-        banned.data_ptr(), least.data_ptr(), len(banned), text.data_ptr(), text.stride(0), at.data_ptr(),
-        token.data_ptr(), unfinished.data_ptr(), None if pad is None else pad.data_ptr(),
-        None if ends is None else ends.data_ptr(), 0 if ends is None else len(ends),
-    )  # fmt: skip
+    kept = tuple(None if x is None else x.detach() for x in (banned, least, text, at, token, unfinished, pad, ends))
+    bans = banned.data_ptr(), least.data_ptr(), len(banned)
+    texts = text.data_ptr(), text.stride(0), at.data_ptr(), token.data_ptr(), unfinished.data_ptr()
+    ending = (
+        None if pad is None else pad.data_ptr(),
+        None if ends is None else ends.data_ptr(),
+        0 if ends is None else len(ends),
+    )
+    fixed = *bans, *texts, *ending
+
+    def put(scores: Tensor, _: object = kept) -> None:  # keeps them alive
+        if scores.dtype not in FLOATS:
+            scores = scores.float()
+        stride, *_, step = scores.stride()
+        if step != 1:
+            scores = scores.contiguous()
+            stride = scores.stride(0)
+        op.put_likeliest(scores.data_ptr(), scores.shape[0], stride, scores.shape[-1], KINDS[scores.dtype], *fixed)
+
+    return put

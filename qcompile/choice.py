@@ -40,7 +40,7 @@ _MODULE = "transformers.generation.logits_process"
 
 class Choice:
     """Puts the next token of every sequence into a state: `choose(logits, ids)` of f32[batch, vocabulary], or where it
-    is `direct` of the model's own numbers.
+    is `direct` of the model's own numbers, also of [batch, 1, vocabulary]; then `ids` are not looked at.
 
     The tokens and, with `return_scores`, the scores are those of transformers' loop after the same seed. If more than
     TIES tokens (on GPUs more than 14 of one part of the vocabulary) have the score of the last of the top_k, only so
@@ -61,7 +61,7 @@ class Choice:
         # On a CPU the likeliest token needs neither float32 nor scores of its own.
         greedy = not (sample or return_scores or steady) and all(isinstance(p, Banned) for p in self.processors)
         self.direct = greedy and likeliest_cpu.refuses(state.text) is None
-        self.bans = _bans(state) if self.direct else None
+        self.texts: Tensor | None = None  # that `put` appends to
 
     @property
     def key(self) -> Hashable | None:
@@ -76,10 +76,10 @@ class Choice:
     def __call__(self, logits: Tensor, ids: Tensor) -> Tensor:
         """The scores. `ids` i64[batch, …] are the text, as the processors are to see it."""
         processors, places = self.processors, None
-        if self.bans is not None:
-            state = self.state
-            texts = (state.text, state.at, state.token, state.unfinished, state.pad, state.ends)
-            likeliest_cpu.put_likeliest(logits, *self.bans, *texts)
+        if self.direct:
+            if self.texts is not self.state.text:
+                self._bind()
+            self.put(logits)
             return logits
         if self.narrow is not None:
             scores = _processed(processors[: self.narrow], ids, logits)
@@ -104,6 +104,11 @@ class Choice:
             tokens = (tokens if places is None else places.gather(1, tokens))[:, 0]
         self.state.put(tokens)
         return scores
+
+    def _bind(self) -> None:
+        state, self.texts = self.state, self.state.text
+        texts = (state.text, state.at, state.token, state.unfinished, state.pad, state.ends)
+        self.put = likeliest_cpu.bind_likeliest(*_bans(state), *texts)
 
     def _note(self, broken: Tensor) -> None:
         known = self.state.broken

@@ -128,7 +128,8 @@ class Advance:
         logits = self.step()
         if length is not None:
             self.step.now.make_room(length + 1)
-        return logits, self.choose(logits, self.step.now.text[:, :length])
+        text = self.step.now.text
+        return logits, self.choose(logits, text if self.choose.direct else text[:, :length])
 
     def _bind(self) -> None:
         self.bound, bound = True, self.step.bind()
@@ -174,12 +175,15 @@ class Ended:
 
     def __call__(self, state: State, length: int) -> bool:
         """With `length` tokens in the text."""
-        self.unread.append(Read(state, length, self.streamer is not None, self.reads))
         last = length >= self.max_length
-        while len(self.unread) > (self.reads is not None and not last):
+        if self.reads is None:
+            if self.streamer is not None:
+                self.streamer.put(state.token.view(-1).to("cpu", copy=True))
+            return last or True not in state.unfinished.tolist()
+        self.unread.append(Read(state, length, self.streamer is not None, self.reads))
+        while len(self.unread) > (not last):
             read = self.unread.popleft()
-            if read.event is not None:
-                read.event.synchronize()
+            read.event.synchronize()
             if read.tokens is not None:
                 self.streamer.put(read.tokens)
             if not read.going:
@@ -194,13 +198,8 @@ class Ended:
 class Read:
     """On its way from a GPU, and there when `event` has come: whether a sequence goes on, and the last tokens."""
 
-    def __init__(self, state: State, length: int, with_tokens: bool, stream: Any):
-        self.event = self.tokens = None
-        if stream is None:
-            self.going = any(state.unfinished.tolist())
-            if with_tokens:
-                self.tokens = state.text[:, length - 1].to("cpu", copy=True)
-            return
+    def __init__(self, state: State, length: int, with_tokens: bool, stream: torch.cuda.Stream):
+        self.tokens = None
         self.from_gpu = state.unfinished.any()  # kept until it is read: its memory is the other stream's as well
         stream.wait_stream(torch.cuda.current_stream(stream.device))
         with torch.cuda.stream(stream):

@@ -29,7 +29,8 @@ NO_CACHE = "there is no key/value cache"
 
 class Step:
     """The model's calls: `first` on the prompt, then on one more token of every sequence, which lies in a state. Both
-    give the logits of the next token, f32[batch, vocabulary]; as the model has them from where `as_is` is set.
+    give the logits of the next token, f32[batch, vocabulary]; from where `as_is` is set as the model has them, also
+    [batch, 1, vocabulary].
 
     `room` is the length of a static cache: an attention mask for it has that length from the start, of ones for the
     tokens to come, which the model hides by itself. Other masks grow.
@@ -90,7 +91,10 @@ class Step:
 
     def _logits(self, outputs: Any) -> Tensor:
         self.cache = outputs.get("past_key_values", self.cache)
-        logits = outputs["logits"].select(1, -1)
+        logits = outputs["logits"]
+        if self.as_is and logits.shape[1] == 1:
+            return logits
+        logits = logits.select(1, -1)
         # A copy: a view of the last row would keep the logits of a whole prompt.
         return logits if self.as_is else logits.to(copy=True, dtype=torch.float32)
 

@@ -222,6 +222,12 @@ def test_the_likeliest_token_on_a_cpu_is_found_without_scores() -> None:
             assert choose(logits, state.text[:, : 5 + step]) is logits
             twin(logits.float(), other.text[:, : 5 + step])
             assert torch.equal(state.text, other.text) and torch.equal(state.token, other.token)
+        for each in (state, other):
+            each.make_room(each.text.shape[1] + 1)
+        logits = torch.randn(3, 1, 100)
+        choose(logits, state.text)
+        twin(logits[:, 0], other.text[:, :11])
+        assert torch.equal(state.text, other.text)
 
 
 @pytest.mark.parametrize(

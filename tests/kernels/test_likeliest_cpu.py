@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qcompile.decode_state import State
-from qcompile.kernels.likeliest_cpu import put_likeliest, refuses
+from qcompile.kernels.likeliest_cpu import bind_likeliest, refuses
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 BANNED, LEAST = torch.tensor([0, 5, 5, 1022, 1029]), torch.tensor([9, 2, 9, 9, 9])
@@ -26,13 +26,13 @@ def states(batch: int, room: int = 12, **others: Any) -> tuple[State, State]:
 
 def put(scores: Tensor, state: State, banned: Tensor = BANNED[:0], least: Tensor = LEAST[:0]) -> None:
     texts = (state.text, state.at, state.token, state.unfinished, state.pad, state.ends)
-    put_likeliest(scores, banned, least, *texts)
+    bind_likeliest(banned, least, *texts)(scores)
 
 
 def check(scores: Tensor, banned: Tensor = BANNED[:0], least: Tensor = LEAST[:0], **others: Any) -> None:
     mine, other = states(len(scores), **others)
     put(scores, mine, banned, least)
-    left = scores.clone()
+    left = scores.reshape(len(scores), -1).clone()
     left[:, banned[other.at < least]] = -torch.inf
     other.put(left.argmax(-1))
     for name, value in vars(other).items():
@@ -85,6 +85,8 @@ def test_sequences_that_end_and_have_ended() -> None:
 def test_rows_that_lie_apart_and_numbers_of_64_bits() -> None:
     check(torch.randn(3, 4, 50)[:, -1])
     check(torch.randn(50, 3).t())
+    check(torch.randn(3, 1, 50))
+    check(torch.randn(3, 50, 1).transpose(1, 2))
     check(torch.randn(2, 50, dtype=torch.float64))
 
 
