@@ -99,6 +99,9 @@ class BoundChain:
 
     To hand over some hundred tensors, and to look at each of them, takes longer than a layer does. Memory that one of
     them has now is read from now on, and kept, even if the tensor is given other memory. Not for two threads at once.
+
+    What stays is looked at at its first call alone: nobody may resize its storage afterwards. generate() binds a chain
+    anew for each text.
     """
 
     def __init__(self, op: ctypes.CDLL, tensors: Sequence[Tensor | None], caches: Sequence[Tensor], steps: str):

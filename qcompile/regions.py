@@ -95,10 +95,12 @@ def _around_calls(graph: Graph, sizes: Symbols) -> list[Region]:
     """The calls that can be bound to their tensors, and what lies before, between and behind them without the views of
     inputs that they read, which the driver makes."""
     calls = [node for node in graph.nodes if node.op == "call_function"]
-    binders = {node: binder for node in calls if (binder := binder_of(node.target)) is not None}
+    # What is bound is told its arguments by their places.
+    bindable = [node for node in calls if not node.kwargs and all(map(is_tensor, node.all_input_nodes))]
+    binders = {node: binder for node in bindable if (binder := binder_of(node.target)) is not None}
     if not any(binder.pays for binder in binders.values()):
         return []
-    bindable = [node for node in binders if all(map(is_tensor, node.all_input_nodes))]
+    bindable = list(binders)
     apart = {*bindable, *input_views(bindable)}
     parts: list[Stretch] = []
     first = 0

@@ -43,11 +43,15 @@ def inputs() -> list[Tensor]:
     return [torch.randn(4), torch.randn(8), torch.tensor(3)]
 
 
-def parts(monkeypatch: pytest.MonkeyPatch, bind: Callable[..., Any], pays: bool = True) -> tuple[Parts, list[Any]]:
+def parts(
+    monkeypatch: pytest.MonkeyPatch, bind: Callable[..., Any], pays: bool = True, by_name: bool = False
+) -> tuple[Parts, list[Any]]:
     compiled: list[Any] = []
     monkeypatch.setattr(_torch, "inductor", lambda gm, fakes, patches=None: compiled.append(gm) or gm)
     monkeypatch.setitem(registry._BINDERS, aten.stack.default, registry.Binder(bind, pays))
     found = capture.export(Model(), tuple(inputs()))
+    for node in found.gm.graph.find_nodes(op="call_function", target=aten.stack.default) if by_name else ():
+        node.args, node.kwargs = (), {"tensors": node.args[0], "dim": 0}
     return cut(found.gm, found.fakes), compiled
 
 
@@ -76,8 +80,9 @@ def test_a_call_that_is_not_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     assert bind is not None and bind(*inputs()) is None
 
 
-def test_a_call_for_which_no_graph_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    found, compiled = parts(monkeypatch, Bound, pays=False)
+@pytest.mark.parametrize("given", [{"pays": False}, {"by_name": True}], ids=["does not pay", "keyword arguments"])
+def test_a_call_for_which_no_graph_is_cut(monkeypatch: pytest.MonkeyPatch, given: dict[str, bool]) -> None:
+    found, compiled = parts(monkeypatch, Bound, **given)
     run, bind = found.compile()
     assert bind is None and len(compiled) == 1
     values = inputs()

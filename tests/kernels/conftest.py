@@ -11,9 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from qcompile.algorithms import quantize
 from qcompile.kernels import _packed_cpu as packed
 from qcompile.kernels import linear_cpu
 from qcompile.kernels._attention_tiles import AttentionTile
+from qcompile.ops.chain import Cache, Given, Result, Step
+from qcompile.ops.row_codes import quantize_rows
 from qcompile.quant.spec import QSpec, Zero
 from qcompile.quant.tensor import QTensor
 
@@ -173,3 +176,84 @@ def chosen_for() -> Callable[..., None]:
             pytest.skip("warps are side by side, and programs in clusters, for up to 128 columns of two bytes")
 
     return check
+
+
+class DecodeLayer:
+    """A layer of decoding, of so many query rows, sequences, heads of `width` columns and heads of keys."""
+
+    HIDDEN, CAPACITY = 96, 40
+    CACHES, SCALES = (Cache(0), Cache(1)), (Cache(2), Cache(3))
+
+    def __init__(
+        self, dtype: torch.dtype, batch: int = 1, length: int = 1, heads: int = 4, kv: int = 2, width: int = 32,
+        spec: str = "u4/g32/asym", mask: tuple[int, ...] | None = (1, 1), angles: int = 3,
+        codes: torch.dtype | None = None, fixed: bool = False, rounding: tuple[str, ...] = (),
+    ):  # fmt: skip
+        self.dtype, self.tensors, self.steps, self.rounding = dtype, list[Tensor](), list[Step](), rounding
+        wide = (heads + 2 * kv) * width
+        x = self.give(torch.randn(batch, length, self.HIDDEN))
+        y = self.linear(x, wide, self.HIDDEN, spec, norm=True)
+
+        def part(first: int, count: int) -> Result:
+            strides = (length * wide, width, wide, 1)
+            return Result(y.step, first * width, (batch, count, length, width), strides)
+
+        cos, sin = (self.give(torch.randn(*(batch, 1)[4 - angles :], length, width)) for _ in range(2))
+        self.positions = self.give(torch.arange(17, 17 + length))
+        self.steps.append(
+            Step(
+                "rope_into_cache",
+                (
+                    *(part(0, heads), part(heads, kv), part(heads + kv, kv), cos, sin, *self.CACHES, self.positions),
+                    *((*self.SCALES, fixed) if codes else ()),
+                ),
+            )
+        )
+        shape = batch, heads, length, width
+        q = Result(1, 0, shape, tuple(torch.empty(shape).stride()))
+        hides = (
+            None if mask is None else self.give(torch.arange(self.CAPACITY).expand(*mask, length, self.CAPACITY) < 20)
+        )
+        self.steps.append(
+            Step("attention", (q, *self.CACHES, hides, False, 0.2, None, *(self.SCALES if codes else ())))
+        )
+        if length == 1:
+            columns = heads * width
+            a = Result(2, 0, (batch, 1, columns), (columns, columns, 1))
+            o = self.linear(a, self.HIDDEN, columns, spec, residual=x)
+            h = self.linear(o, 2 * 64, self.HIDDEN, spec, norm=True, gated=True)
+            self.linear(h, self.HIDDEN, 64, spec, residual=o)
+        self.caches = [torch.randn(batch, kv, self.CAPACITY, width).to(dtype) for _ in range(2)]
+        if codes:
+            pairs = [quantize_rows(cache, codes) for cache in self.caches]
+            self.caches = [side for sides in zip(*pairs) for side in sides]
+
+    def give(self, tensor: Tensor) -> Given:
+        self.tensors.append(tensor.to(self.dtype) if tensor.is_floating_point() else tensor)
+        return Given(len(self.tensors) - 1)
+
+    def linear(
+        self, x: Any, outputs: int, columns: int, spec: str, norm: bool = False, residual: Any = None,
+        gated: bool = False,
+    ) -> Result:  # fmt: skip
+        q = quantize(torch.randn(outputs, columns) * columns**-0.5, QSpec.parse(spec), "rtn")
+        sides = [None if side is None else self.give(side) for side in (q.data, q.scale, q.zero)]
+        normed = (self.give(torch.randn(columns)), 1e-5) if norm else (None, None)
+        activation = "silu" if gated else None
+        self.steps.append(
+            Step(
+                "fused_linear",
+                (x, *normed, 0.0, *sides, None, residual, str(q.spec), activation, gated, *self.rounding),
+            )
+        )
+        sizes = self.tensors[0].shape[0], self.tensors[0].shape[1], outputs // (2 if gated else 1)
+        return Result(len(self.steps) - 1, 0, sizes, tuple(torch.empty(sizes).stride()))
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        return self.tensors, [cache.clone() for cache in self.caches], "\n".join(map(str, self.steps))
+
+
+@pytest.fixture
+def decode_layer() -> type[DecodeLayer]:
+    return DecodeLayer

@@ -1,107 +1,33 @@
 """chain_cpu against its ops one by one."""
 
-import gc
 import os
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
-from qcompile.algorithms import quantize
 from qcompile.kernels import linear_cpu
-from qcompile.kernels.chain_cpu import bind_chain, chain_anyhow, chain_packed
-from qcompile.ops.chain import Cache, Given, Result, Step, chain
+from qcompile.kernels.chain_cpu import chain_anyhow, chain_packed
+from qcompile.ops.chain import Cache, Given, Step, chain
 from qcompile.ops.registry import MEANING
-from qcompile.ops.row_codes import CODES, dequantize_rows, quantize_rows
-from qcompile.quant.spec import QSpec
+from qcompile.ops.row_codes import CODES, dequantize_rows
 
 # Where there is a compiler, sources that do not compile are no reason to skip.
 if not any(map(shutil.which, ("g++", "clang++"))):
     pytest.skip("there is no C++ compiler", allow_module_level=True)
 
-HIDDEN, CAPACITY = 96, 40
-CACHES, SCALES = (Cache(0), Cache(1)), (Cache(2), Cache(3))
 ROUNDING = {torch.float32: 2.0**-19, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 FLOATS = tuple(ROUNDING)
+Layers = Callable[..., Any]  # see DecodeLayer in conftest.py
 
 
-class Layer:
-    """A layer of decoding, of so many query rows, sequences, heads of `width` columns and heads of keys."""
-
-    def __init__(
-        self, dtype: torch.dtype, batch: int = 1, length: int = 1, heads: int = 4, kv: int = 2, width: int = 32,
-        spec: str = "u4/g32/asym", mask: tuple[int, ...] | None = (1, 1), angles: int = 3,
-        codes: torch.dtype | None = None, fixed: bool = False, rounding: tuple[str, ...] = (),
-    ):  # fmt: skip
-        self.dtype, self.tensors, self.steps, self.rounding = dtype, list[Tensor](), list[Step](), rounding
-        wide = (heads + 2 * kv) * width
-        x = self.give(torch.randn(batch, length, HIDDEN))
-        y = self.linear(x, wide, HIDDEN, spec, norm=True)
-
-        def part(first: int, count: int) -> Result:
-            strides = (length * wide, width, wide, 1)
-            return Result(y.step, first * width, (batch, count, length, width), strides)
-
-        cos, sin = (self.give(torch.randn(*(batch, 1)[4 - angles :], length, width)) for _ in range(2))
-        self.positions = self.give(torch.arange(17, 17 + length))
-        self.steps.append(
-            Step(
-                "rope_into_cache",
-                (
-                    *(part(0, heads), part(heads, kv), part(heads + kv, kv), cos, sin, *CACHES, self.positions),
-                    *((*SCALES, fixed) if codes else ()),
-                ),
-            )
-        )
-        shape = batch, heads, length, width
-        q = Result(1, 0, shape, tuple(torch.empty(shape).stride()))
-        hides = None if mask is None else self.give(torch.arange(CAPACITY).expand(*mask, length, CAPACITY) < 20)
-        self.steps.append(Step("attention", (q, *CACHES, hides, False, 0.2, None, *(SCALES if codes else ()))))
-        if length == 1:
-            columns = heads * width
-            a = Result(2, 0, (batch, 1, columns), (columns, columns, 1))
-            o = self.linear(a, HIDDEN, columns, spec, residual=x)
-            h = self.linear(o, 2 * 64, HIDDEN, spec, norm=True, gated=True)
-            self.linear(h, HIDDEN, 64, spec, residual=o)
-        self.caches = [torch.randn(batch, kv, CAPACITY, width).to(dtype) for _ in range(2)]
-        if codes:
-            pairs = [quantize_rows(cache, codes) for cache in self.caches]
-            self.caches = [side for sides in zip(*pairs) for side in sides]
-
-    def give(self, tensor: Tensor) -> Given:
-        self.tensors.append(tensor.to(self.dtype) if tensor.is_floating_point() else tensor)
-        return Given(len(self.tensors) - 1)
-
-    def linear(
-        self, x: Any, outputs: int, columns: int, spec: str, norm: bool = False, residual: Any = None,
-        gated: bool = False,
-    ) -> Result:  # fmt: skip
-        q = quantize(torch.randn(outputs, columns) * columns**-0.5, QSpec.parse(spec), "rtn")
-        sides = [None if side is None else self.give(side) for side in (q.data, q.scale, q.zero)]
-        normed = (self.give(torch.randn(columns)), 1e-5) if norm else (None, None)
-        activation = "silu" if gated else None
-        self.steps.append(
-            Step(
-                "fused_linear",
-                (x, *normed, 0.0, *sides, None, residual, str(q.spec), activation, gated, *self.rounding),
-            )
-        )
-        sizes = self.tensors[0].shape[0], self.tensors[0].shape[1], outputs // (2 if gated else 1)
-        return Result(len(self.steps) - 1, 0, sizes, tuple(torch.empty(sizes).stride()))
-
-    @property
-    def arguments(self) -> tuple[Any, ...]:
-        return self.tensors, [cache.clone() for cache in self.caches], "\n".join(map(str, self.steps))
-
-
-def check(layer: Layer) -> None:
+def check(layer: Any) -> None:
     choice = chain.choose(*layer.arguments)
     assert (choice.name, choice.refusals) == ("cpu", ())
     tensors, caches, text = layer.arguments
@@ -122,14 +48,14 @@ def check(layer: Layer) -> None:
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("spec", ["u4/g32/asym", "i8/row/sym"])
-def test_a_layer(dtype: torch.dtype, spec: str) -> None:
-    check(Layer(dtype, spec=spec))
+def test_a_layer(decode_layer: Layers, dtype: torch.dtype, spec: str) -> None:
+    check(decode_layer(dtype, spec=spec))
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_rounding(dtype: torch.dtype) -> None:
+def test_rounding(decode_layer: Layers, dtype: torch.dtype) -> None:
     """A number between two codes goes to another one now and then."""
-    layer = Layer(dtype, batch=2, rounding=("i8/token/dynamic",))
+    layer = decode_layer(dtype, batch=2, rounding=("i8/token/dynamic",))
     assert chain.choose(*layer.arguments).name == "cpu"
     wide = [t.double() if t.is_floating_point() else t for t in layer.tensors]
     want = chain.meaning(wide, [cache.double() for cache in layer.caches], layer.arguments[2])
@@ -142,20 +68,20 @@ def test_rounding(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_other_sizes(dtype: torch.dtype) -> None:
-    check(Layer(dtype, batch=3, angles=4))
-    check(Layer(dtype, length=4))
-    check(Layer(dtype, batch=2, length=2, heads=3, kv=1, width=48, mask=(2, 3), angles=4))
-    check(Layer(dtype, heads=9, kv=3, width=64, mask=None, angles=2))
+def test_other_sizes(decode_layer: Layers, dtype: torch.dtype) -> None:
+    check(decode_layer(dtype, batch=3, angles=4))
+    check(decode_layer(dtype, length=4))
+    check(decode_layer(dtype, batch=2, length=2, heads=3, kv=1, width=48, mask=(2, 3), angles=4))
+    check(decode_layer(dtype, heads=9, kv=3, width=64, mask=None, angles=2))
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("codes", CODES.values(), ids=CODES)
 @pytest.mark.parametrize("fixed", [False, True], ids=["", "fixed"])
-def test_a_quantized_cache(dtype: torch.dtype, codes: torch.dtype, fixed: bool) -> None:
+def test_a_quantized_cache(decode_layer: Layers, dtype: torch.dtype, codes: torch.dtype, fixed: bool) -> None:
     """Codes of numbers that are not quite the same differ by one now and then."""
     for sizes in ({}, dict(batch=2, length=2, heads=3, kv=1, width=48, angles=4), dict(heads=9, kv=3, width=64)):
-        layer = Layer(dtype, codes=codes, fixed=fixed, **sizes)
+        layer = decode_layer(dtype, codes=codes, fixed=fixed, **sizes)
         choice = chain.choose(*layer.arguments)
         assert (choice.name, choice.refusals) == ("cpu", ())
         exact = layer.arguments
@@ -184,9 +110,10 @@ def test_codes(codes: torch.dtype, fixed: bool) -> None:
     v[0, 0, 0] = torch.arange(80) * 1.5 - 60
     v[0, 0, 1] = 0
     v[0, 1, 0, 5], v[0, 1, 1, 3], v[0, 1, 2, 70] = torch.nan, torch.inf, -torch.inf
+    caches, sides = (Cache(0), Cache(1)), (Cache(2), Cache(3))
     steps = [
-        Step("rope_into_cache", (*map(Given, range(5)), *CACHES, Given(5), *SCALES, fixed)),
-        Step("attention", (Given(0), *CACHES, None, False, 0.2, None, *SCALES)),
+        Step("rope_into_cache", (*map(Given, range(5)), *caches, Given(5), *sides, fixed)),
+        Step("attention", (Given(0), *caches, None, False, 0.2, None, *sides)),
     ]
     tensors = [q, k, v, cos, sin, torch.tensor([7, 2, 0, 3])]
     cache = [torch.zeros(1, 2, 8, width, dtype=codes) for width in (32, 80)]
@@ -209,11 +136,11 @@ def test_codes(codes: torch.dtype, fixed: bool) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_threads(threads: int) -> None:
+def test_threads(decode_layer: Layers, threads: int) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        check(Layer(torch.bfloat16, heads=16, kv=8, width=64))
+        check(decode_layer(torch.bfloat16, heads=16, kv=8, width=64))
     finally:
         torch.set_num_threads(before)
 
@@ -232,9 +159,9 @@ def test_decimal_commas(tmp_path: Path) -> None:
     check_alone("import locale; locale.setlocale(locale.LC_ALL, 'de_DE.UTF-8')", {"LOCPATH": str(tmp_path)})
 
 
-def check_wide_layer() -> None:
+def check_wide_layer(decode_layer: Layers) -> None:
     """Not held against torch's attention, which is NaN where OpenMP gives fewer threads than torch has."""
-    layer = Layer(torch.bfloat16, heads=16, kv=8, width=64)
+    layer = decode_layer(torch.bfloat16, heads=16, kv=8, width=64)
     tensors, caches, text = layer.arguments
     wide = [t.double() if t.is_floating_point() else t for t in tensors]
     for _ in range(2):
@@ -244,7 +171,10 @@ def check_wide_layer() -> None:
 
 
 def check_alone(before: str, environment: dict[str, str]) -> None:
-    code = f"import torch; from tests.kernels import test_chain_cpu; {before}; test_chain_cpu.check_wide_layer()"
+    code = (
+        f"import torch; from tests.kernels import conftest, test_chain_cpu; {before}; "
+        "test_chain_cpu.check_wide_layer(conftest.DecodeLayer)"
+    )
     folder = Path(__file__).parents[2]
     paths = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
@@ -257,126 +187,60 @@ def check_alone(before: str, environment: dict[str, str]) -> None:
     assert not done.returncode, done.stderr
 
 
-def test_what_goes_through_python_is_the_same() -> None:
-    layer = Layer(torch.bfloat16)
+def test_what_goes_through_python_is_the_same(decode_layer: Layers) -> None:
+    layer = decode_layer(torch.bfloat16)
     chain_packed(*layer.arguments)
     want = chain_packed(*layer.arguments)
-    layer.tensors[0] = layer.tensors[0].new_zeros(1, 1, 2 * HIDDEN)[..., ::2].copy_(layer.tensors[0])
+    layer.tensors[0] = layer.tensors[0].new_zeros(1, 1, 2 * layer.HIDDEN)[..., ::2].copy_(layer.tensors[0])
     assert torch.equal(chain_packed(*layer.arguments), want)
     layer.tensors[0] = layer.tensors[0].contiguous()
     layer.tensors[-2] = layer.tensors[-2].t().contiguous().t()  # found out while steps before it run
     assert torch.equal(chain_packed(*layer.arguments), want)
 
 
-@pytest.mark.parametrize("position", [-1, CAPACITY])
-def test_positions_outside_of_the_cache(position: int) -> None:
-    layer = Layer(torch.bfloat16)
+@pytest.mark.parametrize("position", [-1, 40])
+def test_positions_outside_of_the_cache(decode_layer: Layers, position: int) -> None:
+    layer = decode_layer(torch.bfloat16)
     layer.tensors[layer.positions.index].fill_(position)
     for _ in range(2):
         with pytest.raises((RuntimeError, IndexError), match="out of"):
             chain_packed(*layer.arguments)
 
 
-def test_numbers_that_are_none() -> None:
-    layer = Layer(torch.bfloat16, batch=2)
+def test_numbers_that_are_none(decode_layer: Layers) -> None:
+    layer = decode_layer(torch.bfloat16, batch=2)
     layer.tensors[0][0, 0, 5] = torch.nan
     for _ in range(2):
         y = chain_packed(*layer.arguments)
         assert y[0].isnan().all() and y[1].isfinite().all()
 
 
-@pytest.mark.parametrize("rounding", [(), ("i8/token/dynamic",)], ids=["", "rounding"])
-def test_bound(rounding: tuple[str, ...]) -> None:
-    layer = Layer(torch.bfloat16, rounding=rounding)
-    tensors, caches, text = layer.arguments
-    _, twins, _ = layer.arguments
-    moving = [i for i, tensor in enumerate(tensors) if i in (0, layer.positions.index) or tensor.dtype == torch.bool]
-    mine = [tensor.clone() for tensor in tensors]
-    bound = bind_chain([None if i in moving else tensor for i, tensor in enumerate(mine)], caches, text)
-    assert bound is not None
-    for step in range(4):
-        for i in moving:  # other numbers elsewhere, and in a memory of another order
-            given = tensors[i] + step if i else torch.randn_like(tensors[0])
-            tensors[i] = given.to(tensors[i].dtype) if step != 2 or i else given.repeat_interleave(2, -1)[..., ::2]
-        want = chain_anyhow(tensors, twins, text)
-        if step == 3:  # what a tensor was given later is not looked at
-            for tensor in mine:
-                tensor.data = torch.zeros_like(tensor)
-        got = bound(*(tensors[i] for i in moving))
-        assert (got - want).norm() <= 0.02 * want.norm()
-        assert all(torch.equal(cache, twin) for cache, twin in zip(caches, twins))
+def test_opcheck(decode_layer: Layers) -> None:
+    torch.library.opcheck(chain_packed, decode_layer(torch.bfloat16).arguments)
+    torch.library.opcheck(chain_anyhow, decode_layer(torch.bfloat16).arguments)
 
 
-def test_bound_steps_that_go_wrong() -> None:
-    layer = Layer(torch.bfloat16)
-    tensors, caches, text = layer.arguments
-    at = layer.positions.index
-    bound = bind_chain([None if i == at else tensor for i, tensor in enumerate(tensors)], caches, text)
-    assert bound is not None and bind_chain(tensors, caches, text) is None
-    want = bound(tensors[at])
-    for _ in range(2):
-        with pytest.raises((RuntimeError, IndexError), match="out of"):
-            bound(tensors[at] + CAPACITY)
-        assert torch.equal(bound(tensors[at]), want)
-
-
-def test_bound_in_two_threads() -> None:
-    """Each has what is bound of its own, of the same weights."""
-    layer = Layer(torch.bfloat16)
-
-    def calls(_: int) -> list[Tensor]:
-        tensors, caches, text = layer.arguments
-        bound = bind_chain([None, *tensors[1:]], caches, text)
-        assert bound is not None
-        return [bound(tensors[0] * (1 + step)) for step in range(50)]
-
-    want = calls(0)
-    with ThreadPoolExecutor(2) as pool:
-        for got in pool.map(calls, range(2)):
-            torch.testing.assert_close(got, want, rtol=0, atol=0)
-
-
-def test_memory_that_is_bound_lives_as_long_as_what_binds_it() -> None:
-    tensors, caches, text = Layer(torch.bfloat16).arguments
-    mine = tensors[1].clone()
-    memory = StorageWeakRef(mine.untyped_storage())
-    bound = bind_chain([None, mine, *tensors[2:]], caches, text)
-    assert bound is not None
-    del mine
-    gc.collect()
-    bound(tensors[0])
-    assert not memory.expired()
-    del bound
-    gc.collect()
-    assert memory.expired()
-
-
-def test_opcheck() -> None:
-    torch.library.opcheck(chain_packed, Layer(torch.bfloat16).arguments)
-    torch.library.opcheck(chain_anyhow, Layer(torch.bfloat16).arguments)
-
-
-def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refusals(decode_layer: Layers, monkeypatch: pytest.MonkeyPatch) -> None:
     def why(*given: Any) -> str:
         choice = chain.choose(*given)
         assert choice.name == MEANING
         return dict(choice.refusals)["cpu"]
 
-    tensors, caches, text = Layer(torch.bfloat16).arguments
+    tensors, caches, text = decode_layer(torch.bfloat16).arguments
     on_meta = [tensor.to("meta") for tensor in tensors]
     assert "needs cpu, got meta" in why(on_meta, caches, text)
     assert "handles queries, keys and values of one of" in why(tensors, [caches[0].float(), caches[1]], text)
-    assert "multiples of 16 columns" in why(*Layer(torch.bfloat16, width=8).arguments)
+    assert "multiples of 16 columns" in why(*decode_layer(torch.bfloat16, width=8).arguments)
     assert "no step linear" in why(tensors, caches, "linear %0")
     assert "argument 7 of fused_linear is what another step makes" in why(
         tensors, caches, text.replace("none none u4/g32/asym", "#0@0:1:1 none u4/g32/asym")
     )
     monkeypatch.setattr(linear_cpu, "most_few_rows", lambda dtype, reader: 16)  # whatever this processor's are
-    assert "up to 8 query rows" in why(*Layer(torch.bfloat16, length=9).arguments)
+    assert "up to 8 query rows" in why(*decode_layer(torch.bfloat16, length=9).arguments)
 
 
-def test_what_is_kept_of_a_call_is_that_of_these_tensors() -> None:
-    layer = Layer(torch.bfloat16)
+def test_what_is_kept_of_a_call_is_that_of_these_tensors(decode_layer: Layers) -> None:
+    layer = decode_layer(torch.bfloat16)
     first, second, text = layer.arguments
 
     def same(tensors: list[Tensor], caches: list[Tensor]) -> None:
@@ -396,13 +260,13 @@ def test_what_is_kept_of_a_call_is_that_of_these_tensors() -> None:
             first[index].mul_(0.5)
         same(first, second)
     # The same memory of another shape: a cache of fewer places, keys that lie apart.
-    memory = [torch.randn(1, 2, CAPACITY, 64).bfloat16() for _ in range(2)]
+    memory = [torch.randn(1, 2, layer.CAPACITY, 64).bfloat16() for _ in range(2)]
     same(first, [m[..., :32] for m in memory])
-    same(first, [m.view(1, 2, 2 * CAPACITY, 32)[:, :, :CAPACITY] for m in memory])
-    same(first, [m.view(1, 4, CAPACITY, 32)[:, :2] for m in memory])
+    same(first, [m.view(1, 2, 2 * layer.CAPACITY, 32)[:, :, : layer.CAPACITY] for m in memory])
+    same(first, [m.view(1, 4, layer.CAPACITY, 32)[:, :2] for m in memory])
     # A position that is not in the cache, where the tensor stays where it is.
     positions = first[layer.positions.index]
-    positions.fill_(CAPACITY)
+    positions.fill_(layer.CAPACITY)
     with pytest.raises((RuntimeError, IndexError)):
         chain_packed(first, second, text)
     positions.fill_(3)
