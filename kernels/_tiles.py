@@ -21,12 +21,18 @@ try:
     from triton.language import constexpr
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 except ImportError:  # the modules still import, and every kernel refuses
-    triton = SimpleNamespace(jit=lambda function: function)
+    triton = SimpleNamespace(jit=lambda function=None, **_: function or triton.jit)
     tl = gdc_launch_dependents = gdc_wait = None
     constexpr = constexpr_function = triton.jit
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+# Arguments that change from call to call, as numbers of rows do. Whether sixteen divides them makes no kernel of its
+# own: at the first prompt of 112 tokens six of Llama's took four seconds to compile, in the middle of a chat.
+COUNTS = ("M", "rows", "length", "batch", "room", "top_k", "x_inner", "r_inner", "g_inner", "u_inner")
+COUNTS += ("survey_batch", "survey_head", "end_count")
+launched = triton.jit(do_not_specialize_on_alignment=COUNTS)  # in place of triton.jit, for a kernel that is launched
 
 
 def refuses_device(x: Tensor, dtype: torch.dtype) -> str | None:

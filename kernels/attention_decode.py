@@ -39,10 +39,10 @@ from qcompile.kernels._tiles import (
     gdc_launch_dependents,
     gdc_wait,
     launch,
+    launched,
     power_of_two,
     refuses_device,
     tl,
-    triton,
 )
 from qcompile.ops.attention import attention
 from qcompile.ops.registry import known, opaque
@@ -184,7 +184,7 @@ def lets_start(tile: _attention_tiles.AttentionTile, pairs: int, keys: int, devi
     return small or cdiv(keys, tile.keys * tile.splits) <= 2
 
 
-@triton.jit
+@launched
 def _split(
     q_ptr, k_ptr, v_ptr, mask_ptr, out_ptr, sums_ptr, parts_ptr, kv_heads, rows, length, keys, scale, softcap,
     q_batch, q_head, q_row, k_batch, k_head, k_row, k_column, v_batch, v_head, v_row, v_column,

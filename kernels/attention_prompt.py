@@ -23,6 +23,7 @@ from qcompile.kernels._tiles import (
     gdc_launch_dependents,
     gdc_wait,
     launch,
+    launched,
     power_of_two,
     refuses_device,
     tl,
@@ -178,7 +179,7 @@ def _surveyed(query: Tensor, mask: Tensor, rows: int, keys: int) -> Tensor:
     return survey
 
 
-@triton.jit
+@launched
 def _survey(
     mask_ptr, survey_ptr, heads, length, keys, mask_batch, mask_head, mask_row, mask_column,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
@@ -243,7 +244,7 @@ def _step(
     return tl.dot(p.to(v.dtype), v, y * shrink, input_precision="ieee"), new_top, total
 
 
-@triton.jit
+@launched
 def _prompt(
     q_ptr, k_ptr, v_ptr, mask_ptr, survey_ptr, out_ptr, sums_ptr, parts_ptr, heads, group, length, keys, scale, softcap,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,

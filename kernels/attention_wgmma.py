@@ -22,6 +22,7 @@ from qcompile.kernels._gluon import (
     gluon,
     hopper,
     launch_dependents,
+    launched,
     mbarrier,
     wait,
 )
@@ -119,7 +120,7 @@ def _described(x: Tensor) -> Any:
     return TensorDescriptor(x, _extent(x), [x.stride(2), 1], [KEYS, x.shape[3]], gl.NVMMASharedLayout(128, 16, 2))
 
 
-@gluon.jit
+@launched
 def _attend(
     q_ptr, k, v, mask_ptr, survey_ptr, out_ptr, heads, group, length, keys, scale, q_batch, q_head, q_row,
     k_batch, k_batch_column, k_head, k_head_column, v_batch, v_batch_column, v_head, v_head_column,

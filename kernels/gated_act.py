@@ -12,11 +12,11 @@ from qcompile.kernels._tiles import (
     gdc_launch_dependents,
     gdc_wait,
     launch,
+    launched,
     power_of_two,
     refuses_device,
     row_offset,
     tl,
-    triton,
 )
 from qcompile.ops.activation import ACTIVATIONS, gated_act
 from qcompile.ops.registry import opaque
@@ -66,7 +66,7 @@ def gated_act_triton(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     return gated_act_cuda(gate, up, activation)
 
 
-@triton.jit
+@launched
 def _gated_act(
     gate_ptr, up_ptr, out_ptr, rows, columns, g_inner, g_outer_stride, g_inner_stride,
     u_inner, u_outer_stride, u_inner_stride,

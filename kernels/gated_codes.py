@@ -13,10 +13,10 @@ from qcompile.kernels._tiles import (
     gdc_launch_dependents,
     gdc_wait,
     launch,
+    launched,
     power_of_two,
     row_offset,
     tl,
-    triton,
 )
 from qcompile.kernels.linear_w8a8_cuda import linear_codes_cuda
 from qcompile.ops.gated_linear_w8a8 import gated_linear_w8a8
@@ -100,7 +100,7 @@ def gated_linear_w8a8_cuda(
     return linear_codes_cuda(codes, step, data, scale, bias, spec, activation, gate.dtype)
 
 
-@triton.jit
+@launched
 def _gated_codes(
     gate_ptr, up_ptr, codes_ptr, step_ptr, columns, g_inner, g_outer_stride, g_inner_stride,
     u_inner, u_outer_stride, u_inner_stride, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,

@@ -31,7 +31,7 @@ from qcompile.kernels._gluon import (
 )
 from qcompile.kernels._row_sides import read_sides
 from qcompile.kernels._rows import allocate_rows, copy_step, fetch_later, piece_rows, read_words, weight_row
-from qcompile.kernels._tiles import activate, cdiv, constexpr_function, dependent_launch, launch
+from qcompile.kernels._tiles import COUNTS, activate, cdiv, constexpr_function, dependent_launch, launch
 from qcompile.kernels._weight import Layout, Weight
 
 
@@ -101,7 +101,7 @@ def dot(x: Tensor, weight: Weight, bias: Tensor | None, around: Around, tile: _t
     return out
 
 
-@gluon.jit(do_not_specialize=["at_once"])
+@gluon.jit(do_not_specialize=["at_once"], do_not_specialize_on_alignment=COUNTS)
 def _dot(
     x_ptr, norm_ptr, data_ptr, scale_ptr, zero_ptr, bias_ptr, residual_ptr, out_ptr, M, N, eps, at_once,
     K: gl.constexpr, DATA_STRIDE: gl.constexpr, SCALE_STRIDE: gl.constexpr, ZERO_STRIDE: gl.constexpr,

@@ -19,6 +19,7 @@ from qcompile.kernels._gluon import (
     gl,
     gluon,
     launch_dependents,
+    launched,
     row_of,
     store_outputs,
     wait,
@@ -38,14 +39,20 @@ def can_sum(dtype: torch.dtype, layout: Layout) -> bool:
     return dtype != torch.float16 or layout.bits > 2
 
 
-def few(x: Tensor, weight: Weight, bias: Tensor | None, activation: str | None, tile: _tuning.FewTile) -> Tensor:
-    """act(x @ W.T + bias) for contiguous x (M, K) that _gluon.can_read, with codes that it can_sum."""
-    return in_parts(_launch, x, weight, bias, activation, tile, tile.parts)
+def few(
+    x: Tensor, weight: Weight, bias: Tensor | None, activation: str | None, tile: _tuning.FewTile,
+    out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """act(x @ W.T + bias), in `out` if it is given, for contiguous x (M, K) that _gluon.can_read, with codes that it
+    can_sum."""
+    return in_parts(_launch, x, weight, bias, activation, tile, tile.parts, out)
 
 
-def few_gated(x: Tensor, weight: Weight, bias: Tensor | None, activation: str, tile: _tuning.FewTile) -> Tensor:
-    """act(gate) * factor of the halves of x @ W.T + bias, for a tile of one part."""
-    out = x.new_empty(x.shape[0], weight.rows // 2)
+def few_gated(
+    x: Tensor, weight: Weight, bias: Tensor | None, activation: str, tile: _tuning.FewTile, out: Tensor | None = None
+) -> Tensor:
+    """act(gate) * factor of the halves of x @ W.T + bias, in `out` if it is given, for a tile of one part."""
+    out = x.new_empty(x.shape[0], weight.rows // 2) if out is None else out
     _launch(x, weight, bias, out, activation, tile, gated=True)
     return out
 
@@ -83,7 +90,7 @@ def _launch(
     )
 
 
-@gluon.jit
+@launched
 def _few(
     x_ptr, data_ptr, scale_ptr, zero_ptr, bias_ptr, out_ptr, M, N, K, data_stride, scale_stride, zero_stride,
     W: gl.constexpr, ACTIVATION: gl.constexpr, EVEN: gl.constexpr, TOKENS: gl.constexpr, CODES: gl.constexpr,

@@ -22,8 +22,8 @@ from qcompile.kernels._tiles import (
     gdc_launch_dependents,
     gdc_wait,
     launch,
+    launched,
     tl,
-    triton,
     unit_weights,
 )
 from qcompile.kernels._weight import Weight
@@ -38,11 +38,11 @@ def gemm(x: Tensor, weight: Weight, bias: Tensor | None, activation: str | None,
 
 def in_parts(
     run: Callable[..., None], x: Tensor, weight: Weight, bias: Tensor | None, activation: str | None, tile: Any,
-    parts: int,
+    parts: int, out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """What `run(x, weight, bias, out, activation, tile)` writes to `out` (M, N), or in so many parts of the inputs to
     `out` (parts, M, N), of which `finish` makes one."""
-    out = x.new_empty(x.shape[0], weight.rows)
+    out = x.new_empty(x.shape[0], weight.rows) if out is None else out
     if parts == 1:
         run(x, weight, bias, out, activation, tile)
     else:
@@ -87,7 +87,7 @@ def finish(parts: Tensor, bias: Tensor | None, out: Tensor, activation: str | No
     launch(_finish, grid, parts, bias, out, m, n, out.stride(0), **constants, PDL=dependent_launch(out))
 
 
-@triton.jit
+@launched
 def _gemm(
     x_ptr, data_ptr, scale_ptr, zero_ptr, table_ptr, bias_ptr, out_ptr, M, N, K, data_stride, scale_stride, zero_stride,
     W: tl.constexpr, ACTIVATION: tl.constexpr, EVEN: tl.constexpr,
@@ -125,7 +125,7 @@ def _gemm(
     tl.store(out_ptr + at, y, mask=(m < M)[:, None] & (n < N)[None, :])
 
 
-@triton.jit
+@launched
 def _finish(
     parts_ptr, bias_ptr, out_ptr, M, N, out_row,
     SPLITS: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,

@@ -18,6 +18,7 @@ from qcompile.kernels._tiles import (
     gdc_launch_dependents,
     gdc_wait,
     launch,
+    launched,
     power_of_two,
     scaled_for_byte,
     stack,
@@ -57,7 +58,7 @@ def gemv(x: Tensor, weight: Weight, bias: Tensor | None, activation: str | None,
     return out
 
 
-@triton.jit
+@launched
 def _gemv(
     x_ptr, data_ptr, scale_ptr, zero_ptr, table_ptr, bias_ptr, out_ptr, M, N, K, data_stride, scale_stride, zero_stride,
     W: tl.constexpr, ACTIVATION: tl.constexpr, EVEN: tl.constexpr,

@@ -18,6 +18,7 @@ from qcompile.kernels._gluon import (
     gluon,
     hopper,
     launch_dependents,
+    launched,
     row_of,
     store_outputs,
     wait,
@@ -73,7 +74,7 @@ def _launch(
     )
 
 
-@gluon.jit
+@launched
 def _mma(
     x_ptr, data_ptr, scale_ptr, zero_ptr, bias_ptr, out_ptr, M, N, K, data_stride, scale_stride, zero_stride,
     W: gl.constexpr, ACTIVATION: gl.constexpr, EVEN: gl.constexpr, TOKENS: gl.constexpr, CODES: gl.constexpr,

@@ -12,6 +12,7 @@ from qcompile.kernels._tiles import (
     gdc_launch_dependents,
     gdc_wait,
     launch,
+    launched,
     power_of_two,
     refuses_device,
     row_offset,
@@ -156,7 +157,7 @@ def _fetch(ptr, columns, BLOCK_N: tl.constexpr):
         fetch((ptr + column).to(tl.int64), column < columns)
 
 
-@triton.jit
+@launched
 def _rms_norm(
     x_ptr, residual_ptr, weight_ptr, out_ptr, sum_ptr, rows, columns, x_inner, x_outer_stride, x_inner_stride,
     r_inner, r_outer_stride, r_inner_stride, eps,
@@ -186,7 +187,7 @@ def _rms_norm(
     tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@launched
 def _layer_norm(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, out_ptr, sum_ptr, rows, columns, x_inner, x_outer_stride,
     x_inner_stride, r_inner, r_outer_stride, r_inner_stride, eps,

@@ -10,6 +10,7 @@ from qcompile.kernels._tiles import (
     gdc_launch_dependents,
     gdc_wait,
     launch,
+    launched,
     power_of_two,
     refuses_device,
     tl,
@@ -72,7 +73,7 @@ def _half(ptr, batch, head, position, column, batch_stride, head_stride, stride,
     return tl.load(ptr + at + column * column_stride, mask=inside, other=0.0).to(tl.float32)
 
 
-@triton.jit
+@launched
 def _rope(
     x_ptr, cos_ptr, sin_ptr, out_ptr, heads, length, x0, x1, x2, x3, c0, c1, c2, c3, s0, s1, s2, s3,
     HALF: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,

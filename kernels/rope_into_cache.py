@@ -14,6 +14,7 @@ from qcompile.kernels._tiles import (
     gdc_launch_dependents,
     gdc_wait,
     launch,
+    launched,
     power_of_two,
     refuses_device,
     tl,
@@ -159,7 +160,7 @@ def _magnitude(low, high):
     return top + tl.sum((low + high) * 0.0, 1, keep_dims=True)  # type: ignore[operator]
 
 
-@triton.jit
+@launched
 def _rope_into_cache(
     q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, keys_ptr, values_ptr, key_scales_ptr, value_scales_ptr, positions_ptr,
     out_ptr, heads, kv_heads, length, capacity, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
