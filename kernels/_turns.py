@@ -14,13 +14,15 @@ from qcompile.kernels._tuning import Device
 
 # Inputs of a step of linear_wgmma.
 WGMMA_CODES = 128
-# NOTE: µs of a step of linear_wgmma by rows of x, of 4 bits in groups of 64, H100; 112, 176 and 240 rows take as long
-# as what is next. Eight rows behind a power of two keep one row more from another turn. A tile takes WGMMA_TILE_US
-# besides. The sum of a tile's parts takes WGMMA_FINISH_US, and WGMMA_PART_US for each of its numbers behind the first
-# WGMMA_PARTS_NEAR.
-WGMMA_STEP_US = {128: 0.92, 136: 1.0, 144: 1.02, 160: 1.08, 192: 1.18, 200: 1.28, 208: 1.32, 224: 1.38}
-WGMMA_STEP_US |= {256: 1.45, 264: 1.57}
+# NOTE: µs of a step of linear_wgmma by rows of x, of 4 bits in groups of 64, H100, fitted to times of whole linears;
+# 112, 176 and 240 rows take as long as what is next. Eight rows behind a power of two keep one row more from another
+# turn. A tile takes WGMMA_TILE_US besides. The sum of a tile's parts takes WGMMA_FINISH_US, and WGMMA_PART_US for each
+# of its numbers behind the first WGMMA_PARTS_NEAR.
+WGMMA_STEP_US = {128: 0.92, 136: 1.04, 144: 1.05, 160: 1.08, 192: 1.18, 200: 1.31, 208: 1.36, 224: 1.38}
+WGMMA_STEP_US |= {256: 1.45, 264: 1.64}
 WGMMA_TILE_US, WGMMA_FINISH_US, WGMMA_PART_US, WGMMA_PARTS_NEAR = 2.0, 2.5, 5.5e-6, 1_200_000
+# Rows behind whole tiles that linear_few makes. It takes FEW_US and reads so many bytes a µs.
+LEFT_OVER, FEW_US, FEW_BYTES = 8, 2.5, 2.5e6
 
 # Outputs of a tile of linear_codes, and inputs of its steps: what the copy engine lays side by side.
 PRODUCT_OUTPUTS = PRODUCT_CODES = 128
@@ -69,6 +71,11 @@ def wgmma_tile(rows: int, outputs: int, inputs: int, bits: int, device: Device) 
 
     def us(choice: tuple[int, int]) -> float:
         tokens, shares = choice
+        left = left_over(rows, tokens, bits)
+        tiled = us_tiled(rows - left, tokens, shares)
+        return tiled if not left else tiled + FEW_US + outputs * inputs * bits / (8 * FEW_BYTES)
+
+    def us_tiled(rows: int, tokens: int, shares: int) -> float:
         down, whole = cdiv(rows, tokens), blocks if shares == 1 else _full_turns(tokens, rows, outputs, device)
         step, others = WGMMA_STEP_US[tokens], (blocks - whole) * down * shares
         us = cdiv(whole * down, processors) * (steps * step + WGMMA_TILE_US)
@@ -80,9 +87,17 @@ def wgmma_tile(rows: int, outputs: int, inputs: int, bits: int, device: Device) 
 
     counts = [count for count in (1, 2, 3, 4, 8) if count <= max(1, steps // 4)]
     tokens, shares = min(itertools.product(WGMMA_STEP_US, counts), key=us)
+    rows -= left_over(rows, tokens, bits)
     all_in_parts = not _full_turns(tokens, rows, outputs, device)
     splits, last = (shares, 1) if all_in_parts else (1, shares)
     return WgmmaTile(tokens, wgmma_stages(tokens, bits, device), splits, last)
+
+
+def left_over(rows: int, tokens: int, bits: int) -> int:
+    """How many rows behind tiles of so many linear_few makes: none of codes of one or two bits, which it cannot sum in
+    float16."""
+    left = rows % tokens
+    return left if rows > tokens and left <= LEFT_OVER and bits > 2 else 0
 
 
 def whole_outputs(tile: WgmmaTile, rows: int, outputs: int, device: Device) -> int:

@@ -1,6 +1,6 @@
 """fused_linear on CUDA: of one or two rows in one launch of linear_dot, and a gate of any number of rows.
 
-Where linear_few, linear_mma and linear_wgmma make whole sums, they make the gate's product too; elsewhere it is a
+Where linear_few, linear_mma and linear_many make whole sums, they make the gate's product too; elsewhere it is a
 kernel of its own.
 """
 
@@ -18,8 +18,8 @@ from qcompile.kernels._weight import Layout, Weight
 from qcompile.kernels.gated_act import gated_act_cuda
 from qcompile.kernels.linear_dot import Around, dot
 from qcompile.kernels.linear_few import few_gated
+from qcompile.kernels.linear_many import many_gated
 from qcompile.kernels.linear_mma import mma_gated
-from qcompile.kernels.linear_wgmma import wgmma_gated
 from qcompile.ops.fused_linear import fused_linear
 from qcompile.ops.registry import known, opaque
 
@@ -70,7 +70,7 @@ def fused_linear_cuda(
     if isinstance(tile, _tuning.MmaTile) and tile.splits == 1:
         return mma_gated(rows, weight, bias, activation, tile).reshape(shape)
     if isinstance(tile, _turns.WgmmaTile) and tile.splits == 1:
-        return wgmma_gated(rows, weight, bias, activation, tile).reshape(shape)
+        return many_gated(rows, weight, bias, activation, tile).reshape(shape)
     if isinstance(tile, _tuning.FewTile) and tile.parts == 1:
         return few_gated(rows, weight, bias, activation, tile).reshape(shape)
     y = linear_cuda.KERNELS[way](rows, weight, bias, None, tile)

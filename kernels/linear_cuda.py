@@ -23,8 +23,8 @@ from qcompile.kernels.linear_dot import Around, dot
 from qcompile.kernels.linear_few import few
 from qcompile.kernels.linear_gemm import gemm
 from qcompile.kernels.linear_gemv import gemv
+from qcompile.kernels.linear_many import many
 from qcompile.kernels.linear_mma import mma
-from qcompile.kernels.linear_wgmma import wgmma
 from qcompile.ops.activation import ACTIVATIONS
 from qcompile.ops.linear import linear
 from qcompile.ops.precision import wide
@@ -93,7 +93,7 @@ KERNELS: dict[str, Callable[..., Tensor]] = {
     "dot": _plain_dot,
     "few": few,
     "mma": mma,
-    "wgmma": wgmma,
+    "wgmma": many,
     "gemv": gemv,
     "gemm": gemm,
     "dequantize": dequantize_and_multiply,

@@ -37,10 +37,13 @@ PIECE = 64
 MULTIPLYING, FETCHING, LAUNCHED = 208, 88, 168
 
 
-def wgmma(x: Tensor, weight: Weight, bias: Tensor | None, activation: str | None, tile: _turns.WgmmaTile) -> Tensor:
-    """act(x @ W.T + bias) for contiguous x (M, K) that _gluon.can_read."""
-    m, n = x.shape[0], weight.rows
-    out, parts = x.new_empty(m, n), None
+def wgmma(
+    x: Tensor, weight: Weight, bias: Tensor | None, activation: str | None, tile: _turns.WgmmaTile,
+    out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """act(x @ W.T + bias), in `out` if it is given, for contiguous x (M, K) that _gluon.can_read."""
+    m, n, parts = x.shape[0], weight.rows, None
+    out = x.new_empty(m, n) if out is None else out
     first = _turns.whole_outputs(tile, m, n, _tuning.Device.of(x.device))
     if first < n:
         parts = x.new_empty(tile.shares, m, n - first, dtype=torch.float32)
@@ -50,9 +53,12 @@ def wgmma(x: Tensor, weight: Weight, bias: Tensor | None, activation: str | None
     return out
 
 
-def wgmma_gated(x: Tensor, weight: Weight, bias: Tensor | None, activation: str, tile: _turns.WgmmaTile) -> Tensor:
-    """act(gate) * factor of the halves of x @ W.T + bias, for a tile without splits; none is made in parts."""
-    out = x.new_empty(x.shape[0], weight.rows // 2)
+def wgmma_gated(
+    x: Tensor, weight: Weight, bias: Tensor | None, activation: str, tile: _turns.WgmmaTile, out: Tensor | None = None
+) -> Tensor:
+    """act(gate) * factor of the halves of x @ W.T + bias, in `out` if it is given, for a tile without splits; none is
+    made in parts."""
+    out = x.new_empty(x.shape[0], weight.rows // 2) if out is None else out
     _launch(x, weight, bias, out, None, activation, tile, gated=True)
     return out
 
