@@ -22,6 +22,7 @@ from qcompile.kernels._tiles import (
     gdc_launch_dependents,
     gdc_wait,
     launch,
+    launched,
     power_of_two,
     refuses_device,
     tl,
@@ -195,7 +196,7 @@ def _read(k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, n, inside, k_row, v_row, words
     return k, v, k_scale, v_scale
 
 
-@triton.jit
+@launched
 def _split_codes(
     q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, mask_ptr, out_ptr, sums_ptr, parts_ptr, kv_heads, rows, length, keys,
     scale, softcap, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, k_scale_batch, k_scale_head,
