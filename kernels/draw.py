@@ -9,12 +9,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qcompile.kernels._scores import NONE, Changes, changed, ordered, readable
 from qcompile.kernels._tiles import (
     cdiv,
     dependent_launch,
     gdc_launch_dependents,
     gdc_wait,
     launch,
+    launched,
     power_of_two,
     refuses_device,
     tl,
@@ -28,49 +30,43 @@ MOST = 8192
 TIES = 14
 
 
-def refuses(scores: Tensor, top_k: int) -> str | None:
-    if reason := refuses_device(scores, scores.dtype):
-        return reason
-    if scores.dtype != torch.float32:
-        return "handles float32"
-    parts, room = cdiv(scores.shape[1], PART), power_of_two(top_k + TIES)
+def refuses(like: Tensor, vocabulary: int, top_k: int) -> str | None:
+    """Why there is no `draw` from so many scores where `like` is, or None."""
+    parts, room = cdiv(vocabulary, PART), power_of_two(top_k + TIES)
     if parts < 2 or room > PART // 2 or power_of_two(parts) * room > MOST:
-        return f"handles no top_k of {top_k} among {scores.shape[1]}"
-    return None
+        return f"handles no top_k of {top_k} among {vocabulary}"
+    return refuses_device(like, torch.float32)
 
 
-def draw(scores: Tensor, noise: Tensor, top_k: int, top_p: float, min_p: float) -> tuple[Tensor, Tensor]:
-    """(tokens i64[batch], best f32[batch]): of every row of scores f32[batch, vocabulary] the place of the largest
-    quotient of probability and `noise`, a tensor like `scores` of positive numbers, and a multiple of that quotient,
-    NaN where there is no probability.
+def draw(
+    scores: Tensor, noise: Tensor, top_k: int, top_p: float, min_p: float, changes: Changes = NONE
+) -> tuple[Tensor, Tensor]:
+    """(tokens i64[batch], best f32[batch]): of every row of scores [batch, vocabulary], after the changes, the place of
+    the largest quotient of probability and `noise` f32[batch, vocabulary] of positive numbers, and a multiple of that
+    quotient, NaN where there is no probability.
 
     Probabilities are the softmax over what is left: the top_k largest scores, and what is as large as the least of
     them; of these, those after which, from the largest on, less than top_p has come; of these, those of at least min_p
     of the largest's. Of equal scores at the border of top_p those of the highest places are left, as torch sorts them.
     """
     batch, vocabulary = scores.shape
-    scores, noise = scores.contiguous(), noise.contiguous()
+    scores, noise = readable(scores), noise.contiguous()
     parts, room = cdiv(vocabulary, PART), power_of_two(top_k + TIES)
-    values = scores.new_empty(batch, parts, room)
+    values = noise.new_empty(batch, parts, room)
     places = scores.new_empty(batch, parts, room, dtype=torch.int32)
-    tokens, best = scores.new_empty(batch, dtype=torch.int64), scores.new_empty(batch)
+    tokens, best = scores.new_empty(batch, dtype=torch.int64), noise.new_empty(batch)
     pdl = dependent_launch(scores)
     sizes = {"ROOM": room, "PDL": pdl}
-    launch(_candidates, (batch, parts), scores, values, places, vocabulary, top_k, PART=PART, **sizes, num_warps=4)
+    launch(
+        _candidates, (batch, parts), scores, values, places, changes.banned, changes.least, changes.at, vocabulary,
+        changes.factor, top_k, PART=PART, BANS=changes.bans, **sizes, num_warps=4,
+    )  # fmt: skip
     block = power_of_two(parts * room)
     launch(
         _draw, (batch,), values, places, noise, tokens, best, vocabulary, parts * room, top_k, 1 - top_p, min_p,
         BLOCK=block, PDL=pdl, num_warps=max(4, min(16, block // 512)),
     )  # fmt: skip
     return tokens, best
-
-
-@triton.jit
-def _ordered(x):
-    """Integers in the order of float32 numbers; NaN is the largest."""
-    x = tl.where(x == 0.0, 0.0, x)
-    bits = tl.where(x != x, 0x7FC00000, x.to(tl.int32, bitcast=True))
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
@@ -84,18 +80,19 @@ def _largest_of(keys, count):
     return low.to(tl.int32)
 
 
-@triton.jit
+@launched
 def _candidates(
-    scores_ptr, found_ptr, places_ptr, vocabulary, top_k, PART: tl.constexpr, ROOM: tl.constexpr, PDL: tl.constexpr
-):
+    scores_ptr, found_ptr, places_ptr, banned_ptr, least_ptr, at_ptr, vocabulary, factor, top_k,
+    PART: tl.constexpr, BANS: tl.constexpr, ROOM: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     place = part * PART + tl.arange(0, PART)
     inside = place < vocabulary
-    x = tl.load(scores_ptr + row * vocabulary + place, mask=inside, other=float("-inf"))
-    keys = _ordered(x)
+    x = changed(scores_ptr + row * vocabulary, place, inside, banned_ptr, least_ptr, at_ptr, vocabulary, factor, BANS)
+    keys = ordered(x)
     least = _largest_of(keys, top_k)
     larger, equal = (inside & (keys > least)).to(tl.int32), (inside & (keys == least)).to(tl.int32)
     # For all that are larger there is room.
@@ -108,7 +105,7 @@ def _candidates(
     tl.store(found_ptr + out + empty, float("-inf"), mask=empty >= tl.sum(chosen.to(tl.int32), 0))
 
 
-@triton.jit
+@launched
 def _draw(
     found_ptr, places_ptr, noise_ptr, tokens_ptr, best_ptr, vocabulary, count, top_k, tail, min_p,
     BLOCK: tl.constexpr, PDL: tl.constexpr,
@@ -119,7 +116,7 @@ def _draw(
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     x = tl.load(found_ptr + row * count + at, mask=at < count, other=float("-inf"))
-    keys = _ordered(x)
+    keys = ordered(x)
     left = (keys >= _largest_of(keys, top_k)) & (x != float("-inf"))
     place = tl.load(places_ptr + row * count + at, mask=left, other=vocabulary)
     top = tl.max(x, 0)

@@ -7,7 +7,6 @@ scores for `top_p` takes an H100 about a tenth of a decoding step, and a CPU lon
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -17,8 +16,8 @@ from torch import Tensor
 
 from qcompile.calls import PLAIN
 from qcompile.decode_state import State
-from qcompile.kernels import likeliest_cpu
-from qcompile.kernels.draw import draw, refuses
+from qcompile.kernels import draw, likeliest_cpu, likeliest_cuda
+from qcompile.kernels._scores import NONE, Changes
 
 Process = Callable[[Tensor, Tensor], Tensor]
 
@@ -39,8 +38,9 @@ _MODULE = "transformers.generation.logits_process"
 
 
 class Choice:
-    """Puts the next token of every sequence into a state: `choose(logits, ids)` of f32[batch, vocabulary], or where it
-    is `direct` of the model's own numbers, also of [batch, 1, vocabulary]; then `ids` are not looked at.
+    """Puts the next token of every sequence into a state: `choose(logits, ids)` of f32[batch, vocabulary]. A `direct`
+    choice takes the model's own numbers, also of [batch, 1, vocabulary], gives them back as the scores, and does not
+    look at `ids`.
 
     The tokens and, with `return_scores`, the scores are those of transformers' loop after the same seed. If more than
     TIES tokens (on GPUs more than 14 of one part of the vocabulary) have the score of the last of the top_k, only so
@@ -58,9 +58,17 @@ class Choice:
             count = self.processors[first].top_k + TIES
             self.narrow = first if vocabulary > WIDE and count * PARTS < vocabulary // 2 else None
         self.borders = None if self.narrow is None else _borders(self.processors[self.narrow :])
+        self.front = self.processors[: self.narrow]
+        if not sample:
+            self.by_kernels = likeliest_cuda.refuses(state.text, vocabulary) is None
+        else:
+            top_k = None if self.borders is None else self.borders[0]
+            self.by_kernels = top_k is not None and draw.refuses(state.text, vocabulary, top_k) is None
+        # Where the scores are nobody else's, and nothing but what kernels do where they read them is done to them.
+        self.temperature = None if return_scores else _temperature(self.front)
         # On a CPU the likeliest token needs neither float32 nor scores of its own.
-        greedy = not (sample or return_scores or steady) and all(isinstance(p, Banned) for p in self.processors)
-        self.direct = greedy and likeliest_cpu.refuses(state.text) is None
+        self.by_cpp = not (sample or steady) and self.temperature == 1 and likeliest_cpu.refuses(state.text) is None
+        self.direct = self.by_cpp or (self.by_kernels and self.temperature is not None)
         self.texts: Tensor | None = None  # that `put` appends to
 
     @property
@@ -71,38 +79,32 @@ class Choice:
         values = [(_name(p), name, x) for p in self.processors for name, x in vars(p).items() if name != "state"]
         if not all(isinstance(value, PLAIN) for *_, value in values):
             return None
-        return tuple(map(_name, self.processors)), tuple(values), self.sample, self.narrow
+        return tuple(map(_name, self.processors)), tuple(values), self.sample, self.narrow, self.direct
 
     def __call__(self, logits: Tensor, ids: Tensor) -> Tensor:
         """The scores. `ids` i64[batch, …] are the text, as the processors are to see it."""
-        processors, places = self.processors, None
-        if self.direct:
-            if self.texts is not self.state.text:
+        state, quotients = self.state, None
+        if self.by_cpp:
+            if self.texts is not state.text:
                 self._bind()
             self.put(logits)
             return logits
-        if self.narrow is not None:
-            scores = _processed(processors[: self.narrow], ids, logits)
-            noise = torch.empty_like(scores).exponential_()
-            if self.borders is not None and refuses(scores, self.borders[0]) is None:
-                tokens, best = draw(scores, noise, *self.borders)
-                self._note(best.isnan())
-                self.state.put(tokens)
-                return scores
-            scores, places = likeliest(scores, processors[self.narrow].top_k + TIES)
-            scores = _processed(processors[self.narrow :], ids, scores)
-            noise = noise.gather(1, places)
+        if self.direct and self.temperature is not None:
+            scores = logits if logits.dim() == 2 else logits.select(1, -1)
+            changes = Changes(state.banned, state.least, state.at, self.temperature)
         else:
-            scores = _processed(processors, ids, logits)
-            noise = torch.empty_like(scores).exponential_() if self.sample else None
-        if noise is None:
-            tokens = scores.argmax(-1) if not self.steady else argmax(scores)
+            scores, changes = _processed(self.front, ids, logits), NONE
+        if not self.sample:
+            tokens = likeliest_cuda.likeliest(scores, changes) if self.by_kernels else scores.argmax(-1)
         else:
-            # What torch.multinomial does, without its wait for the GPU to look for NaN.
-            best, tokens = (scores.softmax(-1) / noise).max(-1, keepdim=True)
-            self._note(best[:, 0].isnan())
-            tokens = (tokens if places is None else places.gather(1, tokens))[:, 0]
-        self.state.put(tokens)
+            noise = torch.empty_like(scores, dtype=torch.float32).exponential_()
+            if self.by_kernels and self.borders is not None:
+                tokens, quotients = draw.draw(scores, noise, *self.borders, changes)
+            else:
+                scores, tokens, quotients = self._drawn(scores, noise, ids)
+        state.put(tokens, quotients)
+        if not self.steady:
+            self.check()
         return scores
 
     def _bind(self) -> None:
@@ -110,12 +112,17 @@ class Choice:
         texts = (state.text, state.at, state.token, state.unfinished, state.pad, state.ends)
         self.put = likeliest_cpu.bind_likeliest(*_bans(state), *texts)
 
-    def _note(self, broken: Tensor) -> None:
-        known = self.state.broken
-        known[1].copy_(known[0])
-        known[0].logical_or_(broken)
-        if not self.steady:
-            self.check()
+    def _drawn(self, scores: Tensor, noise: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The scores, of the likeliest tokens where no other can be drawn; the tokens; and by what they were drawn."""
+        places = None
+        if self.narrow is not None:
+            scores, places = likeliest(scores, self.processors[self.narrow].top_k + TIES)
+            scores = _processed(self.processors[self.narrow :], ids, scores)
+            noise = noise.gather(1, places)
+        # What torch.multinomial does, without its wait for the GPU to look for NaN.
+        quotients, tokens = (scores.softmax(-1) / noise).max(-1, keepdim=True)
+        tokens = tokens if places is None else places.gather(1, tokens)
+        return scores, tokens[:, 0], quotients[:, 0]
 
     def check(self, surplus: int = 0) -> None:
         """Raises RuntimeError, as multinomial does, if there was nothing to choose from; before a surplus step."""
@@ -152,22 +159,6 @@ class Penalized:
         score = scores.gather(1, ids)
         score = torch.where(score < 0, score * self.penalty, score / self.penalty)
         return scores.scatter(1, ids, score)[:, :vocabulary]
-
-
-def argmax(scores: Tensor) -> Tensor:
-    """scores.argmax(-1), the best of parts first.
-
-    NOTE: over 128,256 scores of one row argmax takes an H100 27 us, over 192 parts of them 4.
-    """
-    parts = _parts(scores.shape[1])
-    best, places = scores.unflatten(1, (parts, -1)).max(-1)
-    part = best.argmax(-1, keepdim=True)
-    return (part * (scores.shape[1] // parts) + places.gather(1, part))[:, 0]
-
-
-@functools.cache
-def _parts(count: int) -> int:
-    return next(parts for parts in range(256, 0, -1) if count % parts == 0)
 
 
 def likeliest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -210,6 +201,15 @@ def _steady(processors: Sequence[Any], state: State, vocabulary: int) -> Sequenc
         with torch.inference_mode(False):
             state.banned, state.least = torch.stack(banned), torch.tensor(least, device=device)
     return exchanged
+
+
+def _temperature(processors: Sequence[Any]) -> float | None:
+    """By what these processors divide the scores, if besides they only ban tokens."""
+    temperature = 1.0
+    if processors and _name(processors[-1]) == "TemperatureLogitsWarper":
+        *processors, last = processors
+        temperature = last.temperature
+    return temperature if all(isinstance(processor, Banned) for processor in processors) else None
 
 
 def _bans(state: State) -> tuple[Tensor, Tensor]:

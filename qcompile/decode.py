@@ -136,7 +136,7 @@ class Advance:
         recordings, self.recordings = self.recordings, None
         if recordings is None or bound is None or (choice := self.choose.key) is None:
             return
-        self.key = recordings.key(bound, self.step.now, choice)
+        self.key = recordings.key(bound, self.step.now, (choice, self.step.as_is))
         if recordings.refuses(self.key):
             return
         self.recordings = recordings

@@ -7,6 +7,8 @@ from collections.abc import Hashable
 import torch
 from torch import Tensor
 
+from qcompile.kernels import append
+
 
 class State:
     """The memory of a decoding step: its operations read and write these tensors and allocate none that lasts.
@@ -55,8 +57,15 @@ class State:
         if length > self.text.shape[1]:
             self.text = torch.cat([self.text, self.text.new_zeros(len(self.text), length)], dim=1)
 
-    def put(self, tokens: Tensor) -> None:
-        """Append i64[batch]; sequences that have ended get `pad`, and those that get one of `ends` have ended."""
+    def put(self, tokens: Tensor, quotients: Tensor | None = None) -> None:
+        """Append i64[batch]; sequences that have ended get `pad`, and those that get one of `ends` have ended. Where
+        f32[batch] `quotients`, by which they were drawn, are NaN, there was nothing to choose from."""
+        if append.refuses(self.text) is None:
+            own = self.text, self.at, self.token, self.unfinished, self.broken, self.pad, self.ends
+            return append.append(tokens, quotients, *own)
+        if quotients is not None:
+            self.broken[1].copy_(self.broken[0])
+            self.broken[0].logical_or_(quotients.isnan())
         if self.pad is not None:
             tokens = torch.where(self.unfinished, tokens, self.pad)
         self.token.copy_(tokens[:, None])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.generation import logits_process as theirs
 
-from qcompile.choice import TIES, WIDE, Choice, argmax, likeliest
+from qcompile.choice import TIES, WIDE, Choice, likeliest
 from qcompile.decode_state import State
 
 VOCABULARY = 4 * WIDE
@@ -90,12 +90,6 @@ def test_the_likeliest_are_all_that_top_k_leaves() -> None:
     found, places = likeliest(scores, 50 + TIES)
     assert torch.equal(found.sort(descending=True).values, scores.topk(50 + TIES).values)
     assert torch.equal(scores.gather(1, places), found) and (places.diff() > 0).all()
-
-
-def test_the_first_of_the_largest() -> None:
-    for count in (1, 100, 1031, VOCABULARY):
-        scores = torch.randint(0, 9, (5, count)).float()
-        assert torch.equal(argmax(scores), scores.argmax(-1))
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,10 @@ TRITON_TESTS = [
     "test_attention_prompt.py",
     "test_attention_codes.py",
     "test_rope_into_cache.py",
+    "test_scores.py",
     "test_draw.py",
+    "test_likeliest_cuda.py",
+    "test_append.py",
     "test_attention_into_cache.py",
 ]
 GPU = torch.cuda.is_available()

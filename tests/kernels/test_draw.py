@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers.generation import logits_process as theirs
 
+from qcompile.kernels._scores import Changes
 from qcompile.kernels.draw import PART, TIES, draw, refuses
 
 VOCABULARY = 2 * PART + 100
@@ -83,9 +84,21 @@ def test_more_equal_scores_than_there_is_room_for(device: str) -> None:
     assert 0 <= draw(scores, noise, **ALL)[0].item() < VOCABULARY
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_scores_are_changed_where_they_are_read(dtype: torch.dtype, device: str) -> None:
+    scores, at = torch.randn(3, VOCABULARY, device=device).to(dtype), torch.tensor([6], device=device)
+    banned = torch.rand(2, VOCABULARY, device=device) < 0.2
+    changes = Changes(banned, torch.tensor([6, 7], device=device), at, 0.7)
+    noise = torch.empty_like(scores, dtype=torch.float32).exponential_()
+    want = scores.float().masked_fill(banned[1], -torch.inf) * (torch.ones((), device=device) / 0.7)
+    tokens, best = draw(scores, noise, 40, 0.9, 0.0, changes)
+    other, quotients = draw(want, noise, 40, 0.9, 0.0)
+    assert torch.equal(tokens, other) and torch.equal(best, quotients)
+
+
 def test_refusals(device: str) -> None:
-    scores = torch.zeros(1, 128256, device=device)
-    assert refuses(scores, 50) is None and refuses(scores, 128 - TIES) is None
-    assert refuses(scores, 1000) == "handles no top_k of 1000 among 128256"
-    assert refuses(scores[:, :PART], 5) == f"handles no top_k of 5 among {PART}"
-    assert refuses(scores.half(), 5) == "handles float32"
+    like = torch.empty(0, device=device)
+    assert refuses(like, 128256, 50) is None and refuses(like, 128256, 128 - TIES) is None
+    assert refuses(like, 128256, 1000) == "handles no top_k of 1000 among 128256"
+    assert refuses(like, PART, 5) == f"handles no top_k of 5 among {PART}"
+    assert refuses(torch.empty(0, device="meta"), 128256, 5) == "needs cuda, x is on meta"

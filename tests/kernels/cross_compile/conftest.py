@@ -40,7 +40,7 @@ POINTED = {
         ("parts_ptr", "sums_ptr", "table_ptr", "scores_ptr", "found_ptr", "noise_ptr", "best_ptr"), "*fp32"
     ),
 }
-NUMBERS = ("eps", "scale", "softcap", "tail", "min_p")
+NUMBERS = ("eps", "scale", "softcap", "tail", "min_p", "factor")
 
 # Sizes that are multiples of 16.
 ALIGNED = ("N", "K", "columns", "keys", "capacity")

@@ -4,7 +4,17 @@ from collections.abc import Callable
 
 import pytest
 
-from qcompile.kernels import draw, gated_act, gated_codes, norm, rope, rope_into_cache, scale_sums
+from qcompile.kernels import (
+    append,
+    draw,
+    gated_act,
+    gated_codes,
+    likeliest_cuda,
+    norm,
+    rope,
+    rope_into_cache,
+    scale_sums,
+)
 
 
 def test_norm(compiled: Callable, assert_fits: Callable) -> None:
@@ -50,7 +60,26 @@ def test_rope_into_cache(gpu: int, compiled: Callable, assert_fits: Callable, co
     assert_fits(compiled(rope_into_cache._rope_into_cache, 4, absent=absent, types=types, **sizes))
 
 
-def test_draw(compiled: Callable, assert_fits: Callable) -> None:
-    assert_fits(compiled(draw._candidates, 4, PART=draw.PART, ROOM=64))
+LENGTHS = {"banned_ptr": "*i1", "least_ptr": "*i64", "at_ptr": "*i64"}
+
+
+@pytest.mark.parametrize("scores", ["*fp32", "*fp16"])
+def test_draw(compiled: Callable, assert_fits: Callable, scores: str) -> None:
+    types = {"scores_ptr": scores, **LENGTHS}
+    assert_fits(compiled(draw._candidates, 4, types=types, PART=draw.PART, BANS=1, ROOM=64))
     assert_fits(compiled(draw._draw, 8, BLOCK=4096))
     assert_fits(compiled(draw._draw, 16, BLOCK=draw.MOST))
+
+
+def test_likeliest(compiled: Callable, assert_fits: Callable) -> None:
+    types = {"scores_ptr": "*fp16", "best_ptr": "*i64", **LENGTHS}
+    assert_fits(compiled(likeliest_cuda._best_of_part, 4, types=types, PART=likeliest_cuda.PART, BANS=1))
+    assert_fits(compiled(likeliest_cuda._best_of_row, 1, types=types, BLOCK=64))
+    assert_fits(compiled(likeliest_cuda._best_of_row, 1, types=types, BLOCK=likeliest_cuda.MOST), stack=512)
+
+
+def test_append(compiled: Callable, assert_fits: Callable) -> None:
+    numbers = dict.fromkeys(("text_ptr", "at_ptr", "token_ptr", "pad_ptr", "ends_ptr"), "*i64")
+    flags = dict.fromkeys(("unfinished_ptr", "broken_ptr"), "*i1")
+    for batch in (16, append.MOST):
+        assert_fits(compiled(append._append, 1, types={**numbers, **flags, "quotients_ptr": "*fp32"}, BLOCK=batch))
