@@ -66,16 +66,21 @@ def codes_tile(pairs: int, rows: int, keys: int, columns: int, itemsize: int, de
 
     NOTE: 32 heads over 8 of 128 columns, i8, H100, each timed once: 64 keys and four warps, two programs side by side,
     17.5, 48.9, 47.8 and 172 µs over 8192 and 32768 keys and at batch 16 over 2048 and 8192; 32 keys and two warps, four
-    programs, which was the best of nine, 17.2, 46.1, 45.4 and 161.
+    programs, which was the best of nine, 17.2, 46.1, 45.4 and 161. But over 513 of 1024 keys at batch 1, where each has
+    one step, 8.3 and 11.0.
     """
     if itemsize > 2 or not device.tensor_cores:
         return attention_tile(pairs, rows, keys, columns, itemsize, device)
     tile_rows = max(16, min(power_of_two(rows), 32))
-    small = tile_rows * columns <= 2048
-    block, warps, together = (32, 2, 4) if small else (64 if columns <= 128 else 32, 8, 2)
-    programs = pairs * cdiv(rows, tile_rows)
-    splits = floor_power(min(cdiv(keys, block), together * device.processors // programs, 64))
-    return AttentionTile(splits, tile_rows, block, warps, 1)
+    programs, few = pairs * cdiv(rows, tile_rows), tile_rows * columns <= 2048
+
+    def tile(block: int, warps: int, together: int) -> AttentionTile:
+        splits = floor_power(min(cdiv(keys, block), together * device.processors // programs, 64))
+        return AttentionTile(splits, tile_rows, block, warps, 1)
+
+    if few and keys >= 4 * 32 * (small := tile(32, 2, 4)).splits:
+        return small
+    return tile(64 if columns <= 128 else 32, 4 if few else 8, 2)
 
 
 def prompt_tile(columns: int, itemsize: int, device: Device) -> AttentionTile | None:
