@@ -84,13 +84,13 @@ def leave_to_cluster(
     exchange()
     i, part_of = tl.arange(0, MADE), tl.arange(0, SPLITS)[:, None]
     at = part_of * ROWS + i[None, :] // WIDTH
-    y = _of_parts(take(part_of * MADE + i[None, :]), take(TOPS + at), take(TOTALS + at))
+    y = of_parts(take(part_of * MADE + i[None, :]), take(TOPS + at), take(TOTALS + at))
     row, column = i // WIDTH, part * WIDTH + i % WIDTH
     tl.store(out_ptr + (first + row) * DV + column, y.to(out_ptr.dtype.element_ty), mask=(row < rows) & (column < DV))
 
 
 @triton.jit
-def _of_parts(y, top, total):
+def of_parts(y, top, total):
     """The result of what is one above the other."""
     highest = tl.max(top, 0, keep_dims=True)
     weight = tl.exp(top - tl.where(highest == float("-inf"), 0.0, highest))
@@ -113,7 +113,7 @@ def _combine(
     top = tl.load(sums_ptr + row * 2 * SPLITS + part)
     total = tl.load(sums_ptr + (row * 2 + 1) * SPLITS + part)
     y = tl.load(parts_ptr + (row * SPLITS + part) * DV + column, mask=column < DV, other=0.0)
-    y = _of_parts(y, top, total)
+    y = of_parts(y, top, total)
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
     column = tl.arange(0, BLOCK_DV)
     tl.store(out_ptr + row * DV + column, y.to(DTYPE), mask=column < DV)

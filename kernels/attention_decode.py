@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from qcompile.kernels import _attention_tiles, _tuning
+from qcompile.kernels import _attention_tiles, _tuning, attention_warps
 from qcompile.kernels._attention import (
     FETCHED,
     SCAN_ELEMENTS,
@@ -103,6 +103,8 @@ def attend(
         return out
     if query.stride(3) != 1:
         query = query.contiguous()
+    if tile is None and attention_warps.refuses(query, key, value, mask, softcap) is None:
+        return attention_warps.attend(query, key, value, mask, scale)
     rows = heads // kv_heads * length
     block_d, block_dv = (max(16, power_of_two(n)) for n in (width, value_width))
     if tile is None:

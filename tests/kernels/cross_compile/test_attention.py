@@ -13,6 +13,7 @@ from qcompile.kernels import (
     attention_decode,
     attention_into_cache,
     attention_prompt,
+    attention_warps,
     attention_wgmma,
 )
 from qcompile.kernels._tiles import power_of_two
@@ -117,6 +118,16 @@ def test_into_cache(
     assert tile.cluster == (gpu == 90 and batch == 1)
     if tile.cluster and (code := told(kernel, "-sass")):
         assert code.count("UCGABAR_WAIT") == 2
+
+
+@pytest.mark.parametrize("gpu", [90], indirect=True)
+@pytest.mark.parametrize(("pairs", "keys"), [(8, 1024), (8, 8192), (128, 8192)])
+def test_warps(chip: Device, compiled: Callable, assert_fits: Callable, pairs: int, keys: int) -> None:
+    tile = _attention_tiles.warps_tile(pairs, keys, chip)
+    assert tile.cluster == (keys == 1024)
+    constants = attention_warps.constants_of(tile, 4, keys, 128) | {"K_ROW": 128, "V_ROW": 128, "mask_column": 1}
+    absent = ("sums_ptr", "parts_ptr") * (tile.splits == 1 or tile.cluster)
+    assert_fits(compiled(attention_warps._attend, absent=absent, **constants), 0)
 
 
 def test_combine(compiled: Callable, assert_fits: Callable) -> None:
