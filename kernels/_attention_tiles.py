@@ -39,7 +39,7 @@ def warps_tile(pairs: int, keys: int, device: Device) -> WarpsTile:
     """For `pairs` sequences and key/value heads.
 
     NOTE: µs on an H100, calls behind one another: 8 pairs over 513 of 1024 keys 4.7 in clusters, 5.5 if the next kernel
-    starts at once; 8192 keys 16.8, in clusters of 8 parts 17.9 to 18.9; 128 pairs over 8192 keys 177.6 if the next
+    starts at once; 8192 keys 16.8, in clusters of 8 parts 18.9; 128 pairs over 8192 keys 177.6 if the next
     kernel starts behind the keys, 180.6 if it starts at once.
     """
     splits = floor_power(min(cdiv(keys, 128), device.processors // pairs, 64))

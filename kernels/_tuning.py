@@ -38,7 +38,7 @@ class DotTile:
     split    warps side by side along a row
     ahead    steps on their way to shared memory
     words    of a chunk, for a thread
-    late     does the next kernel begin only when the scales of this one are there?
+    late     does the next kernel begin only when this one has its scales, or has had them copied?
     """
 
     outputs: int

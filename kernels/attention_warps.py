@@ -28,7 +28,7 @@ WARPS, WARP_KEYS = 8, 16
 def refuses(
     query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, softcap: float | None = None
 ) -> str | None:
-    """Why this kernel does not take the call, or None: it takes what has been timed on a GPU."""
+    """Why this kernel does not take the call, or None: it takes what is like the cases that have been timed."""
     if gl is None or INTERPRET:
         return "needs Gluon, which came with Triton 3.5 and has no interpreter"
     if not query.is_cuda or _tuning.Device.of(query.device).major != 9:
@@ -40,6 +40,9 @@ def refuses(
         return "takes no soft-cap"
     if (rows := heads // keys.shape[1] * length) > MAX_ROWS:
         return f"takes up to {MAX_ROWS} query rows of a key, not {rows}"
+    if (pairs := batch * keys.shape[1]) > (most := _tuning.Device.of(query.device).processors):
+        # A program fills a multiprocessor: those that are left over would take a turn of their own.
+        return f"takes up to {most} sequences times heads of keys, not {pairs}"
     for cache in (keys, values):
         apart = [stride for size, stride in zip(cache.shape, cache.stride()[:3]) if size > 1]
         if cache.stride(3) != 1 or cache.data_ptr() % 16 or any(stride % 8 for stride in apart):

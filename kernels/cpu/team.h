@@ -72,7 +72,7 @@ class Meeting {
         asm volatile("yield");
 #endif
     }
-    // Turns of some 10 ns. After that, somebody else has the other's core, as at once where there are not enough of them.
+    // Turns of some 10 ns on Zen 5. After that, somebody else has the other's core, as at once where there are not enough of them.
     int64_t patience_of(int64_t threads) const {
         static const int64_t cores = omp_get_num_procs();
         return threads > cores ? 1 << 7 : 1 << 17;

@@ -143,6 +143,7 @@ def test_refusals() -> None:
     assert "8 query rows" in reason((1, 3, 3, 128), k)
     assert "all query rows share" in reason(q, k, seen)
     assert "boolean" in reason(q, k, seen[:, :1].bfloat16())
+    assert "sequences times heads" in reason((999, 2, 1, 128), (999, 1, 6, 128))
     assert "soft-cap" in str(
         attention_warps.refuses(*(torch.ones(x, device="cuda").bfloat16() for x in (q, k, k)), None, 3.0)
     )
