@@ -18,7 +18,7 @@ from qcompile.kernels._attention_parts import combine, given, leave, of_parts, p
 from qcompile.kernels._attention_tiles import WarpsTile
 from qcompile.kernels._attention_warps import fetch, first_step, walk
 from qcompile.kernels._clusters import are_launched, enter, exchange, give, launch_clusters, meet, take
-from qcompile.kernels._gluon import gl, gluon, launch_dependents, wait
+from qcompile.kernels._gluon import gl, gluon, launch_dependents, launched, wait
 from qcompile.kernels._tiles import INTERPRET, dependent_launch, launch, power_of_two
 
 MAX_ROWS = 8
@@ -98,7 +98,7 @@ def constants_of(tile: WarpsTile, rows: int, keys: int, width: int) -> dict[str,
     }
 
 
-@gluon.jit
+@launched
 def _attend(
     q_ptr, k_ptr, v_ptr, mask_ptr, out_ptr, sums_ptr, parts_ptr, kv_heads, rows, length, keys, scale,
     q_batch, q_head, q_row, k_batch, k_head, K_ROW: gl.constexpr, v_batch, v_head, V_ROW: gl.constexpr,
