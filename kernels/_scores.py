@@ -39,16 +39,20 @@ def readable(scores: Tensor) -> Tensor:
 
 
 @triton.jit
-def changed(
-    scores_ptr, place, inside, banned_ptr, least_ptr, at_ptr, vocabulary, factor, BANS: tl.constexpr
-):  # fmt: skip
-    """The scores, as float32, at these places of a row that begins at scores_ptr; -inf outside."""
-    x = tl.load(scores_ptr + place, mask=inside, other=float("-inf")).to(tl.float32)
+def part_of_scores(
+    scores_ptr, banned_ptr, least_ptr, at_ptr, vocabulary, factor, PART: tl.constexpr, BANS: tl.constexpr
+):
+    """For program (row, part): its PART scores after the changes, as float32, -inf behind the last; their places, and
+    which of them there are."""
+    place = tl.program_id(1) * PART + tl.arange(0, PART)
+    inside = place < vocabulary
+    row = scores_ptr + tl.program_id(0).to(tl.int64) * vocabulary
+    x = tl.load(row + place, mask=inside, other=float("-inf")).to(tl.float32)
     for ban in tl.static_range(BANS):
         early = tl.load(at_ptr) < tl.load(least_ptr + ban)
         banned = tl.load(banned_ptr + ban * vocabulary + place, mask=inside, other=0)
         x = tl.where(early & (banned != 0), float("-inf"), x)
-    return x * factor
+    return x * factor, place, inside
 
 
 @triton.jit

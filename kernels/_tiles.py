@@ -35,12 +35,18 @@ COUNTS += ("survey_batch", "survey_head", "end_count")
 launched = triton.jit(do_not_specialize_on_alignment=COUNTS)  # in place of triton.jit, for a kernel that is launched
 
 
-def refuses_device(x: Tensor, dtype: torch.dtype) -> str | None:
-    """Why no Triton kernel runs where `x` is, in `dtype`; the interpreter takes the CPU, but gets bfloat16 wrong."""
+def refuses_place(x: Tensor, name: str = "x") -> str | None:
     if tl is None:
         return "triton is not installed"
     if x.device.type != "cuda" and not (INTERPRET and x.device.type == "cpu"):
-        return f"needs cuda, x is on {x.device.type}"
+        return f"needs cuda, {name} is on {x.device.type}"
+    return None
+
+
+def refuses_device(x: Tensor, dtype: torch.dtype) -> str | None:
+    """Why no Triton kernel runs where `x` is, in `dtype`; the interpreter takes the CPU, but gets bfloat16 wrong."""
+    if reason := refuses_place(x):
+        return reason
     if dtype not in FLOATS:
         return f"handles float32, float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
     if dtype == torch.bfloat16 and (INTERPRET or torch.cuda.get_device_capability(x.device) < (8, 0)):

@@ -5,13 +5,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from qcompile.kernels._tiles import (
-    INTERPRET,
     dependent_launch,
     gdc_launch_dependents,
     gdc_wait,
     launch,
     launched,
     power_of_two,
+    refuses_place,
     tl,
 )
 
@@ -21,10 +21,8 @@ MOST = 512
 
 def refuses(text: Tensor) -> str | None:
     """Why `append` does not take such texts, or None."""
-    if tl is None:
-        return "triton is not installed"
-    if text.device.type != "cuda" and not (INTERPRET and text.device.type == "cpu"):
-        return f"needs cuda, the text is on {text.device.type}"
+    if reason := refuses_place(text, "the text"):
+        return reason
     return None if len(text) <= MOST else f"handles {MOST} sequences, not {len(text)}"
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qcompile.kernels._scores import NONE, Changes, changed, ordered, readable
+from qcompile.kernels._scores import NONE, Changes, ordered, part_of_scores, readable
 from qcompile.kernels._tiles import (
     cdiv,
     dependent_launch,
@@ -88,17 +88,14 @@ def _candidates(
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    place = part * PART + tl.arange(0, PART)
-    inside = place < vocabulary
-    x = changed(scores_ptr + row * vocabulary, place, inside, banned_ptr, least_ptr, at_ptr, vocabulary, factor, BANS)
+    x, place, inside = part_of_scores(scores_ptr, banned_ptr, least_ptr, at_ptr, vocabulary, factor, PART, BANS)
     keys = ordered(x)
     least = _largest_of(keys, top_k)
     larger, equal = (inside & (keys > least)).to(tl.int32), (inside & (keys == least)).to(tl.int32)
     # For all that are larger there is room.
     slot = tl.where(larger > 0, tl.cumsum(larger, 0), tl.sum(larger, 0) + tl.cumsum(equal, 0)) - 1
     chosen = (larger + equal > 0) & (slot < ROOM)
-    out = (row * tl.num_programs(1) + part) * ROOM
+    out = (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * ROOM
     tl.store(found_ptr + out + slot, x, mask=chosen)
     tl.store(places_ptr + out + slot, place, mask=chosen)
     empty = tl.arange(0, ROOM)

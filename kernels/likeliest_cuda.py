@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qcompile.kernels._scores import NONE, Changes, changed, ordered, readable
+from qcompile.kernels._scores import NONE, Changes, ordered, part_of_scores, readable
 from qcompile.kernels._tiles import (
     cdiv,
     dependent_launch,
@@ -57,12 +57,9 @@ def _best_of_part(
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    place = part * PART + tl.arange(0, PART)
-    inside = place < vocabulary
-    x = changed(scores_ptr + row * vocabulary, place, inside, banned_ptr, least_ptr, at_ptr, vocabulary, factor, BANS)
+    x, place, _ = part_of_scores(scores_ptr, banned_ptr, least_ptr, at_ptr, vocabulary, factor, PART, BANS)
     both = (ordered(x).to(tl.int64) << 32) | (0x7FFFFFFF - place).to(tl.int64)
-    tl.store(best_ptr + row * tl.num_programs(1) + part, tl.max(both, 0))
+    tl.store(best_ptr + tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1), tl.max(both, 0))
 
 
 @triton.jit

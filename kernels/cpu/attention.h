@@ -289,7 +289,8 @@ template <int KIND> void attend_alone(const Attention& a, int64_t thread) {
                 for (int64_t c = 0; c < a.value_width; c += LANES) {
                     // Rows that attend to nothing are zeros.
                     const f32x16 scale = splat(total[m] == 0 ? 0 : 1 / total[m]);
-                    store16(a.out, (begin + r + m) * a.value_width + c, a.kind, load<f32x16>(y + m * a.value_width + c) * scale);
+                    const f32x16 made = load<f32x16>(y + m * a.value_width + c) * scale;
+                    store16(a.out, (begin + r + m) * a.value_width + c, a.kind, made);
                 }
             r += count;
         }

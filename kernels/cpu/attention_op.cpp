@@ -49,7 +49,8 @@ Tensor attend_cpu(Tensor query, Tensor key, Tensor value, std::optional<Tensor> 
     static thread_local Scratch scratch;
     const int64_t threads = threads_for(a);
     char* memory = scratch.get<char>(a.bytes(threads));
-    as_team(threads, [&](int64_t n) { a.begin(memory, n); }, [&](int64_t thread, Meeting& meeting) { a.run(thread, meeting); });
+    auto run = [&](int64_t thread, Meeting& meeting) { a.run(thread, meeting); };
+    as_team(threads, [&](int64_t n) { a.begin(memory, n); }, run);
     return out;
 }
 

@@ -34,7 +34,8 @@ void run_alone(Linear& linear) {
     static thread_local Scratch scratch;
     const int64_t threads = threads_for(linear.work());
     char* memory = scratch.get<char>(linear.bytes(threads));
-    as_team(threads, [&](int64_t n) { linear.begin(memory, n); }, [&](int64_t thread, Meeting& meeting) { linear.run(thread, meeting); });
+    auto run = [&](int64_t thread, Meeting& meeting) { linear.run(thread, meeting); };
+    as_team(threads, [&](int64_t n) { linear.begin(memory, n); }, run);
 }
 
 Tensor linear_packed(Tensor x, Tensor data, Tensor scale, std::optional<Tensor> zero, std::optional<Tensor> bias,
