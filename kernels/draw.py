@@ -1,7 +1,8 @@
-"""Drawing a token of those that top_k, top_p and min_p leave: `_candidates` of each part of the vocabulary, `_draw`.
+"""Drawing a token of those that top_k, top_p and min_p leave: `_largest_of_groups`, then `_draw`.
 
-Which scores are left is a question of where the least of them lies. Both kernels find such borders bit by bit, by
-counting, or adding up, what is not below: that takes no sorting.
+The top_k largest scores are in the groups whose largest are the top_k largest of all groups, so that a single program
+has only those groups to look at. Where the least of what is kept lies is found by counting what is not below, two bits
+at a time: that takes no sorting.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qcompile.kernels._scores import NONE, Changes, ordered, part_of_scores, readable
+from qcompile.kernels._scores import NONE, Changes, ordered, readable, scores_at
 from qcompile.kernels._tiles import (
     cdiv,
     dependent_launch,
@@ -23,17 +24,21 @@ from qcompile.kernels._tiles import (
     triton,
 )
 
-PART = 2048
-# Candidates that one program holds in registers.
+# Scores of a group, and groups of a program that looks for the largest of each.
+GROUP, GROUPS = 32, 64
+# What one program holds in registers: the largest of all groups, or the scores of the groups it takes.
 MOST = 8192
-# Places for more than top_k candidates of a part: there may be several of the same score as the last one.
-TIES = 14
+# Places for more than top_k: several have the score of the last one, in 16 bits often.
+TIES = 64
+# Low bits of float32 in which numbers of a narrower type, made float32, have nothing to tell.
+_SPARE = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
+# Larger than the key of any score.
+_NO_KEY = tl.constexpr(2**31 - 1)
 
 
 def refuses(like: Tensor, vocabulary: int, top_k: int) -> str | None:
     """Why there is no `draw` from so many scores where `like` is, or None."""
-    parts, room = cdiv(vocabulary, PART), power_of_two(top_k + TIES)
-    if parts < 2 or room > PART // 2 or power_of_two(parts) * room > MOST:
+    if cdiv(vocabulary, GROUP) > MOST or power_of_two(top_k + TIES) * GROUP > MOST:
         return f"handles no top_k of {top_k} among {vocabulary}"
     return refuses_device(like, torch.float32)
 
@@ -46,100 +51,88 @@ def draw(
     quotient, NaN where there is no probability.
 
     Probabilities are the softmax over what is left: the top_k largest scores, and what is as large as the least of
-    them; of these, those after which, from the largest on, less than top_p has come; of these, those of at least min_p
-    of the largest's. Of equal scores at the border of top_p those of the highest places are left, as torch sorts them.
+    them, as far as there are TIES places for it; of these, those after which, from the largest on, less than top_p has
+    come; of these, those of at least min_p of the largest's. Of equal scores at the border of top_p those of the
+    highest places are left, as torch sorts them.
     """
     batch, vocabulary = scores.shape
     scores, noise = readable(scores), noise.contiguous()
-    parts, room = cdiv(vocabulary, PART), power_of_two(top_k + TIES)
-    values = noise.new_empty(batch, parts, room)
-    places = scores.new_empty(batch, parts, room, dtype=torch.int32)
+    groups, room = cdiv(vocabulary, GROUP), power_of_two(top_k + TIES)
+    largest = scores.new_empty(batch, groups, dtype=torch.int32)
+    held, places = noise.new_empty(batch, room), scores.new_empty(batch, room, dtype=torch.int32)
     tokens, best = scores.new_empty(batch, dtype=torch.int64), noise.new_empty(batch)
-    pdl = dependent_launch(scores)
-    sizes = {"ROOM": room, "PDL": pdl}
+    scaled = scores, changes.banned, changes.least, changes.at, vocabulary, changes.factor
+    common = {"GROUP": GROUP, "BANS": changes.bans, "SPARE": _SPARE[scores.dtype], "PDL": dependent_launch(scores)}
     launch(
-        _candidates, (batch, parts), scores, values, places, changes.banned, changes.least, changes.at, vocabulary,
-        changes.factor, top_k, PART=PART, BANS=changes.bans, **sizes, num_warps=4,
+        _largest_of_groups, (batch, cdiv(groups, GROUPS)), *scaled, largest, groups,
+        GROUPS=GROUPS, **common, num_warps=4,
     )  # fmt: skip
-    block = power_of_two(parts * room)
     launch(
-        _draw, (batch,), values, places, noise, tokens, best, vocabulary, parts * room, top_k, 1 - top_p, min_p,
-        BLOCK=block, PDL=pdl, num_warps=max(4, min(16, block // 512)),
+        _draw, (batch,), *scaled, largest, groups, held, places, noise, tokens, best, top_k, 1 - top_p, min_p,
+        ALL=power_of_two(groups), ROOM=room, **common, num_warps=8,
     )  # fmt: skip
     return tokens, best
 
 
-@triton.jit
-def _largest_of(keys, count):
-    """The largest integer that at least `count` of the keys reach."""
-    low = tl.full((), -(2**31), tl.int64)
-    for bit in range(32):
-        middle = low + (tl.full((), 1, tl.int64) << (31 - bit))
-        reached = tl.sum((keys >= middle.to(tl.int32)).to(tl.int32), 0)
-        low = tl.where(reached >= count, middle, low)
-    return low.to(tl.int32)
-
-
 @launched
-def _candidates(
-    scores_ptr, found_ptr, places_ptr, banned_ptr, least_ptr, at_ptr, vocabulary, factor, top_k,
-    PART: tl.constexpr, BANS: tl.constexpr, ROOM: tl.constexpr, PDL: tl.constexpr,
+def _largest_of_groups(
+    scores_ptr, banned_ptr, least_ptr, at_ptr, vocabulary, factor, largest_ptr, groups,
+    GROUPS: tl.constexpr, GROUP: tl.constexpr, BANS: tl.constexpr, SPARE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    x, place, inside = part_of_scores(scores_ptr, banned_ptr, least_ptr, at_ptr, vocabulary, factor, PART, BANS)
-    keys = ordered(x)
-    least = _largest_of(keys, top_k)
-    larger, equal = (inside & (keys > least)).to(tl.int32), (inside & (keys == least)).to(tl.int32)
-    # For all that are larger there is room.
-    slot = tl.where(larger > 0, tl.cumsum(larger, 0), tl.sum(larger, 0) + tl.cumsum(equal, 0)) - 1
-    chosen = (larger + equal > 0) & (slot < ROOM)
-    out = (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * ROOM
-    tl.store(found_ptr + out + slot, x, mask=chosen)
-    tl.store(places_ptr + out + slot, place, mask=chosen)
-    empty = tl.arange(0, ROOM)
-    tl.store(found_ptr + out + empty, float("-inf"), mask=empty >= tl.sum(chosen.to(tl.int32), 0))
+    group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+    place = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    x = scores_at(place, place < vocabulary, scores_ptr, banned_ptr, least_ptr, at_ptr, vocabulary, BANS)
+    keys = tl.max(_key(x, factor, SPARE), 1)
+    tl.store(largest_ptr + tl.program_id(0).to(tl.int64) * groups + group, keys, mask=group < groups)
 
 
 @launched
 def _draw(
-    found_ptr, places_ptr, noise_ptr, tokens_ptr, best_ptr, vocabulary, count, top_k, tail, min_p,
-    BLOCK: tl.constexpr, PDL: tl.constexpr,
+    scores_ptr, banned_ptr, least_ptr, at_ptr, vocabulary, factor, largest_ptr, groups, held_ptr, places_ptr, noise_ptr,
+    tokens_ptr, best_ptr, top_k, tail, min_p,
+    ALL: tl.constexpr, ROOM: tl.constexpr,
+    GROUP: tl.constexpr, BANS: tl.constexpr, SPARE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     row = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, BLOCK)
-    x = tl.load(found_ptr + row * count + at, mask=at < count, other=float("-inf"))
-    keys = ordered(x)
-    left = (keys >= _largest_of(keys, top_k)) & (x != float("-inf"))
-    place = tl.load(places_ptr + row * count + at, mask=left, other=vocabulary)
+    held_ptr, places_ptr = held_ptr + row * ROOM, places_ptr + row * ROOM
+    group, slot = tl.arange(0, ALL), tl.arange(0, ROOM)
+    keys = tl.load(largest_ptr + row * groups + group, mask=group < groups, other=-(2**31))
+    low, high = tl.min(tl.where(group < groups, keys, _NO_KEY), 0), tl.max(keys, 0)
+    to, count, low = _places_of_largest(keys, group < groups, top_k, low, high, ROOM)
+    tl.store(places_ptr + to, group, mask=to < ROOM)
+    tl.debug_barrier()  # which programs read what their other threads wrote
+    chosen = tl.load(places_ptr + slot, mask=slot < count, other=0)
+    place = tl.reshape(chosen[:, None] * GROUP + tl.arange(0, GROUP)[None, :], (ROOM * GROUP,))
+    inside = tl.reshape((slot < count)[:, None] & (tl.arange(0, GROUP) < GROUP)[None, :], (ROOM * GROUP,))
+    inside = inside & (place < vocabulary)
+    x = scores_at(place, inside, scores_ptr, banned_ptr, least_ptr, at_ptr, vocabulary, BANS)
+    # So many scores as groups are as large as the least of these: where there are fewer groups, all scores count.
+    low = tl.where(groups < top_k, -(2**31), low)
+    to, count, low = _places_of_largest(_key(x, factor, SPARE), inside, top_k, low, high, ROOM)
+    tl.debug_barrier()
+    tl.store(held_ptr + to, x * factor, mask=to < ROOM)
+    tl.store(places_ptr + to, place, mask=to < ROOM)
+    tl.debug_barrier()
+    x = tl.load(held_ptr + slot, mask=slot < count, other=float("-inf"))
+    place = tl.load(places_ptr + slot, mask=slot < count, other=vocabulary)
     top = tl.max(x, 0)
-    weight = tl.where(left, tl.exp(x - top), 0.0)
-    # What may go, from the least on, as far as it is not more than this in all.
+    weight = _weight(x, top)
+    # From the least on, as far as it is not more than this in all, may go; but for the largest.
     spare = tl.sum(weight, 0) * tail
-    border = tl.full((), -(2**31), tl.int64)
-    for bit in range(32):
-        middle = border + (tl.full((), 1, tl.int64) << (31 - bit))
-        below = tl.sum(tl.where(keys < middle.to(tl.int32), weight, 0.0), 0)
-        border = tl.where(below <= spare, middle, border)
-    # All below the border may go. The largest score stays, and of those at the border go as many as may.
-    least = tl.minimum(border.to(tl.int32), tl.max(keys, 0))
-    equal = left & (keys == least)
-    each = tl.max(tl.where(equal, weight, 0.0), 0)
-    below = tl.sum(tl.where(keys < least, weight, 0.0), 0)
-    many = tl.sum(equal.to(tl.int32), 0)
-    going = tl.minimum(((spare - below) / each).to(tl.int32), many - 1)  # type: ignore[operator]
-    going = tl.where(spare > below, going, 0)
-    first = tl.full((), -1, tl.int32)
-    for bit in range(31):
-        middle = first + (tl.full((), 1, tl.int32) << (30 - bit))
-        before = tl.sum((equal & (place <= middle)).to(tl.int32), 0)
-        first = tl.where(before <= going, middle, first)
-    left = left & (keys >= least) & ((keys > least) | (place > first))
-    left = left & (weight >= min_p)
+    up_to = tl.zeros((ROOM,), tl.float32)
+    for first in range(0, ROOM, 64):  # ROOM by ROOM are too many for the registers
+        other = first + tl.arange(0, 64)
+        y = tl.load(held_ptr + other, mask=other < count, other=float("-inf"))[None, :]
+        equal = tl.load(places_ptr + other, mask=other < count, other=vocabulary)[None, :] <= place[:, None]
+        up_to += tl.sum(tl.where((y < x[:, None]) | ((y == x[:, None]) & equal), _weight(y, top), 0.0), 1)
+    last = tl.max(tl.where(x == top, place, -1), 0)
+    left = (x > float("-inf")) & ((up_to > spare) | (place == last)) & (weight >= min_p)
     noise = tl.load(noise_ptr + row * vocabulary + place, mask=left, other=1.0)
     quotient = tl.where(left, weight / noise, -1.0)
     best = tl.max(quotient, 0)
@@ -147,3 +140,48 @@ def _draw(
     broken = tl.max(tl.where(x != x, 1, tl.where(top == float("-inf"), 1, 0)), 0) == 1
     tl.store(tokens_ptr + row, tl.where(broken, 0, token).to(tl.int64))
     tl.store(best_ptr + row, tl.where(broken, float("nan"), best))
+
+
+@triton.jit
+def _weight(x, top):
+    return tl.where(x == float("-inf"), 0.0, tl.exp(x - top))
+
+
+@triton.jit
+def _key(x, factor, SPARE: tl.constexpr):
+    """Integers in the order of the scores: of narrow ones before they are divided, which keeps their order."""
+    if SPARE == 0:
+        x = x * factor
+    return ordered(x) >> SPARE
+
+
+@triton.jit
+def _places_of_largest(keys, inside, count, low, high, ROOM: tl.constexpr):
+    """(places, how many, border): for the `count` largest keys inside, which are from low to high, and those as large
+    as the last of them, which is the border, numbers from 0 on; ROOM for others, and where there is no room."""
+    border = _largest_of(keys, inside, count, low, high)
+    both = (inside & (keys > border)).to(tl.int32) + ((inside & (keys == border)).to(tl.int32) << 16)
+    numbers = tl.cumsum(both, 0)
+    total = tl.sum(both, 0).to(tl.int32)
+    larger = total & 0xFFFF  # for all of these there is room
+    place = tl.where(keys > border, numbers & 0xFFFF, larger + (numbers >> 16)) - 1
+    place = tl.where(both > 0, tl.minimum(place, ROOM), ROOM)
+    return place, tl.minimum(larger + (total >> 16), ROOM), border
+
+
+@triton.jit
+def _largest_of(keys, inside, count, low, high):
+    """The largest integer from low to high that at least `count` of the keys inside reach; low if fewer do."""
+    low, step = low.to(tl.int64), tl.full((), 1, tl.int64)
+    while low + 4 * step <= high:
+        step *= 4
+    while step > 0:
+        # Three counts in one sum.
+        reached = (inside & (keys >= tl.minimum(low + step, _NO_KEY).to(tl.int32))).to(tl.int64)
+        reached += (inside & (keys >= tl.minimum(low + 2 * step, _NO_KEY).to(tl.int32))).to(tl.int64) << 20
+        reached += (inside & (keys >= tl.minimum(low + 3 * step, _NO_KEY).to(tl.int32))).to(tl.int64) << 40
+        counts = tl.sum(reached, 0).to(tl.int64)
+        passed = ((counts & 0xFFFFF) >= count).to(tl.int64) + (((counts >> 20) & 0xFFFFF) >= count).to(tl.int64)
+        low += step * (passed + ((counts >> 40) >= count).to(tl.int64))
+        step >>= 2
+    return low.to(tl.int32)

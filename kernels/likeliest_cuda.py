@@ -57,7 +57,7 @@ def _best_of_part(
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    x, place, _ = part_of_scores(scores_ptr, banned_ptr, least_ptr, at_ptr, vocabulary, factor, PART, BANS)
+    x, place = part_of_scores(scores_ptr, banned_ptr, least_ptr, at_ptr, vocabulary, factor, PART, BANS)
     both = (ordered(x).to(tl.int64) << 32) | (0x7FFFFFFF - place).to(tl.int64)
     tl.store(best_ptr + tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1), tl.max(both, 0))
 

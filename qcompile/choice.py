@@ -43,8 +43,8 @@ class Choice:
     look at `ids`.
 
     The tokens and, with `return_scores`, the scores are those of transformers' loop after the same seed. If more than
-    TIES tokens (on GPUs more than 14 of one part of the vocabulary) have the score of the last of the top_k, only so
-    many of them can be drawn. `steady` choices never wait for the GPU.
+    TIES tokens have the score of the last of the top_k, only so many of them can be drawn. `steady` choices never wait
+    for the GPU.
     """
 
     def __init__(

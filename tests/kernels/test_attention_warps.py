@@ -122,8 +122,9 @@ def test_layouts_of_a_cache(check: Callable) -> None:
         check(q, *(x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v)), mask, tile)
         check(q, k[:, :, 3:590], v[:, :, 3:590], mask[..., :587], tile)
         check(q, k[:1].expand(2, -1, -1, -1), v[:, :1].expand(-1, 2, -1, -1), mask, tile)
-    for turned in (k.transpose(2, 3).contiguous().transpose(2, 3), k[..., : k.shape[3] - 16]):
-        assert attention_warps.refuses(q, turned, v, None)
+    apart = torch.empty(*k.shape[:3], k.shape[3] + 4, device="cuda", dtype=k.dtype)[..., : k.shape[3]]
+    for odd in (k.transpose(2, 3).contiguous().transpose(2, 3), apart):
+        assert "begin at multiples of 16 bytes" in (attention_warps.refuses(q, odd, v, None) or "")
     want = attention.meaning(q.double(), k.double(), v.double(), None, False, SCALE, None)
     got = attention_decode.attend(q, k.transpose(2, 3).contiguous().transpose(2, 3), v, None, SCALE)
     torch.testing.assert_close(got.double(), want, rtol=0.02, atol=0.02)

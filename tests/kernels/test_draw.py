@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers.generation import logits_process as theirs
 
 from qcompile.kernels._scores import Changes
-from qcompile.kernels.draw import PART, TIES, draw, refuses
+from qcompile.kernels.draw import TIES, draw, refuses
 
-VOCABULARY = 2 * PART + 100
+VOCABULARY = 4196
 ALL = {"top_k": 50, "top_p": 1.0, "min_p": 0.0}
 WAYS = [
     {},
@@ -72,6 +72,31 @@ def test_nothing_to_draw_from(device: str) -> None:
     assert best.isnan().tolist() == [False, True, True]
 
 
+@pytest.mark.parametrize("kind", ["all but equal", "infinite", "of both signs"])
+def test_scores_close_together_and_far_apart(kind: str, device: str) -> None:
+    scores = (
+        torch.zeros(1, VOCABULARY, device=device)
+        if kind != "of both signs"
+        else torch.full((1, VOCABULARY), -3e38, device=device)
+    )
+    least = torch.finfo(torch.float32).smallest_normal
+    few = {"all but equal": [least, 2 * least], "infinite": [-torch.inf, torch.inf], "of both signs": [-1e-30, 1e-30]}[
+        kind
+    ]
+    scores[0, [700, 40]] = torch.tensor(few, device=device)
+    if kind == "infinite":
+        scores[0, 40] = torch.finfo(torch.float32).max
+    assert draw(scores, torch.ones_like(scores), 1, 1.0, 0.0)[0].item() == 40
+
+
+@pytest.mark.parametrize("vocabulary", [70, 1000])
+def test_fewer_groups_than_top_k(vocabulary: int, device: str) -> None:
+    scores = torch.randn(2, vocabulary, device=device)
+    noise = torch.empty_like(scores).exponential_()
+    likely = processed(scores, 50, 0.9, 0.0).softmax(-1)
+    assert torch.equal(draw(scores, noise, 50, 0.9, 0.0)[0], (likely / noise).argmax(-1))
+
+
 def test_fewer_than_top_k(device: str) -> None:
     scores = torch.full((1, VOCABULARY), -torch.inf, device=device)
     scores[0, 3000] = -1.0
@@ -98,7 +123,7 @@ def test_scores_are_changed_where_they_are_read(dtype: torch.dtype, device: str)
 
 def test_refusals(device: str) -> None:
     like = torch.empty(0, device=device)
-    assert refuses(like, 128256, 50) is None and refuses(like, 128256, 128 - TIES) is None
-    assert refuses(like, 128256, 1000) == "handles no top_k of 1000 among 128256"
-    assert refuses(like, PART, 5) == f"handles no top_k of 5 among {PART}"
+    assert refuses(like, 262144, 50) is None and refuses(like, 500, 256 - TIES) is None
+    assert refuses(like, 128256, 257 - TIES) == f"handles no top_k of {257 - TIES} among 128256"
+    assert refuses(like, 262145, 5) == "handles no top_k of 5 among 262145"
     assert refuses(torch.empty(0, device="meta"), 128256, 5) == "needs cuda, x is on meta"

@@ -65,10 +65,13 @@ LENGTHS = {"banned_ptr": "*i1", "least_ptr": "*i64", "at_ptr": "*i64"}
 
 @pytest.mark.parametrize("scores", ["*fp32", "*fp16"])
 def test_draw(compiled: Callable, assert_fits: Callable, scores: str) -> None:
-    types = {"scores_ptr": scores, **LENGTHS}
-    assert_fits(compiled(draw._candidates, 4, types=types, PART=draw.PART, BANS=1, ROOM=64))
-    assert_fits(compiled(draw._draw, 8, BLOCK=4096))
-    assert_fits(compiled(draw._draw, 16, BLOCK=draw.MOST))
+    int32 = dict.fromkeys(("largest_ptr", "places_ptr"), "*i32")
+    types = {"scores_ptr": scores, "noise_ptr": "*fp32", "held_ptr": "*fp32", "tokens_ptr": "*i64", "best_ptr": "*fp32"}
+    read = {"types": types | int32 | LENGTHS, "GROUP": draw.GROUP, "BANS": 1, "SPARE": 0 if scores == "*fp32" else 13}
+    assert_fits(compiled(draw._largest_of_groups, 4, GROUPS=draw.GROUPS, **read))
+    assert_fits(compiled(draw._draw, 8, ALL=draw.MOST // 2, ROOM=draw.MOST // 2 // draw.GROUP, **read))
+    if scores == "*fp32":
+        assert_fits(compiled(draw._draw, 8, ALL=draw.MOST, ROOM=draw.MOST // draw.GROUP, **read), stack=128)
 
 
 def test_likeliest(compiled: Callable, assert_fits: Callable) -> None:
