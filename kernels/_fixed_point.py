@@ -18,10 +18,11 @@ def read_inputs(x_row, chunk, word, K, UNITS: gl.constexpr):
 
 @gluon.jit
 def fixed_point(
-    x, weights, DTYPE: gl.constexpr, NORM: gl.constexpr, OFFSET: gl.constexpr, UNITS: gl.constexpr, L: gl.constexpr
-):
+    x, weights, DTYPE: gl.constexpr, NORM: gl.constexpr, OFFSET: gl.constexpr, UNITS: gl.constexpr,
+    FALLING: gl.constexpr, L: gl.constexpr,
+):  # fmt: skip
     """Inputs, times the norm's weights, in fixed point: (two words for four of them, what one is worth, their sum); and
-    the sum of their squares."""
+    the sum of their squares. Falling, one of each next unit is worth twice as much."""
     floats = ()
     largest = gl.full(x[0].shape, 0.0, gl.float32, layout=L)
     total = largest
@@ -41,6 +42,8 @@ def fixed_point(
     words = ()
     for unit in gl.static_range(UNITS):
         a, b, c, d = floats[unit]
+        if FALLING and unit > 0:
+            scale *= 0.5
         words += (
             pick_bytes(_fixed(a, scale), _fixed(b, scale), 0x5410),
             pick_bytes(_fixed(c, scale), _fixed(d, scale), 0x5410),

@@ -1,8 +1,8 @@
 """One or two rows times a quantized weight, in integers: bound by reading the weight.
 
-x is turned into 16-bit fixed point, with a scale for each thread's 16 to 64 inputs, which is finer than bfloat16 and
-float16 are; DP2A multiplies two of them with two codes at once, exactly. Around the product: an RMS norm of x, a gate's
-activation and product, and a residual sum.
+x is turned into 16-bit fixed point (13 bits at least where codes have one), with a scale for each thread's 16 to 64
+inputs, which is finer than bfloat16 and float16 are; DP2A multiplies two of them with two codes at once, exactly.
+Around the product: an RMS norm of x, a gate's activation and product, and a residual sum.
 
 A program takes several whole weight rows. It copies them to shared memory, at some widths with their scales and zero
 points, before it waits for the kernel that makes x, so that the memory has work while one kernel ends and the next
@@ -172,7 +172,9 @@ def _dot(
         of_row = ()
         for index in gl.static_range(0, PARTS * FIELDS, SHARING):
             weights = norms[index : index + SHARING] if norm_ptr is not None else None
-            fixed, square = fixed_point(inputs[index : index + SHARING], weights, DTYPE, NORM, OFFSET, SHARING, L)
+            fixed, square = fixed_point(
+                inputs[index : index + SHARING], weights, DTYPE, NORM, OFFSET, SHARING, _falls(W), L
+            )
             of_row += (fixed,)
             squares += square
         xs += (of_row,)
@@ -249,7 +251,7 @@ def _products(
 ):  # fmt: skip
     """A step's weights times x, summed by thread: (outputs, chunks)."""
     COUNT: gl.constexpr = W.fields // SHARING
-    # Codes that stay where they lie in their bytes save a shift each; a unit's sum is shifted instead.
+    # Codes that stay where they lie in their bytes save a shift each: a unit's sum is shifted instead, or x is.
     IN_PLACE: gl.constexpr = W.p1 == 0 and W.p0 < 8
     y = 0.0
     for part in gl.static_range(PARTS):
@@ -259,10 +261,10 @@ def _products(
             dot = 0
             for unit in gl.static_range(SHARING):
                 code = codes(words, i * SHARING + unit, W, IN_PLACE)
-                if IN_PLACE:
+                if IN_PLACE and not _falls(W):
                     dot <<= W.p0
                 dot = dp2a(x[2 * unit], x[2 * unit + 1], code, dot)
-            dot = gl.sum(dot, 2).to(gl.float32) * (size * _worth((i + 1) * SHARING - 1, W))
+            dot = gl.sum(dot, 2).to(gl.float32) * (size * _worth(i * SHARING, SHARING, W))
             zero = W.offset * 1.0 if len(zeros) == 0 else zeros[_side(part * COUNT + i, SHARING, W)].to(gl.float32)
             scale = scales[_side(part * COUNT + i, SHARING, W)].to(gl.float32)
             # A NaN or infinity in x is in the total.
@@ -277,6 +279,16 @@ def _side(index: int, units: int, layout: Layout) -> int:
 
 
 @constexpr_function
-def _worth(last: int, layout: Layout) -> float:
-    """What one is worth in a sum of units in place, of which this is the last."""
-    return 1.0 / (1 << last * layout.p0 % 8) if layout.p1 == 0 else 1.0
+def _falls(layout: Layout) -> bool:
+    """Are inputs that meet the next unit's codes half as large? Of four units that leaves 13 bits at least.
+
+    NOTE: the linears of a layer of Llama-3-8B, u1/g64, H100: 30.6 -> 29.6 µs.
+    """
+    return layout.bits == 1
+
+
+@constexpr_function
+def _worth(first: int, units: int, layout: Layout) -> float:
+    """What one is worth in a sum of so many units in place, of which this is the first."""
+    place = first if _falls(layout) else first + units - 1
+    return 1.0 / (1 << place * layout.p0 % 8) if layout.p1 == 0 else 1.0

@@ -21,7 +21,7 @@ from qcompile.kernels import (
 from qcompile.kernels._tuning import Device
 from qcompile.kernels._weight import Layout
 
-U4, I8, I2, I3 = "u4/g64/asym", "i8/row/sym", "i2/g64/sym", "i3/g64/sym"
+U4, I8, I2, I3, U1 = "u4/g64/asym", "i8/row/sym", "i2/g64/sym", "i3/g64/sym", "u1/g64/sym"
 FP8, NF4 = "fp8_e4m3/b128x128/sym", "nf4/g64/sym"
 
 
@@ -86,6 +86,7 @@ def test_dequantize(compiled: Callable, assert_fits: Callable, spec: str) -> Non
     (U4, 1, 4096, 14336, False),
     (U4, 2, 4096, 4096, True),
     (U4, 2, 28672, 4096, True),
+    (U1, 1, 28672, 4096, True),
 )
 def test_dot(
     tensor_core_chip: Device,
