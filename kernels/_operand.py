@@ -109,7 +109,6 @@ def _sides_of(row, step, K, CODES: gl.constexpr, PIECE: gl.constexpr, W: gl.cons
     WARPS: gl.constexpr = gl.num_warps()
     SHARE: gl.constexpr = min(W.run, CODES)
     GROUPS: gl.constexpr = CODES // SHARE
-    PARTS: gl.constexpr = max(1, PIECE // SHARE)
     L: gl.constexpr = rows_layout(GROUPS, WARPS)
     i = gl.arange(0, GROUPS, layout=gl.SliceLayout(0, L))
     if W.group == 0:
@@ -120,9 +119,15 @@ def _sides_of(row, step, K, CODES: gl.constexpr, PIECE: gl.constexpr, W: gl.cons
         at = gl.minimum(step * CODES + i * SHARE, K - 1) // W.group
     start, offset = row
     offset = gl.convert_layout(offset, gl.SliceLayout(1, L), assert_trivial=True)
-    sides = gl.load(start + (offset[:, None] + at[None, :]))
-    sides = gl.reshape(sides, [16 * WARPS, 1, max(1, GROUPS // PARTS), PARTS])
-    return unstack(gl.permute(sides, (0, 1, 3, 2)), max(1, GROUPS // PARTS))
+    return by_piece(gl.load(start + (offset[:, None] + at[None, :])), PIECE, SHARE)
+
+
+@gluon.jit
+def by_piece(sides, PIECE: gl.constexpr, SHARE: gl.constexpr):
+    """Sides (rows, groups) for each piece, or several at once; SHARE codes have the same."""
+    PARTS: gl.constexpr = max(1, PIECE // SHARE)
+    COUNT: gl.constexpr = max(1, sides.shape[1] // PARTS)
+    return unstack(gl.permute(gl.reshape(sides, [sides.shape[0], 1, COUNT, PARTS]), (0, 1, 3, 2)), COUNT)
 
 
 @gluon.jit

@@ -101,6 +101,15 @@ class MmaTile:
     together: int
     warp_groups: bool
 
+    @property
+    def ahead(self) -> int:
+        """Steps on their way. A warp group's products run on while it unpacks the next step's codes."""
+        return self.stages - (2 if self.warp_groups else 1)
+
+    def stage_bytes(self, bits: int) -> int:
+        """Of codes and of x."""
+        return self.codes * (2 * self.warps * bits + 2 * self.tokens)
+
 
 @dataclass(frozen=True)
 class GemmTile:

@@ -146,7 +146,7 @@ def fits(choice: Choice, product: Product, device: Device) -> bool:
         whole = tile.codes >= max(64, step) and tile.split <= tile.warps and tile.stages >= 2
         return whole and tile.parts * tile.split * tile.codes <= product.inputs and tile.stages * a_stage <= shared
     if isinstance(tile, MmaTile):
-        a_stage = tile.codes * (2 * tile.warps * layout.bits + 2 * tile.tokens)
+        a_stage = tile.stage_bytes(layout.bits)
         whole = tile.codes >= max(64, step) and tile.stages >= (3 if tile.warp_groups else 2) and tile.warps % 4 == 0
         return whole and tile.splits * tile.codes <= product.inputs and tile.stages * a_stage <= shared
     if isinstance(tile, WgmmaTile):
@@ -185,8 +185,7 @@ def _mma_tiles(tile: MmaTile, product: Product, device: Device) -> Iterator[MmaT
         if codes not in (tile.codes // 2, tile.codes, tile.codes * 2):
             continue
         near = replace(tile, codes=codes, warps=warps, together=together)
-        a_stage = codes * (2 * warps * _bits(product) + 2 * tile.tokens)
-        if (stages := min(4, device.shared_bytes // (together * a_stage))) >= 2:
+        if (stages := min(4, device.shared_bytes // (together * near.stage_bytes(_bits(product))))) >= 2:
             programs = cdiv(product.outputs, 16 * warps) * cdiv(product.rows, tile.tokens)
             for splits in _parts(programs, product.inputs // (3 * codes), device.processors * together):
                 yield replace(near, stages=stages, splits=splits)

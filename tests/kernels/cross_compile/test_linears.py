@@ -145,8 +145,9 @@ def test_mma(
     sizes = {"TOKENS": tile.tokens, "CODES": tile.codes, "STAGES": tile.stages, "WARP_GROUPS": tile.warp_groups}
     absent, registers = absent_of(spec), min(255, 2048 // (tile.warps * tile.together))
     sizes |= {"registers": registers, "ACTIVATION": "silu"}
-    for gated in (False, True) if spec == U4 and rows in (16, 160) else (False,):
-        kernel = compiled(linear_mma._mma, tile.warps, absent=absent, GATED=gated, **reads(spec), **sizes)
+    for gated, copied in ((False, False), (True, rows == 16)) if rows in (16, 160) else ((False, rows < 100),):
+        kinds = {"GATED": gated, "COPIED": copied and spec == U4}
+        kernel = compiled(linear_mma._mma, tile.warps, absent=absent, **kinds, **reads(spec), **sizes)
         assert_fits(kernel)
         assert_overlaps(kernel)
 
