@@ -76,7 +76,7 @@ def test_keys_that_nobody_attends_to_are_not_read(tile: WarpsTile, check: Callab
 
 @each_tile
 @on_hopper
-def test_a_mask_that_the_kernel_before_writes(tile: WarpsTile, check: Callable) -> None:
+def test_a_mask_that_the_kernel_before_writes(tile: WarpsTile, assert_close: Callable) -> None:
     """In a graph, where the kernel begins before that is done, and peeks at what it was."""
     q, k, v = tensors(1, 8, 2, 1, 900)
     lengths = torch.tensor([1, 700, 3, 900, 450], device="cuda")
@@ -97,9 +97,7 @@ def test_a_mask_that_the_kernel_before_writes(tile: WarpsTile, check: Callable) 
         graph.replay()
         for length, got in zip(lengths.tolist(), found):
             exact = (x.double() for x in (q, k[:, :, :length], v[:, :, :length]))
-            torch.testing.assert_close(
-                got.double(), attention.meaning(*exact, None, False, SCALE, None), rtol=0.02, atol=0.02
-            )
+            assert_close(got, attention.meaning(*exact, None, False, SCALE, None))
 
 
 @each_tile
@@ -114,7 +112,7 @@ def test_rows_that_attend_to_nothing(tile: WarpsTile, assert_close: Callable) ->
 
 
 @on_hopper
-def test_layouts_of_a_cache(check: Callable) -> None:
+def test_layouts_of_a_cache(check: Callable, assert_close: Callable) -> None:
     """Heads last but one, a stretch of a longer cache, an expanded batch; and what is left to attention_decode."""
     q, k, v = tensors(2, 4, 2, 1, 600)
     mask = torch.rand(2, 1, 1, 1200, device="cuda")[..., ::2] < 0.7
@@ -127,7 +125,7 @@ def test_layouts_of_a_cache(check: Callable) -> None:
         assert "begin at multiples of 16 bytes" in (attention_warps.refuses(q, odd, v, None) or "")
     want = attention.meaning(q.double(), k.double(), v.double(), None, False, SCALE, None)
     got = attention_decode.attend(q, k.transpose(2, 3).contiguous().transpose(2, 3), v, None, SCALE)
-    torch.testing.assert_close(got.double(), want, rtol=0.02, atol=0.02)
+    assert_close(got, want)
 
 
 @on_hopper
