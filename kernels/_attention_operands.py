@@ -1,9 +1,9 @@
-"""Keys and values as operands of mma, for attention of up to eight query rows; as warps have read them from memory.
+"""Keys and values as operands of mma, for attention of up to eight query rows; as warps read them from shared memory.
 
 Lane 4g + t reads columns 8t … 8t + 7, and every 32nd further on, of keys g, g + 8 …: products with queries may take
 columns in any order. Of values it reads columns 8g … 8g + 7, and 64 further on, of keys 2t, 2t + 1, 2t + 8 …, whose
-weights are what those products have given it. So nothing changes lanes, nor passes through shared memory. Tensors have
-a first axis of warps, each of which has keys and sums of its own.
+weights are what those products have given it. So nothing changes lanes. Tensors have a first axis of warps, each of
+which has keys and sums of its own.
 """
 
 from __future__ import annotations

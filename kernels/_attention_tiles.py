@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qcompile.kernels._clusters import MOST, has_clusters
 from qcompile.kernels._tiles import cdiv, power_of_two
@@ -27,26 +27,39 @@ class AttentionTile:
 class WarpsTile:
     """What programs of attention_warps make: `splits` of them read every splits-th block of keys each. They are a
     `cluster` or leave their parts in memory. The kernel behind starts when they do, or when they have read all keys.
-    Keys and values of so many steps are `fetched` to the L2 cache while the kernel before is not done."""
+    So many `pieces` of keys and values are fetched to the L2 cache while the kernel before is not done, and in shared
+    memory is room for so many steps `ahead`."""
 
     splits: int
     cluster: bool
     early: bool
-    fetched: int
+    pieces: int
+    ahead: int = 1
 
 
 def warps_tile(pairs: int, keys: int, device: Device) -> WarpsTile:
     """For `pairs` sequences and key/value heads.
 
-    NOTE: µs on an H100, calls behind one another: 8 pairs over 513 of 1024 keys 4.7 in clusters, 5.5 if the next kernel
-    starts at once; 8192 keys 16.8, in clusters of 8 parts 18.9; 128 pairs over 8192 keys 177.6 if the next
-    kernel starts behind the keys, 180.6 if it starts at once.
+    NOTE: µs on an H100, calls behind one another: 8 pairs over 513 of 1024 keys 3.9 in clusters, 5.8 if the next kernel
+    starts at once; 8192 keys 16.0, in clusters of 8 parts 18.1 to 22.3; 128 pairs over 513 of 1024 keys 14.1, 17.1 if
+    the next kernel starts behind the keys, 15.8 with three steps ahead.
     """
     splits = floor_power(min(cdiv(keys, 128), device.processors // pairs, 64))
     in_one, small = keys <= 128 * splits, 2 * pairs * splits <= device.processors
-    if has_clusters(device) and in_one and small and 1 < splits <= MOST:
-        return WarpsTile(splits, cluster=True, early=False, fetched=1)
-    return WarpsTile(splits, cluster=False, early=splits > 1, fetched=4)
+    cluster = has_clusters(device) and in_one and small and 1 < splits <= MOST
+    pieces, ahead = (1, 1) if in_one else (4, 2)
+    return WarpsTile(splits, cluster, not cluster, pieces, ahead)
+
+
+def step_tile(pairs: int, keys: int, device: Device) -> WarpsTile | None:
+    """As warps_tile, of attention_warps_into_cache; None where attention_tile is taken.
+
+    NOTE: a layer of Llama-3-8B over 513 of 1024 keys, H100: 47.9 µs in clusters, 52.2 if the next kernel starts behind
+    the keys; by attention_tile 48.9. Of parts that lie in memory 8192 keys 60.4 to 62.9 µs, by attention_tile 62.2, but
+    513 of 8192 keys 52.0 to 53.3 and 50.7.
+    """
+    tile = warps_tile(pairs, keys, device)
+    return replace(tile, early=True) if tile.splits == 1 or tile.cluster else None
 
 
 def attention_tile(pairs: int, rows: int, keys: int, columns: int, itemsize: int, device: Device) -> AttentionTile:

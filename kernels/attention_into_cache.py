@@ -9,7 +9,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from qcompile.kernels import _attention_tiles, _tuning, attention_decode, rope_into_cache
+from qcompile.kernels import (
+    _attention_tiles,
+    _tuning,
+    attention_decode,
+    attention_warps,
+    attention_warps_into_cache,
+    rope_into_cache,
+)
 from qcompile.kernels._attention import (
     FETCHED,
     SCAN_ELEMENTS,
@@ -76,9 +83,14 @@ def attention_into_cache_cuda(
     query, key, value, cos = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value, cos))
     if sin.stride() != cos.stride():
         cos, sin = cos.contiguous(), sin.contiguous()
-    block_d, block_dv = (max(16, power_of_two(n)) for n in (width, value_width))
     group = heads // kv_heads
     device = _tuning.Device.of(keys.device)
+    by_warps = attention_warps.refuses(query, keys, values, mask, softcap) is None
+    if by_warps and (tile := _attention_tiles.step_tile(batch * kv_heads, capacity, device)):
+        return attention_warps_into_cache.attend(
+            query, key, value, cos, sin, keys, values, positions, mask, scale, tile
+        )
+    block_d, block_dv = (max(16, power_of_two(n)) for n in (width, value_width))
     tile = _attention_tiles.attention_tile(
         batch * kv_heads, group, capacity, max(block_d, block_dv), keys.itemsize, device
     )

@@ -1,6 +1,8 @@
-"""Attention of up to eight query rows on Hopper, with keys and values read straight into operands of mma.
+"""Attention of up to eight query rows on Hopper, whose warps have keys of their own.
 
-As `_split` of attention_decode; but each warp has keys of its own, so that warps wait for one another at the end alone.
+As `_split` of attention_decode; but warps wait for one another at the end alone, and read operands of mma from where
+they have been copied to in shared memory. A thread needs few registers, which leaves room for programs of the next
+kernel.
 """
 
 from __future__ import annotations
@@ -13,16 +15,18 @@ from torch import Tensor
 
 from qcompile.kernels import _attention_tiles, _tuning
 from qcompile.kernels._attention import mask_strides
+from qcompile.kernels._attention_keys import fetch_ahead
 from qcompile.kernels._attention_operands import as_queries, column_of, of_products, of_queries, of_rows, together
 from qcompile.kernels._attention_parts import combine, given, leave, of_parts, partial_results
 from qcompile.kernels._attention_tiles import WarpsTile
-from qcompile.kernels._attention_warps import fetch, first_step, walk
+from qcompile.kernels._attention_warps import begin_steps, rings, walk
 from qcompile.kernels._clusters import are_launched, enter, exchange, give, launch_clusters, meet, take
 from qcompile.kernels._gluon import gl, gluon, launch_dependents, launched, wait
 from qcompile.kernels._tiles import INTERPRET, dependent_launch, launch, power_of_two
 
 MAX_ROWS = 8
-WARPS, WARP_KEYS = 8, 16
+# Warps, keys of a step of each, and keys that are fetched at once while the kernel before is not done.
+WARPS, WARP_KEYS, PIECE = 8, 16, 64
 
 
 def refuses(
@@ -63,24 +67,33 @@ def attend(
     rows = heads // kv_heads * length
     out = query.new_empty(batch, heads, length, width)
     mask_batch, _, _, mask_column = mask_strides(mask, batch, heads, length, keys)
+    inputs, sizes = (query, key, value, mask), (kv_heads, rows, length, keys, scale, *query.stride()[:3])
+    strides = *key.stride()[:3], *value.stride()[:3], mask_batch, mask_column
     if tile is None:
         tile = _attention_tiles.warps_tile(batch * kv_heads, keys, _tuning.Device.of(key.device))
-    if tile.cluster and not are_launched(key.device, tile.splits):
+    launch_warps(_attend, inputs, out, (*sizes, *strides), (batch * kv_heads, rows, keys), tile)
+    return out
+
+
+def launch_warps(
+    kernel: Any, inputs: tuple[Tensor | None, ...], out: Tensor, sizes: tuple[Any, ...], shape: tuple[int, int, int],
+    tile: WarpsTile,
+) -> None:  # fmt: skip
+    """Of `shape` are the sequences times key/value heads, the query rows of each, and the keys."""
+    pairs, rows, keys = shape
+    if tile.cluster and not are_launched(out.device, tile.splits):
         tile = replace(tile, cluster=False)
     sums = parts = None
     if tile.splits > 1 and not tile.cluster:
-        sums, parts = partial_results(query, batch * heads * length, tile.splits, width)
-    sizes = kv_heads, rows, length, keys, scale, *query.stride()[:3]
-    args = query, key, value, mask, out, sums, parts, *sizes, *key.stride()[:3], *value.stride()[:3]
-    constants = constants_of(tile, rows, keys, width)
-    constants |= {"PDL": dependent_launch(query), "num_warps": constants.pop("warps")}
+        sums, parts = partial_results(out, pairs * rows, tile.splits, out.shape[-1])
+    constants = constants_of(tile, rows, keys, out.shape[-1])
+    constants |= {"PDL": dependent_launch(out), "num_warps": constants.pop("warps")}
     if tile.cluster:
-        launch_clusters(_attend, tile.splits, (batch * kv_heads,), *args, mask_batch, mask_column, **constants)
+        launch_clusters(kernel, tile.splits, (pairs,), *inputs, out, sums, parts, *sizes, **constants)
     else:
-        launch(_attend, (batch * kv_heads * tile.splits,), *args, mask_batch, mask_column, **constants)
+        launch(kernel, (pairs * tile.splits,), *inputs, out, sums, parts, *sizes, **constants)
     if sums is not None and parts is not None:
         combine(sums, parts, out)
-    return out
 
 
 def constants_of(tile: WarpsTile, rows: int, keys: int, width: int) -> dict[str, Any]:
@@ -91,7 +104,9 @@ def constants_of(tile: WarpsTile, rows: int, keys: int, width: int) -> dict[str,
         "KEYS": WARP_KEYS,
         "SPLITS": tile.splits,
         "CLUSTER": tile.cluster,
-        "FETCHED": tile.fetched,
+        "PIECE": PIECE,
+        "PIECES": tile.pieces,
+        "AHEAD": tile.ahead,
         "IN_ONE": keys <= WARP_KEYS * WARPS * tile.splits,
         "EARLY": tile.early,
         "warps": WARPS,
@@ -104,7 +119,8 @@ def _attend(
     q_batch, q_head, q_row, k_batch, k_head, K_ROW: gl.constexpr, v_batch, v_head, V_ROW: gl.constexpr,
     mask_batch, mask_column,
     D: gl.constexpr, ROWS: gl.constexpr, KEYS: gl.constexpr, SPLITS: gl.constexpr, CLUSTER: gl.constexpr,
-    FETCHED: gl.constexpr, IN_ONE: gl.constexpr, EARLY: gl.constexpr, PDL: gl.constexpr,
+    PIECE: gl.constexpr, PIECES: gl.constexpr, AHEAD: gl.constexpr, IN_ONE: gl.constexpr, EARLY: gl.constexpr,
+    PDL: gl.constexpr,
 ):  # fmt: skip
     WARPS: gl.constexpr = gl.num_warps()
     if CLUSTER:
@@ -117,23 +133,25 @@ def _attend(
     v_ptr += batch * v_batch + kv_head * v_head
     if mask_ptr is not None:
         mask_ptr += batch * mask_batch
-    masks = mask_ptr, mask_column, keys
+    masks = mask_ptr, mask_column, keys, None
     if PDL:
-        fetch(k_ptr, masks, part, K_ROW, D, WARPS * KEYS, SPLITS, FETCHED)
-        fetch(v_ptr, masks, part, V_ROW, D, WARPS * KEYS, SPLITS, FETCHED)
+        fetch_ahead(k_ptr, v_ptr, masks, part, K_ROW, V_ROW, D, KEYS, SPLITS, IN_ONE, PIECE, PIECES)
         wait()
     # Row r is query position r % length of head r // length of the group.
     row, d = _query_places(WARPS, D)
     q_at = batch * q_batch + (kv_head * (rows // length) + row // length) * q_head
     q = gl.load(q_ptr + (q_at + (row % length).to(gl.int64) * q_row + d), mask=(row < rows) & (d >= 0), other=0.0)
-    step = first_step(k_ptr, v_ptr, masks, part, K_ROW, V_ROW, D, KEYS, SPLITS, IN_ONE)
+    room = rings(D, KEYS, AHEAD)
+    steps = begin_steps(k_ptr, v_ptr, masks, part, room, K_ROW, V_ROW, SPLITS, IN_ONE)
     y = gl.full([WARPS, D, 8], 0.0, gl.float32, of_products(WARPS))
     top = gl.full([WARPS, 8], float("-inf"), gl.float32, of_rows(WARPS, KEYS))
     total = gl.full([WARPS, 8], 0.0, gl.float32, of_rows(WARPS, KEYS))
-    sums = walk(as_queries(q), (y, top, total), step, k_ptr, v_ptr, masks, part, scale, K_ROW, V_ROW, KEYS, SPLITS)
+    sums = walk(
+        as_queries(q), (y, top, total), steps, k_ptr, v_ptr, masks, part, room, scale, K_ROW, V_ROW, SPLITS, IN_ONE
+    )
     if PDL and not EARLY:
         launch_dependents()  # not earlier: waiting programs would take bandwidth from those that read
-    _finish(sums, out_ptr, sums_ptr, parts_ptr, pair, part, rows, ROWS, SPLITS, CLUSTER)
+    finish(together(sums, ROWS), out_ptr, sums_ptr, parts_ptr, pair, part, rows, SPLITS, CLUSTER)
 
 
 @gluon.jit
@@ -146,13 +164,11 @@ def _query_places(WARPS: gl.constexpr, D: gl.constexpr):
 
 
 @gluon.jit
-def _finish(
-    sums, out_ptr, sums_ptr, parts_ptr, pair, part, rows,
-    ROWS: gl.constexpr, SPLITS: gl.constexpr, CLUSTER: gl.constexpr,
-):  # fmt: skip
-    """Sum what all warps, or programs of a cluster, have found, and store it, or what `combine` sums."""
-    D: gl.constexpr = sums[0].shape[1]
-    y, top, total = together(sums, ROWS)
+def finish(sums, out_ptr, sums_ptr, parts_ptr, pair, part, rows, SPLITS: gl.constexpr, CLUSTER: gl.constexpr):
+    """Store what a program has found, (columns, rows), or what `combine` or its cluster sums."""
+    y, top, total = sums
+    D: gl.constexpr = y.shape[0]
+    ROWS: gl.constexpr = y.shape[1]
     column = column_of(gl.arange(0, D, layout=gl.SliceLayout(1, y.type.layout)))[:, None]
     row = gl.arange(0, ROWS, layout=gl.SliceLayout(0, y.type.layout))[None, :]
     if CLUSTER:

@@ -20,7 +20,8 @@ def on_hopper(test: Callable[..., None]) -> Callable[..., None]:
     return pytest.mark.cuda(pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute capability 9")(test))
 
 
-TILES = [WarpsTile(1, False, False, 4), WarpsTile(4, False, True, 4), WarpsTile(8, True, False, 1)]
+TILES = [WarpsTile(1, False, False, 4), WarpsTile(4, False, True, 4, ahead=2), WarpsTile(8, True, False, 1)]
+TILES += [WarpsTile(8, True, True, 3, ahead=3)]
 each_tile = pytest.mark.parametrize("tile", TILES, ids=str)
 # batch, heads, kv_heads, length, keys: in one step of some tiles, and in several
 SHAPES = {
@@ -164,3 +165,5 @@ def test_tiles(pairs: int, keys: int) -> None:
     assert tile.splits & (tile.splits - 1) == 0
     assert tile.splits == 1 or pairs * tile.splits <= device.processors
     assert not tile.cluster or (1 < tile.splits <= MOST and keys <= 128 * tile.splits)
+    step = _attention_tiles.step_tile(pairs, keys, device)
+    assert step is None or (step.early and (step.splits == 1 or step.cluster))
