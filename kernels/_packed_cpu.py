@@ -31,6 +31,8 @@ SOURCES = (
     "few_rows.h",
     "panels.h",
     "many_codes.h",
+    "bf16_units.h",
+    "many_rows_dot.h",
     "many_rows.h",
     "tiles.h",
     "many_rows_tiles.h",
@@ -105,6 +107,7 @@ def library(defines: str) -> ctypes.CDLL:
     found.many_codes.argtypes, found.many_codes.restype = [*weight, *codes_and_y], None
     found.many_codes_tiles.argtypes, found.many_codes_tiles.restype = [*weight, *codes_and_y], None
     found.has_many_rows.argtypes, found.has_many_rows.restype = [], number
+    found.has_many_rows_dot.argtypes, found.has_many_rows_dot.restype = [], number
     found.has_many_codes.argtypes, found.has_many_codes.restype = [], number
     found.has_tiles.argtypes, found.has_tiles.restype = [], number
     found.has_many_codes_tiles.argtypes, found.has_many_codes_tiles.restype = [size, size], number
@@ -122,6 +125,7 @@ class Reader:
     many_rows_tiles   the same by matrix instructions, for rows in bfloat16
     many_codes_tiles  the same by matrix instructions
     has_dot     does few_rows multiply numbers of 16 bits as integers?
+    has_many_rows_dot  does many_rows multiply some rows in bfloat16 without transposing codes?
     group       inputs that share a scale
     height      rows that share their scales
     by_row      does each row, or each `height` rows, have scales of their own?
@@ -137,6 +141,7 @@ class Reader:
     many_rows_tiles: Callable[..., None] | None
     many_codes_tiles: Callable[..., None] | None
     has_dot: bool
+    has_many_rows_dot: bool
     columns: int
     group: int
     groups: int
@@ -161,6 +166,7 @@ class Reader:
             many_rows_tiles=found.many_rows_tiles if found.has_tiles() else None,
             many_codes_tiles=found.many_codes_tiles if found.has_many_codes_tiles(columns, columns // groups) else None,
             has_dot=bool(found.has_dot(columns, columns // groups)),
+            has_many_rows_dot=bool(found.has_many_rows_dot()),
             columns=columns,
             group=columns // groups,
             groups=groups,

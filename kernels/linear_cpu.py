@@ -42,22 +42,26 @@ SOURCES = (
     "chain_op.cpp",
 )
 
-# The most rows that few_rows takes; where it multiplies 16 bits as integers, of codes of fewer than eight bits, and of
-# others. ms of one thread, few_rows | many_rows, float32 16384 × 2048, Zen 4:
+# The most rows that few_rows takes; where it multiplies 16 bits as integers, of codes of fewer than eight bits, of
+# others, and of the former in bfloat16 beside products of pairs. ms of one thread, few_rows | many_rows, float32
+# 16384 × 2048, Zen 4:
 #               4 rows        5 rows        8 rows
 # u4 float32    4.53 | 6.78   7.99 | 6.57   11.4 | 8.36
 # u8 float32    4.92 | 7.26   7.96 | 7.05   11.9 | 8.81
-# Times torch's bfloat16 linear, two threads of Zen 5, weights from memory, few_rows | many_rows:
-#                   9 rows        11 rows       12 rows       13 rows
-# u4 8192 × 2048    1.95 | 1.52   1.81 | 1.68   1.59 | 1.61   1.67 | 1.60
-#    2048 × 8192    1.76 | 1.51   1.63 | 1.40   1.55 | 1.43   1.50 | 1.47
-# u7 8192 × 2048    1.66 | 1.12   1.72 | 1.09   1.51 | 1.07   1.50 | 1.10
-#    2048 × 8192    1.60 | 1.15   1.48 | 1.08   1.45 | 1.09   1.30 | 1.03
-# u8 8192 × 2048    1.34 | 1.34   1.26 | 1.31   1.19 | 1.30   1.12 | 1.29
-#    2048 × 8192    1.33 | 1.26   1.23 | 1.26   1.12 | 1.23   1.12 | 1.24
+# Times torch's bfloat16 linear, two threads of Zen 5, weights from memory, few_rows | many_rows, where that has
+# products of pairs without transposing (many_rows_dot.h: u2, u4, u8) and where not:
+#                   8 rows        10 rows       12 rows       14 rows       16 rows
+# u2 2048 × 8192    2.36 | 2.52   1.93 | 2.18   1.66 | 2.04
+# u4 2048 × 8192    2.22 | 2.16   1.97 | 2.07   1.69 | 2.00                 1.43 | 1.78
+#    8192 × 2048    2.28 | 2.26                 1.66 | 1.93                 1.38 | 1.70
+# u8 2048 × 8192    1.79 | 1.28   1.46 | 1.45   1.29 | 1.37
+#    8192 × 2048    1.69 | 1.29   1.46 | 1.48   1.28 | 1.52
+# u3 2048 × 8192    2.09 | 1.29                 1.52 | 1.22   1.47 | 1.26   1.29 | 1.21
+# u5 8192 × 2048    2.04 | 1.35                 1.52 | 1.32   1.39 | 1.32   1.32 | 1.23
+# u7 2048 × 8192    2.12 | 0.94                 1.64 | 0.97                 1.46 | 1.04
 # A step of decoding in one call (ops/fused_linear.FEW_ROWS) needs as many as eight.
 FEW_ROWS = 4
-FEW_ROWS_OF_NARROW_CODES, FEW_ROWS_OF_16_BITS = 12, 10
+FEW_ROWS_OF_NARROW_CODES, FEW_ROWS_OF_16_BITS, FEW_ROWS_BESIDE_PAIRS = 16, 10, 8
 # Beside many_rows_tiles. µs of torch's bfloat16 linear by those of few_rows | many_rows_tiles (with panels of half the
 # inputs and slower bookkeeping), two cores of a Xeon with AMX, three copies in turn, 8192 × 2048 and 2048 × 8192:
 #                   4 rows        8 rows        12 rows       16 rows       64 rows   512 rows
@@ -154,7 +158,10 @@ def most_few_rows(dtype: torch.dtype, reader: packed.Reader) -> int:
         return FEW_ROWS_BESIDE_TILES
     if dtype == torch.float32 or not reader.has_dot:
         return FEW_ROWS
-    return FEW_ROWS_OF_NARROW_CODES if reader.bytes < reader.columns else FEW_ROWS_OF_16_BITS
+    if reader.bytes >= reader.columns:
+        return FEW_ROWS_OF_16_BITS
+    beside_pairs = dtype == torch.bfloat16 and reader.has_many_rows_dot
+    return FEW_ROWS_BESIDE_PAIRS if beside_pairs else FEW_ROWS_OF_NARROW_CODES
 
 
 @functools.lru_cache(maxsize=4096)

@@ -1,6 +1,6 @@
 // Many rows of x: tiles of the weight are dequantized into the cache, transposed for outer products, and multiplied by
-// all rows of x. The sums of TILE outputs times a block of rows of x stay in registers. What many_codes.h does with fewer
-// instructions is left to it.
+// all rows of x. The sums of TILE outputs times a block of rows of x stay in registers. Some rows in bfloat16 are left
+// to many_rows_dot.h.
 //
 // A step is one float32 input, or a pair of bfloat16 inputs where the processor multiplies pairs.
 
@@ -102,6 +102,29 @@ INLINE void multiply_block(int m, const uint32_t* panel, const uint32_t* x, int6
     }
 }
 
+// A block of rows of x, step by step, so that the inner loop reads on and on.
+template <bool PAIRS>
+void pack_rows(const void* x, int64_t x_stride, int kind, int64_t rows, int64_t columns, int64_t steps, uint32_t* to) {
+    const int64_t at_once = PAIRS ? 2 * LANES : LANES;
+    for (int64_t s = 0; s < steps; s += LANES) {
+        const int64_t k = PAIRS ? 2 * s : s, count = std::max<int64_t>(0, std::min(at_once, columns - k));
+        __m512i v[16] = {};
+        for (int64_t m = 0; m < rows; m++) {
+            const char* from = (const char*)x + (m * x_stride + k) * size_of(kind);
+            if (count == at_once) {
+                v[m] = PAIRS ? _mm512_loadu_si512(from) : bits_of<__m512i>(load16(from, 0, kind));
+            } else {
+                v[m] = PAIRS ? _mm512_maskz_loadu_epi16((1ull << count) - 1, from)
+                             : bits_of<__m512i>(load_some(from, 0, count, kind));
+            }
+        }
+        if (PAIRS)  // 0 and 2, 1 and 3 of each four, as in fill_panel
+            for (int64_t m = 0; m < rows; m++) v[m] = _mm512_shufflehi_epi16(_mm512_shufflelo_epi16(v[m], 0xd8), 0xd8);
+        transpose16(v);
+        for (int j = 0; j < 16; j++) _mm512_mask_storeu_epi32(to + (s + j) * rows, (1 << rows) - 1, v[j]);
+    }
+}
+
 template <bool PAIRS>
 void many_rows(const Weight& w, const void* x, int64_t x_rows, int64_t x_stride, const Output& out, int threads) {
     constexpr int64_t DEPTH = PAIRS ? 512 : 256;              // steps that are worked on, and summed up, at a time
@@ -170,15 +193,27 @@ extern "C" int has_many_rows() {
 #endif
 }
 
+// Are some rows in bfloat16 multiplied as many_rows_dot.h does?
+extern "C" int has_many_rows_dot() {
+#ifdef HAS_BF16_DOT
+    return paired::MOST_ROWS_OF_X > 0;
+#else
+    return 0;
+#endif
+}
+
 extern "C" void many_rows(WEIGHT_ARGUMENTS, const void* x, int64_t x_rows, int64_t x_stride, int kind, void* y,
                           const void* bias, int bias_kind, int threads) {
 #ifdef HAS_AVX512
     const Weight w = WEIGHT;
     const Output out = {y, bias, rows, kind, bias_kind};
 #ifdef HAS_BF16_DOT
-    if (kind == BF16 && has_pairs(w, x_rows))
-        return many_codes<Pairs>(w, {x, x_stride}, nullptr, x_rows, out, threads);
-    if (kind == BF16) return many_rows<true>(w, x, x_rows, x_stride, out, threads);
+    if (kind == BF16) {
+        if (x_rows > paired::MOST_ROWS_OF_X) return many_rows<true>(w, x, x_rows, x_stride, out, threads);
+        return with_way(w, [&](auto way) {
+            paired::many_rows<decltype(way)>(w, (const uint16_t*)x, x_rows, x_stride, out, threads);
+        });
+    }
 #endif
     many_rows<false>(w, x, x_rows, x_stride, out, threads);
 #endif

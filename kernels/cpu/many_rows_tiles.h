@@ -12,31 +12,13 @@ constexpr int64_t DEPTH = 1024;                      // inputs of a panel
 constexpr int64_t STEPS = DEPTH / STEP, UNITS = DEPTH / UNIT;
 constexpr int64_t MOST_ROWS = 512, MOST_PANELS = 8;  // that share x and sums in the cache
 
-// Where the inputs of a unit are in its two steps; BY_TABLE: by a table of what codes stand for.
-template <bool BY_TABLE> struct Order {
-    alignas(64) uint16_t at[2][STEP] = {};
-    constexpr Order() {
-        for (int step = 0; step < 2; step++)
-            for (int i = 0; i < STEP; i++) at[step][i] = BY_TABLE ? 2 * i + step : 4 * (i % 16) + i / 16 * 2 + step;
-    }
-};
-template <bool BY_TABLE> constexpr Order<BY_TABLE> ORDER;
-
 // Inputs from `first` on, at most `units` of 64, of sixteen rows of x (or the few that are left, and zeros).
 template <bool BY_TABLE>
 void pack_rows(const uint16_t* x, int64_t x_stride, int64_t rows, int64_t columns, int64_t first, int64_t units,
                Tile* to) {
-    const __m512i even = _mm512_load_si512(ORDER<BY_TABLE>.at[0]), odd = _mm512_load_si512(ORDER<BY_TABLE>.at[1]);
     for (int64_t k = first; k < first + units * UNIT; k += UNIT, to += 2) {
         __m512i a[16] = {}, b[16] = {};
-        const uint64_t there = _bzhi_u64(~0ull, std::min(UNIT, columns - k));
-        for (int64_t m = 0; m < rows; m++) {
-            const uint16_t* from = x + m * x_stride + k;
-            const __m512i low = _mm512_maskz_loadu_epi16(there, from);
-            const __m512i high = _mm512_maskz_loadu_epi16(there >> 32, from + 32);
-            a[m] = _mm512_permutex2var_epi16(low, even, high);
-            b[m] = _mm512_permutex2var_epi16(low, odd, high);
-        }
+        for (int64_t m = 0; m < rows; m++) order_unit<BY_TABLE>(x + m * x_stride, k, columns, a[m], b[m]);
         transpose16(a);
         transpose16(b);
         for (int i = 0; i < 16; i++) {
@@ -44,30 +26,6 @@ void pack_rows(const uint16_t* x, int64_t x_stride, int64_t rows, int64_t column
             _mm512_store_si512(to[1].row[i], b[i]);
         }
     }
-}
-
-// How codes become numbers. BY_TABLE: each is looked up among the sixteen that its group has. WHOLE: no group ends
-// within a unit; else those of a table end at the halves of units.
-template <bool BY_TABLE_, bool WHOLE_> struct Way {
-    static constexpr bool BY_TABLE = BY_TABLE_, WHOLE = WHOLE_;
-};
-
-// Whose scales a unit has: the groups of its halves, and of each number in a vector, from the first half's on.
-struct Place {
-    __m512i lane;
-    int64_t half[2];
-};
-
-std::vector<Place> places_of(const Weight& w) {
-    std::vector<Place> places;
-    for (int64_t k = 0; k < w.columns; k += UNIT) {
-        int64_t group[4];
-        for (int64_t i = 0; i < 4; i++) group[i] = std::min((k + i * LANES) / w.group, w.groups() - 1);
-        alignas(64) int32_t lane[LANES];
-        for (int64_t i = 0; i < LANES; i++) lane[i] = group[i / 4] - group[0];
-        places.push_back({_mm512_load_si512(lane), {group[0], group[2]}});
-    }
-    return places;
 }
 
 // Dequantizes a panel, a unit of a row at a time, here and there between products.
@@ -102,46 +60,9 @@ template <typename Way> struct Filler {
             const __m512i codes = __builtin_expect(unit < whole_units, 1) ? codes64<false>(row[r], unit, columns)
                                                                           : codes64<true>(row[r], unit, columns);
             char* at = to[r / SIDE * steps + 2 * u].row[r % SIDE];
-            write(codes, scales + r * groups, zeros + r * groups, places[unit], at, at + sizeof(Tile));
+            dequantize_unit<Way>(codes, scales + r * groups, zeros + r * groups, places[unit], at, at + sizeof(Tile));
         }
         next = i;
-    }
-
-    static INLINE void write(__m512i codes, const float* scale, const float* zero, const Place& place, char* even,
-                             char* odd) {
-        const int64_t g = place.half[0];
-        if constexpr (Way::BY_TABLE) {
-            auto table_of = [&](int64_t g) __attribute__((always_inline)) {
-                const __m512 all = bits_of<__m512>(numbers(FIRST_CODES));
-                return _mm512_mul_ps(_mm512_sub_ps(all, _mm512_set1_ps(zero[g])), _mm512_set1_ps(scale[g]));
-            };
-            __m512i table, second = _mm512_srli_epi16(codes, 8);
-            if (Way::WHOLE) {
-                table = _mm512_castsi256_si512(bits_of<__m256i>(_mm512_cvtneps_pbh(table_of(g))));
-            } else {
-                table = bits_of<__m512i>(_mm512_cvtne2ps_pbh(table_of(place.half[1]), table_of(g)));
-                const __m512i half = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
-                codes = _mm512_or_si512(codes, half), second = _mm512_or_si512(second, half);
-            }
-            _mm512_store_si512(even, _mm512_permutexvar_epi16(codes, table));
-            _mm512_store_si512(odd, _mm512_permutexvar_epi16(second, table));
-        } else {
-            auto side = [&](const float* from) __attribute__((always_inline)) {
-                if (Way::WHOLE) return _mm512_set1_ps(from[g]);
-                return _mm512_permutexvar_ps(place.lane, _mm512_loadu_ps(from + g));
-            };
-            const __m512 s = side(scale), shift = _mm512_mul_ps(s, side(zero));
-            auto value = [&](__m512i codes) __attribute__((always_inline)) {
-                return _mm512_fmsub_ps(bits_of<__m512>(numbers(bits_of<i32x16>(codes))), s, shift);
-            };
-            const __m512i byte = _mm512_set1_epi32(255);
-            const __m512 code0 = value(_mm512_and_si512(codes, byte));
-            const __m512 code1 = value(_mm512_and_si512(_mm512_srli_epi32(codes, 8), byte));
-            const __m512 code2 = value(_mm512_and_si512(_mm512_srli_epi32(codes, 16), byte));
-            const __m512 code3 = value(_mm512_srli_epi32(codes, 24));
-            _mm512_store_si512(even, bits_of<__m512i>(_mm512_cvtne2ps_pbh(code2, code0)));
-            _mm512_store_si512(odd, bits_of<__m512i>(_mm512_cvtne2ps_pbh(code3, code1)));
-        }
     }
 };
 
@@ -274,10 +195,8 @@ extern "C" void many_rows_tiles(WEIGHT_ARGUMENTS, const void* x, int64_t x_rows,
 #ifdef HAS_TILES
     const Weight w = WEIGHT;
     const Output out = {y, bias, rows, kind, bias_kind};
-    const bool whole = w.group % UNIT == 0 || w.groups() == 1;
-    const auto multiply = whole                             ? tiled::many_rows<tiled::Way<FEW_VALUES, true>>
-                          : FEW_VALUES && w.group % 32 == 0 ? tiled::many_rows<tiled::Way<FEW_VALUES, false>>
-                                                            : tiled::many_rows<tiled::Way<false, false>>;
-    multiply(w, (const uint16_t*)x, x_rows, x_stride, out, threads);
+    with_way(w, [&](auto way) {
+        tiled::many_rows<decltype(way)>(w, (const uint16_t*)x, x_rows, x_stride, out, threads);
+    });
 #endif
 }

@@ -45,28 +45,29 @@ template <bool PAIRS> INLINE __m512 multiply_step(__m512 sum, __m512i a, __m512i
     return _mm512_fmadd_ps(bits_of<__m512>(a), bits_of<__m512>(b), sum);
 }
 
-// A block of rows of x, step by step, so that the inner loop reads on and on.
-template <bool PAIRS>
-void pack_rows(const void* x, int64_t x_stride, int kind, int64_t rows, int64_t columns, int64_t steps, uint32_t* to) {
-    const int64_t at_once = PAIRS ? 2 * LANES : LANES;
-    for (int64_t s = 0; s < steps; s += LANES) {
-        const int64_t k = PAIRS ? 2 * s : s, count = std::max<int64_t>(0, std::min(at_once, columns - k));
-        __m512i v[16] = {};
-        for (int64_t m = 0; m < rows; m++) {
-            const char* from = (const char*)x + (m * x_stride + k) * size_of(kind);
-            if (count == at_once) {
-                v[m] = PAIRS ? _mm512_loadu_si512(from) : bits_of<__m512i>(load16(from, 0, kind));
-            } else {
-                v[m] = PAIRS ? _mm512_maskz_loadu_epi16((1ull << count) - 1, from)
-                             : bits_of<__m512i>(load_some(from, 0, count, kind));
+// scale and shift have a row of TILE for each group; a number is code * scale - shift.
+struct Sides {
+    float *scale, *shift;
+
+    // Of sixteen rows of the weight, into columns from `column` on. `room` has 32 rows of scales.
+    void fill(const Weight& w, int64_t n, int64_t column, float* room) const {
+        const int64_t groups = whole(w.groups());
+        for (int r = 0; r < 16; r++) w.sides(room + r * groups, room + (16 + r) * groups, std::min(n + r, w.rows - 1));
+        for (int64_t g = 0; g < groups; g += LANES) {
+            __m512i scales[16], shifts[16];
+            for (int r = 0; r < 16; r++) {
+                const __m512 s = _mm512_loadu_ps(room + r * groups + g);
+                scales[r] = bits_of<__m512i>(s);
+                shifts[r] = bits_of<__m512i>(_mm512_mul_ps(s, _mm512_loadu_ps(room + (16 + r) * groups + g)));
+            }
+            transpose16(scales), transpose16(shifts);
+            for (int64_t j = 0; j < 16; j++) {
+                _mm512_store_si512(scale + (g + j) * TILE + column, scales[j]);
+                _mm512_store_si512(shift + (g + j) * TILE + column, shifts[j]);
             }
         }
-        if (PAIRS)  // 0 and 2, 1 and 3 of each four, as in fill_panel
-            for (int64_t m = 0; m < rows; m++) v[m] = _mm512_shufflehi_epi16(_mm512_shufflelo_epi16(v[m], 0xd8), 0xd8);
-        transpose16(v);
-        for (int j = 0; j < 16; j++) _mm512_mask_storeu_epi32(to + (s + j) * rows, (1 << rows) - 1, v[j]);
     }
-}
+};
 
 }  // namespace
 #endif

@@ -29,7 +29,7 @@ SPECS = [
     *("fp4_e2m1/g16/sym", "fp4_e2m1/g32/sym", "fp6_e2m3/g32/sym", "fp6_e3m2/g48/sym", "fp8_e4m3/row/sym"),
     *("fp8_e4m3/b16x32/sym", "fp8_e4m3/b128x128/sym", "fp8_e4m3/tensor/sym", "fp8_e5m2/g64/sym", "i8/b5x64/sym"),
 ]
-ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 17, 64)
+ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 17, 64, 130)
 OUTPUTS = (1, 2, 5, 15, 16, 17, 48, 49, 100)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
