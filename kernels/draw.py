@@ -31,7 +31,7 @@ MOST = 8192
 # Places for more than top_k: several have the score of the last one, in 16 bits often.
 TIES = 64
 # Low bits of float32 in which numbers of a narrower type, made float32, have nothing to tell.
-_SPARE = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
+_LOW_BITS = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
 # Larger than the key of any score.
 _NO_KEY = tl.constexpr(2**31 - 1)
 
@@ -48,11 +48,11 @@ def draw(
 ) -> tuple[Tensor, Tensor]:
     """(tokens i64[batch], best f32[batch]): of every row of scores [batch, vocabulary], after the changes, the place of
     the largest quotient of probability and `noise` f32[batch, vocabulary] of positive numbers, and a multiple of that
-    quotient, NaN where there is no probability.
+    quotient; 0 and NaN where there is no probability: a score is NaN or inf, or all are -inf.
 
     Probabilities are the softmax over what is left: the top_k largest scores, and what is as large as the least of
-    them, as far as there are TIES places for it; of these, those after which, from the largest on, less than top_p has
-    come; of these, those of at least min_p of the largest's. Of equal scores at the border of top_p those of the
+    them, for as many as TIES of the lowest places; of these, those after which, from the largest on, less than top_p
+    has come; of these, those of at least min_p of the largest's. Of equal scores at the border of top_p those of the
     highest places are left, as torch sorts them.
     """
     batch, vocabulary = scores.shape
@@ -62,7 +62,12 @@ def draw(
     held, places = noise.new_empty(batch, room), scores.new_empty(batch, room, dtype=torch.int32)
     tokens, best = scores.new_empty(batch, dtype=torch.int64), noise.new_empty(batch)
     scaled = scores, changes.banned, changes.least, changes.at, vocabulary, changes.factor
-    common = {"GROUP": GROUP, "BANS": changes.bans, "SPARE": _SPARE[scores.dtype], "PDL": dependent_launch(scores)}
+    common = {
+        "GROUP": GROUP,
+        "BANS": changes.bans,
+        "LOW_BITS": _LOW_BITS[scores.dtype],
+        "PDL": dependent_launch(scores),
+    }
     launch(
         _largest_of_groups, (batch, cdiv(groups, GROUPS)), *scaled, largest, groups,
         GROUPS=GROUPS, **common, num_warps=4,
@@ -77,7 +82,7 @@ def draw(
 @launched
 def _largest_of_groups(
     scores_ptr, banned_ptr, least_ptr, at_ptr, vocabulary, factor, largest_ptr, groups,
-    GROUPS: tl.constexpr, GROUP: tl.constexpr, BANS: tl.constexpr, SPARE: tl.constexpr, PDL: tl.constexpr,
+    GROUPS: tl.constexpr, GROUP: tl.constexpr, BANS: tl.constexpr, LOW_BITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
@@ -85,7 +90,7 @@ def _largest_of_groups(
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     place = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     x = scores_at(place, place < vocabulary, scores_ptr, banned_ptr, least_ptr, at_ptr, vocabulary, BANS)
-    keys = tl.max(_key(x, factor, SPARE), 1)
+    keys = tl.max(_key(x, factor, LOW_BITS), 1)
     tl.store(largest_ptr + tl.program_id(0).to(tl.int64) * groups + group, keys, mask=group < groups)
 
 
@@ -94,7 +99,7 @@ def _draw(
     scores_ptr, banned_ptr, least_ptr, at_ptr, vocabulary, factor, largest_ptr, groups, held_ptr, places_ptr, noise_ptr,
     tokens_ptr, best_ptr, top_k, tail, min_p,
     ALL: tl.constexpr, ROOM: tl.constexpr,
-    GROUP: tl.constexpr, BANS: tl.constexpr, SPARE: tl.constexpr, PDL: tl.constexpr,
+    GROUP: tl.constexpr, BANS: tl.constexpr, LOW_BITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
@@ -104,17 +109,17 @@ def _draw(
     group, slot = tl.arange(0, ALL), tl.arange(0, ROOM)
     keys = tl.load(largest_ptr + row * groups + group, mask=group < groups, other=-(2**31))
     low, high = tl.min(tl.where(group < groups, keys, _NO_KEY), 0), tl.max(keys, 0)
-    to, count, low = _places_of_largest(keys, group < groups, top_k, low, high, ROOM)
+    to, count, low = _slots_of_largest(keys, group < groups, top_k, low, high, ROOM)
     tl.store(places_ptr + to, group, mask=to < ROOM)
-    tl.debug_barrier()  # which programs read what their other threads wrote
+    tl.debug_barrier()  # threads read what others wrote
     chosen = tl.load(places_ptr + slot, mask=slot < count, other=0)
     place = tl.reshape(chosen[:, None] * GROUP + tl.arange(0, GROUP)[None, :], (ROOM * GROUP,))
-    inside = tl.reshape((slot < count)[:, None] & (tl.arange(0, GROUP) < GROUP)[None, :], (ROOM * GROUP,))
+    inside = tl.reshape(tl.broadcast_to((slot < count)[:, None], (ROOM, GROUP)), (ROOM * GROUP,))
     inside = inside & (place < vocabulary)
     x = scores_at(place, inside, scores_ptr, banned_ptr, least_ptr, at_ptr, vocabulary, BANS)
-    # So many scores as groups are as large as the least of these: where there are fewer groups, all scores count.
+    # At least top_k scores reach the border of the groups, unless there are fewer groups.
     low = tl.where(groups < top_k, -(2**31), low)
-    to, count, low = _places_of_largest(_key(x, factor, SPARE), inside, top_k, low, high, ROOM)
+    to, count, low = _slots_of_largest(_key(x, factor, LOW_BITS), inside, top_k, low, high, ROOM)
     tl.debug_barrier()
     tl.store(held_ptr + to, x * factor, mask=to < ROOM)
     tl.store(places_ptr + to, place, mask=to < ROOM)
@@ -129,15 +134,16 @@ def _draw(
     for first in range(0, ROOM, 64):  # ROOM by ROOM are too many for the registers
         other = first + tl.arange(0, 64)
         y = tl.load(held_ptr + other, mask=other < count, other=float("-inf"))[None, :]
-        equal = tl.load(places_ptr + other, mask=other < count, other=vocabulary)[None, :] <= place[:, None]
-        up_to += tl.sum(tl.where((y < x[:, None]) | ((y == x[:, None]) & equal), _weight(y, top), 0.0), 1)
+        behind = tl.load(places_ptr + other, mask=other < count, other=vocabulary)[None, :] > place[:, None]
+        up_to += tl.sum(tl.where((y < x[:, None]) | ((y == x[:, None]) & ~behind), _weight(y, top), 0.0), 1)
     last = tl.max(tl.where(x == top, place, -1), 0)
     left = (x > float("-inf")) & ((up_to > spare) | (place == last)) & (weight >= min_p)
     noise = tl.load(noise_ptr + row * vocabulary + place, mask=left, other=1.0)
     quotient = tl.where(left, weight / noise, -1.0)
     best = tl.max(quotient, 0)
     token = tl.min(tl.where(left & (quotient == best), place, vocabulary), 0)
-    broken = tl.max(tl.where(x != x, 1, tl.where(top == float("-inf"), 1, 0)), 0) == 1
+    # Where the largest is infinite, nothing is left.
+    broken = tl.max(tl.where(x != x, 1, tl.where(best < 0, 1, 0)), 0) == 1  # type: ignore[operator]
     tl.store(tokens_ptr + row, tl.where(broken, 0, token).to(tl.int64))
     tl.store(best_ptr + row, tl.where(broken, float("nan"), best))
 
@@ -148,25 +154,25 @@ def _weight(x, top):
 
 
 @triton.jit
-def _key(x, factor, SPARE: tl.constexpr):
+def _key(x, factor, LOW_BITS: tl.constexpr):
     """Integers in the order of the scores: of narrow ones before they are divided, which keeps their order."""
-    if SPARE == 0:
+    if LOW_BITS == 0:
         x = x * factor
-    return ordered(x) >> SPARE
+    return ordered(x) >> LOW_BITS
 
 
 @triton.jit
-def _places_of_largest(keys, inside, count, low, high, ROOM: tl.constexpr):
-    """(places, how many, border): for the `count` largest keys inside, which are from low to high, and those as large
-    as the last of them, which is the border, numbers from 0 on; ROOM for others, and where there is no room."""
+def _slots_of_largest(keys, inside, count, low, high, ROOM: tl.constexpr):
+    """(slots, how many, border) of keys from low to high: slots 0, 1, … for the `count` largest of those inside, and
+    behind them for those equal to the least of these, the border, as far as there is ROOM; ROOM for all others."""
     border = _largest_of(keys, inside, count, low, high)
     both = (inside & (keys > border)).to(tl.int32) + ((inside & (keys == border)).to(tl.int32) << 16)
     numbers = tl.cumsum(both, 0)
     total = tl.sum(both, 0).to(tl.int32)
     larger = total & 0xFFFF  # for all of these there is room
-    place = tl.where(keys > border, numbers & 0xFFFF, larger + (numbers >> 16)) - 1
-    place = tl.where(both > 0, tl.minimum(place, ROOM), ROOM)
-    return place, tl.minimum(larger + (total >> 16), ROOM), border
+    slot = tl.where(keys > border, numbers & 0xFFFF, larger + (numbers >> 16)) - 1
+    slot = tl.where(both > 0, tl.minimum(slot, ROOM), ROOM)
+    return slot, tl.minimum(larger + (total >> 16), ROOM), border
 
 
 @triton.jit

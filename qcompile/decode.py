@@ -31,13 +31,14 @@ def decode(
     generation_config: Any,
     streamer: Any = None,
     recordings: Recordings | None = None,
+    fresh: bool = False,
     **model_kwargs: Any,
 ) -> Any:
     """What transformers' `_sample` returns for the same arguments, token by token.
 
     Where `model` takes steps unlike other models', `_sample` itself runs, and a warning says why. Raises ConfigError,
     before anything runs, if the tokens do not fit the static cache. On a GPU, steps over static caches become
-    `recordings` if there are such.
+    `recordings` if there are such; over a `fresh` one, which is empty, a prompt's length is then one of a few.
     """
     from transformers.generation.utils import GenerateDecoderOnlyOutput
 
@@ -55,7 +56,7 @@ def decode(
     all_scores = [] if config.return_dict_in_generate and config.output_scores else None
     all_logits = [] if config.return_dict_in_generate and config.output_logits else None
     step = Step(model, config, model_kwargs, room)
-    logits = step.first(input_ids)
+    logits = step.first(input_ids, fresh and steady and recordings is not None)
     state = step.state(input_ids)
     criteria, limit = _without_known(stopping_criteria)
     if any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria):

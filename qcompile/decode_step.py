@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qcompile import prompt
 from qcompile.again import Bound
 from qcompile.decode_state import State
 from qcompile.errors import ConfigError
@@ -43,8 +44,18 @@ class Step:
         self.bound: Bound | None = None
         self.as_is = False
 
-    def first(self, input_ids: Tensor) -> Tensor:
-        return self._logits(self.model._prefill(input_ids, self.config, self.given))
+    def first(self, input_ids: Tensor, fresh: bool = False) -> Tensor:
+        """The call on the prompt. Where the cache is `fresh`, a static one that is still empty, prompts of several
+        lengths are calls of one."""
+        given, more = self.given, 0
+        if fresh and self.room is not None and prompt.refuses(self.model, self.config, input_ids, given) is None:
+            length = prompt.length_of(self.model, input_ids, self.room)
+            more = length - input_ids.shape[1]
+            input_ids, given = prompt.lengthened(input_ids, given, length)
+        logits = self._logits(self.model._prefill(input_ids, self.config, given))
+        if more:
+            self.undo(more)
+        return logits
 
     def state(self, input_ids: Tensor) -> State:
         """Where the calls after the first find their token, its positions and the mask."""
@@ -100,8 +111,7 @@ class Step:
 
     def undo(self, count: int) -> None:
         """Forget the last tokens of a static cache. What they wrote will be written over and is hidden until then."""
-        for layer in self.cache.layers:
-            layer.cumulative_length.sub_(count)
+        torch.ops.aten._foreach_sub_([layer.cumulative_length for layer in self.cache.layers], count)
 
 
 def _lengthened(mask: Tensor, length: int) -> Tensor:

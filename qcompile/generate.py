@@ -59,7 +59,7 @@ class Generate:
                 kwargs = self._with_stop_strings(kwargs)
                 recordings = self.recordings if runner.config.cuda_graphs else None
                 kwargs["custom_generate"] = functools.partial(
-                    decode, streamer=kwargs.get("streamer"), recordings=recordings
+                    decode, streamer=kwargs.get("streamer"), recordings=recordings, fresh=cache is not None
                 )
         # Our forward is compiled already; transformers would wrap it in torch.compile again.
         kwargs.setdefault("disable_compile", True)

@@ -25,7 +25,7 @@ MOST_TOKENS = 4096
 # Larger results would take more memory, and a copy of it at each call, than is saved in time.
 MOST_BYTES = 64 << 20
 # Recordings of a program that are kept: of as many caches, batch sizes or lengths of prompts.
-KEPT = 16
+KEPT = 32
 # Kinds of calls that are counted until they have come often enough.
 COUNTED = 64
 

@@ -65,27 +65,23 @@ def test_what_is_left_is_what_may_be_drawn(device: str) -> None:
 
 
 def test_nothing_to_draw_from(device: str) -> None:
-    scores = torch.randn(3, VOCABULARY, device=device)
-    scores[1] = -torch.inf
-    scores[2, 77] = torch.nan
-    best = draw(scores, torch.ones_like(scores), **ALL)[1]
-    assert best.isnan().tolist() == [False, True, True]
+    for dtype in (torch.float32, torch.float16):
+        scores = torch.randn(6, VOCABULARY, device=device).to(dtype)
+        scores[1] = -torch.inf
+        scores[2, 77] = scores[5] = torch.nan
+        scores[3, 5] = scores[4, [7, 4000]] = torch.inf
+        tokens, best = draw(scores, torch.ones_like(scores, dtype=torch.float32), **ALL)
+        assert best.isnan().tolist() == [False, True, True, True, True, True]
+        assert tokens.tolist() == [scores[0].argmax().item(), 0, 0, 0, 0, 0]
 
 
-@pytest.mark.parametrize("kind", ["all but equal", "infinite", "of both signs"])
-def test_scores_close_together_and_far_apart(kind: str, device: str) -> None:
-    scores = (
-        torch.zeros(1, VOCABULARY, device=device)
-        if kind != "of both signs"
-        else torch.full((1, VOCABULARY), -3e38, device=device)
-    )
-    least = torch.finfo(torch.float32).smallest_normal
-    few = {"all but equal": [least, 2 * least], "infinite": [-torch.inf, torch.inf], "of both signs": [-1e-30, 1e-30]}[
-        kind
-    ]
+LEAST, MOST = torch.finfo(torch.float32).smallest_normal, torch.finfo(torch.float32).max
+
+
+@pytest.mark.parametrize(("rest", "few"), [(0.0, (LEAST, 2 * LEAST)), (0.0, (-MOST, MOST)), (-MOST, (-LEAST, LEAST))])
+def test_scores_close_together_and_far_apart(rest: float, few: tuple[float, float], device: str) -> None:
+    scores = torch.full((1, VOCABULARY), rest, device=device)
     scores[0, [700, 40]] = torch.tensor(few, device=device)
-    if kind == "infinite":
-        scores[0, 40] = torch.finfo(torch.float32).max
     assert draw(scores, torch.ones_like(scores), 1, 1.0, 0.0)[0].item() == 40
 
 

@@ -67,7 +67,8 @@ LENGTHS = {"banned_ptr": "*i1", "least_ptr": "*i64", "at_ptr": "*i64"}
 def test_draw(compiled: Callable, assert_fits: Callable, scores: str) -> None:
     int32 = dict.fromkeys(("largest_ptr", "places_ptr"), "*i32")
     types = {"scores_ptr": scores, "noise_ptr": "*fp32", "held_ptr": "*fp32", "tokens_ptr": "*i64", "best_ptr": "*fp32"}
-    read = {"types": types | int32 | LENGTHS, "GROUP": draw.GROUP, "BANS": 1, "SPARE": 0 if scores == "*fp32" else 13}
+    low_bits = 0 if scores == "*fp32" else 13
+    read = {"types": types | int32 | LENGTHS, "GROUP": draw.GROUP, "BANS": 1, "LOW_BITS": low_bits}
     assert_fits(compiled(draw._largest_of_groups, 4, GROUPS=draw.GROUPS, **read))
     assert_fits(compiled(draw._draw, 8, ALL=draw.MOST // 2, ROOM=draw.MOST // 2 // draw.GROUP, **read))
     if scores == "*fp32":
