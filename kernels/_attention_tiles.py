@@ -44,7 +44,10 @@ def warps_tile(pairs: int, keys: int, device: Device) -> WarpsTile:
     starts at once; 8192 keys 16.0, in clusters of 8 parts 18.1 to 22.3; 128 pairs over 513 of 1024 keys 14.1, 17.1 if
     the next kernel starts behind the keys, 15.8 with three steps ahead.
     """
-    splits = floor_power(min(cdiv(keys, 128), device.processors // pairs, 64))
+    # A cluster reads all in one step, also where some of its programs find no keys.
+    splits = power_of_two(cdiv(keys, 128))
+    if splits > MOST or 2 * pairs * splits > device.processors or not has_clusters(device):
+        splits = floor_power(min(cdiv(keys, 128), device.processors // pairs, 64))
     in_one, small = keys <= 128 * splits, 2 * pairs * splits <= device.processors
     cluster = has_clusters(device) and in_one and small and 1 < splits <= MOST
     pieces, ahead = (1, 1) if in_one else (4, 2)

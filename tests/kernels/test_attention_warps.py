@@ -167,3 +167,9 @@ def test_tiles(pairs: int, keys: int) -> None:
     assert not tile.cluster or (1 < tile.splits <= MOST and keys <= 128 * tile.splits)
     step = _attention_tiles.step_tile(pairs, keys, device)
     assert step is None or (step.early and (step.splits == 1 or step.cluster))
+
+
+@pytest.mark.parametrize(("keys", "splits"), [(129, 2), (300, 4), (513, 8), (704, 8), (1024, 8)])
+def test_short_caches_of_any_length_are_read_in_one_step(keys: int, splits: int) -> None:
+    tile = _attention_tiles.step_tile(8, keys, _tuning.Device(9, 227 << 10))
+    assert tile is not None and tile.splits == splits and tile.cluster
