@@ -30,6 +30,7 @@ SOURCES = (
     "few_rows_dot.h",
     "few_rows.h",
     "panels.h",
+    "sides.h",
     "many_codes.h",
     "bf16_units.h",
     "many_rows_dot.h",

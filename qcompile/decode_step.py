@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qcompile import prompt
 from qcompile.again import Bound
 from qcompile.decode_state import State
 from qcompile.errors import ConfigError
+from qcompile.prompt import length_of, lengthened, refuses
 from qcompile.runtime import runner_of
 
 # Arguments that are carried on from step to step; any others must be plain values.
@@ -48,10 +48,10 @@ class Step:
         """The call on the prompt. Where the cache is `fresh`, a static one that is still empty, prompts of several
         lengths are calls of one."""
         given, more = self.given, 0
-        if fresh and self.room is not None and prompt.refuses(self.model, self.config, input_ids, given) is None:
-            length = prompt.length_of(self.model, input_ids, self.room)
+        if fresh and self.room is not None and refuses(self.model, self.config, input_ids, given) is None:
+            length = length_of(self.model, input_ids, self.room)
             more = length - input_ids.shape[1]
-            input_ids, given = prompt.lengthened(input_ids, given, length)
+            input_ids, given = lengthened(input_ids, given, length)
         logits = self._logits(self.model._prefill(input_ids, self.config, given))
         if more:
             self.undo(more)
