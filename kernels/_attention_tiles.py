@@ -46,11 +46,10 @@ def warps_tile(pairs: int, keys: int, device: Device) -> WarpsTile:
     """
     # A cluster reads all in one step, also where some of its programs find no keys.
     splits = power_of_two(cdiv(keys, 128))
-    if splits > MOST or 2 * pairs * splits > device.processors or not has_clusters(device):
+    cluster = has_clusters(device) and 1 < splits <= MOST and 2 * pairs * splits <= device.processors
+    if not cluster:
         splits = floor_power(min(cdiv(keys, 128), device.processors // pairs, 64))
-    in_one, small = keys <= 128 * splits, 2 * pairs * splits <= device.processors
-    cluster = has_clusters(device) and in_one and small and 1 < splits <= MOST
-    pieces, ahead = (1, 1) if in_one else (4, 2)
+    pieces, ahead = (1, 1) if keys <= 128 * splits else (4, 2)
     return WarpsTile(splits, cluster, not cluster, pieces, ahead)
 
 

@@ -39,16 +39,6 @@ def readable(scores: Tensor) -> Tensor:
 
 
 @triton.jit
-def part_of_scores(
-    scores_ptr, banned_ptr, least_ptr, at_ptr, vocabulary, factor, PART: tl.constexpr, BANS: tl.constexpr
-):
-    """For program (row, part): its PART scores after the changes, as float32, -inf behind the last; their places."""
-    place = tl.program_id(1) * PART + tl.arange(0, PART)
-    x = scores_at(place, place < vocabulary, scores_ptr, banned_ptr, least_ptr, at_ptr, vocabulary, BANS)
-    return x * factor, place
-
-
-@triton.jit
 def scores_at(place, inside, scores_ptr, banned_ptr, least_ptr, at_ptr, vocabulary, BANS: tl.constexpr):
     """The scores of this program's row at such places, as float32, not yet divided; -inf where they are not inside."""
     row = scores_ptr + tl.program_id(0).to(tl.int64) * vocabulary

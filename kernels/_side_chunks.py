@@ -7,8 +7,9 @@ as the step before.
 from __future__ import annotations
 
 from qcompile.kernels import _tuning
-from qcompile.kernels._gluon import begin_copy, gl, gluon, row_of
+from qcompile.kernels._gluon import begin_copy, gl, gluon
 from qcompile.kernels._operand import by_piece, rows_layout, unstack
+from qcompile.kernels._sides import make_side
 from qcompile.kernels._tiles import constexpr_function
 from qcompile.kernels._weight import Weight
 
@@ -45,12 +46,6 @@ def _slots(ahead, groups, bits):
     return (ahead * groups - 1) // _chunk(groups, bits) + 2
 
 
-@constexpr_function
-def _copying(chunk, bits, warps):
-    wide = min(chunk, 128 // bits)
-    return gl.BlockedLayout([1, wide], [32 * wide // chunk, chunk // wide], [warps, 1], [1, 0])
-
-
 @gluon.jit
 def make_chunks(
     scale_ptr, zero_ptr, first_n, N, scale_stride, zero_stride, AHEAD: gl.constexpr, ROWS: gl.constexpr,
@@ -69,13 +64,7 @@ def _side(
     ptr, first_n, N, stride, AHEAD: gl.constexpr, ROWS: gl.constexpr, GROUPS: gl.constexpr, GATED: gl.constexpr
 ):  # fmt: skip
     BITS: gl.constexpr = ptr.dtype.element_ty.primitive_bitwidth
-    CHUNK: gl.constexpr = _chunk(GROUPS, BITS)
-    SLOTS: gl.constexpr = _slots(AHEAD, GROUPS, BITS)
-    L: gl.constexpr = _copying(CHUNK, BITS, gl.num_warps())
-    SHARED: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0])
-    ring = gl.allocate_shared_memory(ptr.dtype.element_ty, [SLOTS, ROWS, CHUNK], SHARED)
-    row = row_of(gl.arange(0, ROWS, layout=gl.SliceLayout(1, L)), first_n, N, GATED)[:, None] * stride
-    return ring, ptr + first_n.to(gl.int64) * stride, row + gl.arange(0, CHUNK, layout=gl.SliceLayout(0, L))[None, :]
+    return make_side(ptr, first_n, N, stride, _slots(AHEAD, GROUPS, BITS), ROWS, _chunk(GROUPS, BITS), GATED)
 
 
 @gluon.jit

@@ -40,14 +40,14 @@ def make_sides(
 ):  # fmt: skip
     """Of scales, and of zero points where there are any, a buffer for those of GROUPS groups a step, where the rows
     begin, and the groups of a step."""
-    sides = (_side(scale_ptr, first_n, N, scale_stride, STAGES, ROWS, GROUPS, GATED),)
+    sides = (make_side(scale_ptr, first_n, N, scale_stride, STAGES, ROWS, GROUPS, GATED),)
     if zero_ptr is not None:
-        sides += (_side(zero_ptr, first_n, N, zero_stride, STAGES, ROWS, GROUPS, GATED),)
+        sides += (make_side(zero_ptr, first_n, N, zero_stride, STAGES, ROWS, GROUPS, GATED),)
     return sides
 
 
 @gluon.jit
-def _side(
+def make_side(
     ptr, first_n, N, stride, STAGES: gl.constexpr, ROWS: gl.constexpr, GROUPS: gl.constexpr, GATED: gl.constexpr
 ):  # fmt: skip
     L: gl.constexpr = _copying(GROUPS, ptr.dtype.element_ty.primitive_bitwidth, gl.num_warps())

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qcompile.kernels._scores import NONE, Changes, ordered, part_of_scores, readable
+from qcompile.kernels._scores import NONE, Changes, ordered, readable, scores_at
 from qcompile.kernels._tiles import (
     cdiv,
     dependent_launch,
@@ -57,8 +57,9 @@ def _best_of_part(
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    x, place = part_of_scores(scores_ptr, banned_ptr, least_ptr, at_ptr, vocabulary, factor, PART, BANS)
-    both = (ordered(x).to(tl.int64) << 32) | (0x7FFFFFFF - place).to(tl.int64)
+    place = tl.program_id(1) * PART + tl.arange(0, PART)
+    x = scores_at(place, place < vocabulary, scores_ptr, banned_ptr, least_ptr, at_ptr, vocabulary, BANS)
+    both = (ordered(x * factor).to(tl.int64) << 32) | (0x7FFFFFFF - place).to(tl.int64)
     tl.store(best_ptr + tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1), tl.max(both, 0))
 
 

@@ -24,7 +24,7 @@ Process = Callable[[Tensor, Tensor], Tensor]
 # A vocabulary of fewer tokens is processed as a whole.
 WIDE = 4096
 # So many more than top_k are looked at, for there may be several of the same score as the last one.
-TIES = 64
+TIES = draw.TIES
 # Parts of the vocabulary that are searched side by side.
 PARTS = 64
 # Processors of transformers that read the scores alone, and take one of -inf for one that is not there.

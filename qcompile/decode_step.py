@@ -12,7 +12,7 @@ from torch import Tensor
 from qcompile.again import Bound
 from qcompile.decode_state import State
 from qcompile.errors import ConfigError
-from qcompile.prompt import length_of, lengthened, refuses
+from qcompile.prompt import length_of, lengthened, refuses, with_ones
 from qcompile.runtime import runner_of
 
 # Arguments that are carried on from step to step; any others must be plain values.
@@ -62,7 +62,7 @@ class Step:
         position, mask = self.given.get("position_ids"), self.given.get("attention_mask")
         mask = None if mask is None or (mask == 1).all() else mask
         if self.room is not None and mask is not None:
-            mask = _lengthened(mask, self.room)
+            mask = with_ones(mask, self.room)
         limit = self.config.max_length or 0
         room = max(limit, self.room + 1) if self.room is not None else limit
         self.now = State(input_ids, room, None if position is None else position[..., -1:], mask)
@@ -87,7 +87,7 @@ class Step:
         if now.position is not None:
             now.position.add_(1)
         if now.mask is not None and self.room is None:
-            now.mask = _lengthened(now.mask, now.mask.shape[1] + 1)
+            now.mask = with_ones(now.mask, now.mask.shape[1] + 1)
         if self.bound is None:
             return self._logits(self.model(**self._arguments()))
         return self._logits(self.call())
@@ -112,10 +112,6 @@ class Step:
     def undo(self, count: int) -> None:
         """Forget the last tokens of a static cache. What they wrote will be written over and is hidden until then."""
         torch.ops.aten._foreach_sub_([layer.cumulative_length for layer in self.cache.layers], count)
-
-
-def _lengthened(mask: Tensor, length: int) -> Tensor:
-    return torch.cat([mask, mask.new_ones(len(mask), length - mask.shape[1])], dim=1)
 
 
 def why_not(model: Any, input_ids: Tensor, model_kwargs: Mapping[str, Any]) -> str | None:

@@ -60,11 +60,16 @@ def lengthened(input_ids: Tensor, given: Mapping[str, Any], length: int) -> tupl
     """The call with so many tokens in all, which still gives the logits of the last of `input_ids`."""
     more = length - input_ids.shape[1]
     longer = {**given, "logits_to_keep": torch.full((1,), input_ids.shape[1] - 1, device=input_ids.device)}
-    longer["attention_mask"] = torch.nn.functional.pad(given["attention_mask"], (0, more), value=1)
+    longer["attention_mask"] = with_ones(given["attention_mask"], length)
     if (position := given.get("position_ids")) is not None:
         behind = torch.arange(1, more + 1, device=position.device, dtype=position.dtype)
         longer["position_ids"] = torch.cat([position, position[..., -1:] + behind], -1)
     return torch.cat([input_ids, input_ids[:, -1:].expand(-1, more)], 1), longer
+
+
+def with_ones(mask: Tensor, length: int) -> Tensor:
+    """A mask [batch, tokens] for more tokens, which it does not hide."""
+    return torch.cat([mask, mask.new_ones(len(mask), length - mask.shape[1])], dim=1)
 
 
 def _is_of_all_tokens(spec: ActivationSpec) -> bool:

@@ -55,21 +55,25 @@ std::vector<Place> places_of(const Weight& w) {
     return places;
 }
 
+// What the first sixteen codes stand for.
+INLINE __m512 first_values(float scale, float zero) {
+    const __m512 codes = bits_of<__m512>(numbers(FIRST_CODES));
+    return _mm512_mul_ps(_mm512_sub_ps(codes, _mm512_set1_ps(zero)), _mm512_set1_ps(scale));
+}
+
 // Codes of a unit, of an output with these scales and zero points, as its two steps.
 template <typename Way>
 INLINE void dequantize_unit(__m512i codes, const float* scale, const float* zero, const Place& place, void* even,
                             void* odd) {
     const int64_t g = place.half[0];
     if constexpr (Way::BY_TABLE) {
-        auto table_of = [&](int64_t g) __attribute__((always_inline)) {
-            const __m512 all = bits_of<__m512>(numbers(FIRST_CODES));
-            return _mm512_mul_ps(_mm512_sub_ps(all, _mm512_set1_ps(zero[g])), _mm512_set1_ps(scale[g]));
-        };
+        const __m512 first = first_values(scale[g], zero[g]);
         __m512i table, second = _mm512_srli_epi16(codes, 8);
         if (Way::WHOLE) {
-            table = _mm512_castsi256_si512(bits_of<__m256i>(_mm512_cvtneps_pbh(table_of(g))));
+            table = _mm512_castsi256_si512(bits_of<__m256i>(_mm512_cvtneps_pbh(first)));
         } else {
-            table = bits_of<__m512i>(_mm512_cvtne2ps_pbh(table_of(place.half[1]), table_of(g)));
+            const int64_t h = place.half[1];
+            table = bits_of<__m512i>(_mm512_cvtne2ps_pbh(first_values(scale[h], zero[h]), first));
             const __m512i half = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
             codes = _mm512_or_si512(codes, half), second = _mm512_or_si512(second, half);
         }

@@ -23,11 +23,8 @@ template <typename Way> constexpr bool AS_THEY_LIE = BITS == 4 && Way::BY_TABLE 
 // The codes of 128 inputs: `codes` of two units, with the first scales and zero points of each, as steps `apart`.
 INLINE void dequantize_nibbles(__m512i codes, const float* scale, const float* zero, int64_t group, int64_t next_group,
                                __m512i* to, int64_t apart) {
-    const __m512 all = bits_of<__m512>(numbers(FIRST_CODES));
-    auto table_of = [&](int64_t g) __attribute__((always_inline)) {
-        return _mm512_mul_ps(_mm512_sub_ps(all, _mm512_set1_ps(zero[g])), _mm512_set1_ps(scale[g]));
-    };
-    const __m512i table = bits_of<__m512i>(_mm512_cvtne2ps_pbh(table_of(next_group), table_of(group)));
+    const __m512 first = first_values(scale[group], zero[group]);
+    const __m512i table = bits_of<__m512i>(_mm512_cvtne2ps_pbh(first_values(scale[next_group], zero[next_group]), first));
     const __m512i second = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
     auto write = [&](int step, __m512i codes) __attribute__((always_inline)) {
         const __m512i low = _mm512_set1_epi16(15), place = _mm512_ternarylogic_epi32(codes, low, second, 0xea);  // & |
@@ -59,12 +56,6 @@ INLINE void order_nibbles(const uint16_t* x, int64_t k, int64_t columns, __m512i
         _mm512_store_si512(to + i * apart, i % 2 ? _mm512_shuffle_i32x4(t[i - 1], t[i], 0xdd)
                                                  : _mm512_shuffle_i32x4(t[i], t[i + 1], 0x88));
 }
-
-// Rows of x in blocks that differ by one row at most.
-struct Blocks {
-    int64_t rows, count = (rows + MOST_ROWS - 1) / MOST_ROWS;
-    int64_t first_of(int64_t block) const { return rows * block / count; }
-};
 
 // Panels of inputs, and of each the blocks of rows one behind the other, step by step.
 struct Packed {
@@ -162,7 +153,7 @@ template <typename Way>
 void many_rows(const Weight& w, const uint16_t* x, int64_t x_rows, int64_t x_stride, const Output& out, int threads) {
     const int64_t units = whole(w.columns, UNIT * (1 + AS_THEY_LIE<Way>)) / UNIT, groups = w.groups();
     const int64_t pieces = (w.rows + OUTPUTS - 1) / OUTPUTS;
-    const Blocks blocks = {x_rows};
+    const RowBlocks blocks = {x_rows, MOST_ROWS};
     // Rows of x are parted where there are more threads than pieces.
     const int64_t parts = std::max<int64_t>(1, std::min((2 * threads + pieces - 1) / pieces, x_rows / 64));
     const int64_t of_part = (blocks.count + parts - 1) / parts;  // blocks

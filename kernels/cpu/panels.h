@@ -9,7 +9,7 @@ constexpr int64_t TILE = VR * LANES;
 
 // Rows of x in blocks that differ by one row at most: one row alone would take half as long as eight.
 struct RowBlocks {
-    int64_t rows, count = (rows + MOST_ROWS - 1) / MOST_ROWS;
+    int64_t rows, most = MOST_ROWS, count = (rows + most - 1) / most;
     int64_t first_of(int64_t block) const { return rows * block / count; }
 };
 

@@ -36,9 +36,7 @@ POINTED = {
     "positions_ptr": "*i64",
     "tokens_ptr": "*i64",
     "mask_ptr": "*i1",
-    **dict.fromkeys(
-        ("parts_ptr", "sums_ptr", "table_ptr", "scores_ptr", "found_ptr", "noise_ptr", "best_ptr"), "*fp32"
-    ),
+    **dict.fromkeys(("parts_ptr", "sums_ptr", "table_ptr", "scores_ptr", "noise_ptr", "best_ptr"), "*fp32"),
 }
 NUMBERS = ("eps", "scale", "softcap", "tail", "min_p", "factor")
 
