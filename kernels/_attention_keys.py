@@ -59,12 +59,15 @@ def fetch_ahead(
     read would wait behind all of them."""
     LINES: gl.constexpr = D // 64
     L: gl.constexpr = gl.BlockedLayout([1, 1], [16 // LINES, 2 * LINES], [gl.num_warps(), 1], [1, 0])
-    i = gl.arange(0, PIECE, layout=gl.SliceLayout(1, L))
+    # Where a piece has fewer keys than there are threads for, some have nothing to fetch.
+    ROOM: gl.constexpr = max(PIECE, 16 // LINES * gl.num_warps())
+    i = gl.arange(0, ROOM, layout=gl.SliceLayout(1, L))
     line = gl.arange(0, 2 * LINES, layout=gl.SliceLayout(0, L))[None, :]
     seen = ()
     for piece in gl.static_range(PIECES):  # past the L1 cache, in which nothing is to find it later
-        seen += (mask_of(masks, key_of(piece * PIECE + i, part, KEYS, SPLITS, IN_ONE), ".cg")[1],)
-    came = gl.full([PIECE, 2 * LINES], 0, gl.int32, L)
+        in_cache = mask_of(masks, key_of(piece * PIECE + i, part, KEYS, SPLITS, IN_ONE), ".cg")[1]
+        seen += (in_cache & (i < PIECE),)
+    came = gl.full([ROOM, 2 * LINES], 0, gl.int32, L)
     for piece in gl.static_range(PIECES):
         n = key_of(piece * PIECE + i, part, KEYS, SPLITS, IN_ONE).to(gl.int64)[:, None]
         of_k, of_v = k_ptr + (n * K_ROW + line % LINES * 64), v_ptr + (n * V_ROW + line % LINES * 64)

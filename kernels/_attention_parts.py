@@ -11,15 +11,18 @@ from torch import Tensor
 
 from qcompile.kernels._clusters import exchange, give, meet, take
 from qcompile.kernels._tiles import (
+    cdiv,
     constexpr_function,
     dependent_launch,
     gdc_launch_dependents,
     gdc_wait,
     launch,
-    power_of_two,
     tl,
     triton,
 )
+
+# Of a row that a program of `_combine` makes, by one warp, which waits for no other.
+COLUMNS = 32
 
 
 def partial_results(like: Tensor, rows: int, splits: int, columns: int) -> tuple[Tensor, Tensor]:
@@ -31,18 +34,17 @@ def partial_results(like: Tensor, rows: int, splits: int, columns: int) -> tuple
 def combine(sums: Tensor, parts: Tensor, out: Tensor) -> None:
     """Write to `out`, rows of columns one after the other, what all parts together give."""
     rows, splits, columns = parts.shape
-    block_dv = max(16, power_of_two(columns))
     launch(
         _combine,
-        (rows,),
+        (rows, cdiv(columns, COLUMNS)),
         sums,
         parts,
         out,
         DV=columns,
-        BLOCK_DV=block_dv,
+        BLOCK_DV=COLUMNS,
         SPLITS=splits,
         PDL=dependent_launch(out),
-        num_warps=max(1, min(8, splits * block_dv // 512)),
+        num_warps=1,
     )
 
 
@@ -103,17 +105,17 @@ def of_parts(y, top, total):
 def _combine(
     sums_ptr, parts_ptr, out_ptr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr
 ):
-    """One program makes one row of the result."""
+    """One program makes some columns of a row of the result."""
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, SPLITS)[:, None]
-    column = tl.arange(0, BLOCK_DV)[None, :]
+    column = tl.program_id(1) * BLOCK_DV + tl.arange(0, BLOCK_DV)[None, :]
     top = tl.load(sums_ptr + row * 2 * SPLITS + part)
     total = tl.load(sums_ptr + (row * 2 + 1) * SPLITS + part)
     y = tl.load(parts_ptr + (row * SPLITS + part) * DV + column, mask=column < DV, other=0.0)
     y = of_parts(y, top, total)
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
-    column = tl.arange(0, BLOCK_DV)
+    column = tl.program_id(1) * BLOCK_DV + tl.arange(0, BLOCK_DV)
     tl.store(out_ptr + row * DV + column, y.to(DTYPE), mask=column < DV)

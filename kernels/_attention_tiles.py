@@ -27,30 +27,33 @@ class AttentionTile:
 class WarpsTile:
     """What programs of attention_warps make: `splits` of them read every splits-th block of keys each. They are a
     `cluster` or leave their parts in memory. The kernel behind starts when they do, or when they have read all keys.
-    So many `pieces` of keys and values are fetched to the L2 cache while the kernel before is not done, and in shared
-    memory is room for so many steps `ahead`."""
+    So many `pieces` of keys and values are fetched to the L2 cache, one behind the other, while the kernel before is
+    not done, of so many keys a `piece`; and in shared memory is room for so many steps `ahead`."""
 
     splits: int
     cluster: bool
     early: bool
     pieces: int
     ahead: int = 1
+    piece: int = 64
 
 
 def warps_tile(pairs: int, keys: int, device: Device) -> WarpsTile:
     """For `pairs` sequences and key/value heads.
 
     NOTE: µs on an H100, calls behind one another: 8 pairs over 513 of 1024 keys 3.9 in clusters, 5.8 if the next kernel
-    starts at once; 8192 keys 16.0, in clusters of 8 parts 18.1 to 22.3; 128 pairs over 513 of 1024 keys 14.1, 17.1 if
-    the next kernel starts behind the keys, 15.8 with three steps ahead.
+    starts at once; 8192 keys 13.6, 14.4 by four pieces of 64 keys, in clusters of 8 parts 18.1 to 22.3; 128 pairs over
+    513 of 1024 keys 14.1, 17.1 if the next kernel starts behind the keys, 15.8 with three steps ahead.
     """
     # A cluster reads all in one step, also where some of its programs find no keys.
     splits = power_of_two(cdiv(keys, 128))
     cluster = has_clusters(device) and 1 < splits <= MOST and 2 * pairs * splits <= device.processors
     if not cluster:
         splits = floor_power(min(cdiv(keys, 128), device.processors // pairs, 64))
-    pieces, ahead = (1, 1) if keys <= 128 * splits else (4, 2)
-    return WarpsTile(splits, cluster, not cluster, pieces, ahead)
+    if keys <= 128 * splits:
+        return WarpsTile(splits, cluster, not cluster, 1)
+    pieces, piece = (4, 64) if splits == 1 else (8, 32)
+    return WarpsTile(splits, cluster, not cluster, pieces, 2, piece)
 
 
 def step_tile(pairs: int, keys: int, device: Device) -> WarpsTile | None:

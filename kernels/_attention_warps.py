@@ -44,7 +44,6 @@ def _copy(ptr, start, wanted, to, ROW: gl.constexpr, SPLITS: gl.constexpr, IN_ON
     ptr = ptr.to(gl.pointer_type(gl.int32), bitcast=True) + start.to(gl.int64) * (ROW // 2)
     wanted, at = gl.broadcast(gl.expand_dims(wanted, 2), at)
     begin_copy(to, ptr + at, mask=wanted)
-    commit_copies()
 
 
 @gluon.jit
@@ -59,7 +58,9 @@ def _begin(
     for i in gl.static_range(AHEAD):
         wanted = _wanted(masks, start + i * STEP, of_k, SPLITS, IN_ONE)
         _copy(k_ptr, start + i * STEP, wanted, of_k.index(i), K_ROW, SPLITS, IN_ONE)
+        commit_copies()
         _copy(v_ptr, start + i * STEP, wanted, of_v.index(i), V_ROW, SPLITS, IN_ONE)
+        commit_copies()
 
 
 @gluon.jit
@@ -110,14 +111,18 @@ def walk(
     else:
         slot, later = first * 0, start + AHEAD * STEP
         wanted = _wanted(masks, later, of_k, SPLITS, IN_ONE)
-        for _ in range(first, end):
+        for step in range(first, end):
             wait_for_copies(2 * AHEAD - 1)
             logits = logits_of(q, of_k.index(slot).load(LK), mask, seen, scale)
-            _copy(k_ptr, later, wanted, of_k.index(slot), K_ROW, SPLITS, IN_ONE)
+            if step + AHEAD < end:
+                _copy(k_ptr, later, wanted, of_k.index(slot), K_ROW, SPLITS, IN_ONE)
+            commit_copies()  # of nothing, too: they are counted
             p, shrink, top, total = weigh(logits, top, total)
             wait_for_copies(2 * AHEAD - 1)
             y = add_values(y, shrink, p, of_v.index(slot).load(LV), q.dtype)
-            _copy(v_ptr, later, wanted, of_v.index(slot), V_ROW, SPLITS, IN_ONE)
+            if step + AHEAD < end:
+                _copy(v_ptr, later, wanted, of_v.index(slot), V_ROW, SPLITS, IN_ONE)
+            commit_copies()
             start, later = start + STEP, later + STEP
             mask, seen = mask_of(masks, start + places(LV, SPLITS, IN_ONE), "")
             wanted = _wanted(masks, later, of_k, SPLITS, IN_ONE)

@@ -25,8 +25,8 @@ from qcompile.kernels._gluon import gl, gluon, launch_dependents, launched, wait
 from qcompile.kernels._tiles import INTERPRET, dependent_launch, launch, power_of_two
 
 MAX_ROWS = 8
-# Warps, keys of a step of each, and keys that are fetched at once while the kernel before is not done.
-WARPS, WARP_KEYS, PIECE = 8, 16, 64
+# Warps, and keys of a step of each.
+WARPS, WARP_KEYS = 8, 16
 
 
 def refuses(
@@ -104,7 +104,7 @@ def constants_of(tile: WarpsTile, rows: int, keys: int, width: int) -> dict[str,
         "KEYS": WARP_KEYS,
         "SPLITS": tile.splits,
         "CLUSTER": tile.cluster,
-        "PIECE": PIECE,
+        "PIECE": tile.piece,
         "PIECES": tile.pieces,
         "AHEAD": tile.ahead,
         "IN_ONE": keys <= WARP_KEYS * WARPS * tile.splits,

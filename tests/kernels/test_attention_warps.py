@@ -21,7 +21,7 @@ def on_hopper(test: Callable[..., None]) -> Callable[..., None]:
 
 
 TILES = [WarpsTile(1, False, False, 4), WarpsTile(4, False, True, 4, ahead=2), WarpsTile(8, True, False, 1)]
-TILES += [WarpsTile(8, True, True, 3, ahead=3)]
+TILES += [WarpsTile(8, True, True, 3, ahead=3), WarpsTile(4, False, True, 8, ahead=2, piece=32)]
 each_tile = pytest.mark.parametrize("tile", TILES, ids=str)
 # batch, heads, kv_heads, length, keys: in one step of some tiles, and in several
 SHAPES = {

@@ -155,4 +155,4 @@ def test_warps_of_all_kinds(
 
 
 def test_combine(compiled: Callable, assert_fits: Callable) -> None:
-    assert_fits(compiled(_attention_parts._combine, 8, DV=128, BLOCK_DV=128, SPLITS=32))
+    assert_fits(compiled(_attention_parts._combine, 1, DV=128, BLOCK_DV=_attention_parts.COLUMNS, SPLITS=64))
