@@ -1,4 +1,4 @@
-"""The call before, recognized: one that differs from it only in the values of its tensors needs no search.
+"""A call from before, recognized: one that differs from it only in the values of its tensors needs no search.
 
 A step of decoding follows some hundred others like it. To take its caches apart, to check every shape that its program
 assumes and every weight takes milliseconds of Python; to see that all of it is as it was takes a tenth of one.

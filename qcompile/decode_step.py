@@ -41,6 +41,9 @@ class Step:
         self.model, self.config, self.given, self.room = model, config, dict(model_kwargs), room
         self.plain = {name: value for name, value in model_kwargs.items() if name not in _CARRIED}
         self.cache = model_kwargs["past_key_values"]
+        # Asked before the prompt's call is launched, behind which the answer would come.
+        mask = model_kwargs.get("attention_mask")
+        self.hides = mask is not None and not bool((mask == 1).all())
         self.bound: Bound | None = None
         self.as_is = False
 
@@ -59,8 +62,7 @@ class Step:
 
     def state(self, input_ids: Tensor) -> State:
         """Where the calls after the first find their token, its positions and the mask."""
-        position, mask = self.given.get("position_ids"), self.given.get("attention_mask")
-        mask = None if mask is None or (mask == 1).all() else mask
+        position, mask = self.given.get("position_ids"), self.given["attention_mask"] if self.hides else None
         if self.room is not None and mask is not None:
             mask = with_ones(mask, self.room)
         limit = self.config.max_length or 0

@@ -8,7 +8,7 @@ import itertools
 import logging
 import threading
 import warnings
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from operator import is_
@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 # Dynamo's limit is 8 for one function. A program is made per kind of call and per set of fixed sizes (batch 1 or more,
 # one token or more), so a healthy model has two to four; this many means that something varies that should not.
 PROGRAM_LIMIT = 32
+# Calls that are recognized when they come again, of those that came last: prompts of several lengths, and their steps.
+KNOWN_CALLS = 16
 
 # torch's compiler is not safe to enter from two threads, nor beside a thread that runs the modules; programs are safe.
 _COMPILING = threading.RLock()
@@ -60,7 +62,7 @@ class Runner:
         self.eager: Counter[str] = Counter()
         self.recalled = 0  # programs that were on disk
         self.unkept: str | None = None  # why none are kept there
-        self._again: Again | None = None
+        self._agains: deque[Again] = deque(maxlen=KNOWN_CALLS)
         # Each submodule: where it is kept, under which name, itself, its attributes.
         self._structure: tuple[tuple[Any, ...], ...] | None = None
         # As long as this number stays, no hook was registered on anything.
@@ -96,7 +98,7 @@ class Runner:
             return reason
         try:
             self._check_structure()
-            return (self._again and self._again(kwargs)) or self._find(kwargs)
+            return self._recognized(kwargs) or self._find(kwargs)
         except (CaptureError, UnsupportedError) as error:
             return str(error)
 
@@ -131,14 +133,24 @@ class Runner:
             return AUTOGRAD
         return None
 
+    def _recognized(self, kwargs: Mapping[str, Any]) -> Bound | None:
+        for again in self._agains:
+            if (bound := again(kwargs)) is not None:
+                if again is not self._agains[0]:
+                    self._agains.remove(again)
+                    self._agains.appendleft(again)
+                return bound
+        return None
+
     def _find(self, kwargs: Mapping[str, Any]) -> Bound:
         """The program for a call, made if there is none yet, with the tensors for it."""
         flat, _ = calls.flatten(kwargs)
         if self._allocate(flat):
             flat, _ = calls.flatten(kwargs)
         program, weights = self._known(flat) or self._made(flat, kwargs)
-        self._again = Again(program, kwargs, flat, weights)
-        return program, weights, flat.tensors, flat.caches, self._again.form
+        again = Again(program, kwargs, flat, weights)
+        self._agains.appendleft(again)
+        return program, weights, flat.tensors, flat.caches, again.form
 
     def _made(self, flat: calls.Flat, kwargs: Mapping[str, Any]) -> tuple[Program, Sequence[Tensor]]:
         if sum(map(len, self.programs.values())) >= PROGRAM_LIMIT:
@@ -237,7 +249,7 @@ class Runner:
                 return
         self.programs.clear()
         self.recalled = 0
-        self._again = None
+        self._agains.clear()
         found = [
             (module._modules, name, child, vars(child))
             for module in self.model.modules()

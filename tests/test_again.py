@@ -6,7 +6,7 @@ import copy
 import gc
 import sys
 import weakref
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any
 
@@ -90,11 +90,22 @@ def test_weights_that_lie_otherwise_are_searched_for(model: nn.Module, searched:
 def test_other_calls_are_searched_for(model: nn.Module, searched: list[Any]) -> None:
     kv = cache()
     step(model, kv)
-    for count, options in enumerate((dict(logits_to_keep=1), dict(position_ids=torch.tensor([[3]])), {}), 2):
+    for count, options in enumerate((dict(logits_to_keep=1), dict(position_ids=torch.tensor([[3]]))), 2):
         step(model, kv, **options)
         assert len(searched) == count
     step(model, static_cache(HEADS, 48, 1, torch.float32, torch.device("cpu")))
-    assert len(searched) == 5
+    assert len(searched) == 4
+
+
+def test_several_kinds_of_calls_are_recognized(
+    model: nn.Module, searched: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model.forward, "_agains", deque(maxlen=2))
+    kv = cache()
+    kinds = {}, dict(logits_to_keep=1), dict(position_ids=torch.tensor([[3]]))
+    for kind, count in ((0, 1), (1, 2), (0, 2), (1, 2), (0, 2), (2, 3), (0, 3), (1, 4)):
+        step(model, kv, **kinds[kind])
+        assert len(searched) == count  # of two kinds those that came last
 
 
 def test_inputs_that_lie_otherwise_are_searched_for(model: nn.Module, searched: list[Any]) -> None:
@@ -143,4 +154,4 @@ def test_it_is_little_work(tiny_llama: Make, interpreted: None) -> None:
             sys.setprofile(None)
         return counted["call"] + counted["c_call"]
 
-    assert work(runner._again) < work(runner._find) / 4
+    assert work(runner._recognized) < work(runner._find) / 4
