@@ -49,9 +49,11 @@ def copies_sides(weight: Weight, tile: _tuning.MmaTile, device: _tuning.Device) 
     """Are scales and zero points copied beside the codes? Else each step reads its own.
 
     NOTE: the linears of a layer of Llama-3-8B, u4/g64/asym, H100: 33 rows 87.4 -> 84.8 µs, 48 96.3 -> 88.2, 64 102.6 ->
-    97.2, 72 114.1 -> 107.4; 17 and 32 rows 75.2 -> 73.7 and 76.6 -> 76.4, 16 rows in these tiles 64.9 -> 67.0.
+    97.2, 72 114.1 -> 107.4; 17 and 32 rows 75.2 -> 73.7 and 76.6 -> 76.4. 16 rows in these tiles 64.9 -> 67.0, but in a
+    chain of such layers 71.1 -> 66.9 with `down` copied, whose inputs are split.
     """
-    timed = tile.warp_groups and 32 < tile.tokens <= 96 and weight.layout.bits == 4
+    timed = 32 < tile.tokens <= 96 or (tile.tokens == 16 and tile.splits > 1)
+    timed = timed and tile.warp_groups and weight.layout.bits == 4
     return timed and can_copy(weight, tile, device.shared_bytes)
 
 
