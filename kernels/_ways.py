@@ -66,7 +66,7 @@ def product_of(spec: str, rows: int, outputs: int, inputs: int, dtype: torch.dty
 def by_formula(product: Product, device: Device) -> Choice:
     layout = Layout.of(product.spec)
     sums = can_sum(product.dtype, layout)
-    way = _tuning.way(product.rows, product.integers, 16 * layout.fields, device, sums)
+    way = _tuning.way(product.rows, product.integers, 16 * layout.fields, device, sums, product.outputs)
     return Choice(way, tile_of(way, product, device))
 
 

@@ -150,4 +150,5 @@ def test_tiles(rows: int, outputs: int, inputs: int, tile: WgmmaTile) -> None:
 def test_steps_in_shared_memory() -> None:
     assert [wgmma_stages(256, bits, H100) for bits in (2, 4, 8)] == [3, 3, 2]
     assert _tuning.way(97, True, 32, H100) == "wgmma" != _tuning.way(96, True, 32, H100)
+    assert _tuning.way(81, True, 32, H100, outputs=16384) == "wgmma" != _tuning.way(80, True, 32, H100, outputs=16384)
     assert _tuning.way(97, True, 16, H100) == "mma" and _tuning.way(4097, True, 32, H100) == "dequantize"
