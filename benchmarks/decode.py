@@ -72,13 +72,7 @@ def measure(one: Contender, batch: int, stream: float) -> tuple[dict[str, Any], 
     def step() -> object:
         return one.call(token, cache)
 
-    def first(call: Any) -> float:
-        start = time.perf_counter()
-        call()
-        synchronize()
-        return time.perf_counter() - start
-
-    row: dict[str, Any] = {"first prefill, s": first(lambda: one.call(prompt, cache)), "first step, s": first(step)}
+    row: dict[str, Any] = {"first prefill, s": waited(lambda: one.call(prompt, cache)), "first step, s": waited(step)}
     row["ms a call"] = 1e3 * seconds(step, 30)
     again = one.cache(batch, CACHE)
     one.call(prompt, again)
@@ -121,16 +115,21 @@ def generated(model: Any, prompt: torch.Tensor, tokens: int, repeats: int, **opt
 
     def call(new: int) -> float:
         lengths = {"max_new_tokens": new, "min_new_tokens": new}
-        synchronize()
-        start = time.perf_counter()
-        model.generate(prompt, attention_mask=torch.ones_like(prompt), **lengths, **options)
-        synchronize()
-        return time.perf_counter() - start
+        return waited(lambda: model.generate(prompt, attention_mask=torch.ones_like(prompt), **lengths, **options))
 
     short, long = tokens // 4, tokens + tokens // 4
     # The first three compile and record; the longer text first, whose cache then serves both.
     taken = [(call(long), call(short)) for _ in range(3 + repeats)][3:]
     return tokens * prompt.shape[0] / (statistics.median(a for a, _ in taken) - statistics.median(b for _, b in taken))
+
+
+def waited(call: Callable[[], object]) -> float:
+    """Seconds of a call, with nothing before it and till all of it is done."""
+    synchronize()
+    start = time.perf_counter()
+    call()
+    synchronize()
+    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

@@ -166,7 +166,7 @@ def way(rows: int, integers: bool, step: int, device: Device, sums: bool = True,
     """The fastest way for so many rows: `dot`, `few`, `mma` or `wgmma`, which need integers, `gemv`, `gemm` or
     `dequantize`.
 
-    `sums` is whether linear_few.can_sum.
+    `sums` is whether linear_few.can_sum; of fewer `outputs`, wgmma begins at more rows.
     """
     if integers and rows * step <= 128 and rows <= 2 and device.tensor_cores:  # as for asynchronous copies
         return "dot"

@@ -52,9 +52,9 @@ def copies_sides(weight: Weight, tile: _tuning.MmaTile, device: _tuning.Device) 
     97.2, 72 114.1 -> 107.4; 17 and 32 rows 75.2 -> 73.7 and 76.6 -> 76.4. 16 rows in these tiles 64.9 -> 67.0, but in a
     chain of such layers 71.1 -> 66.9 with `down` copied, whose inputs are split.
     """
-    timed = 32 < tile.tokens <= 96 or (tile.tokens == 16 and tile.splits > 1)
-    timed = timed and tile.warp_groups and weight.layout.bits == 4
-    return timed and can_copy(weight, tile, device.shared_bytes)
+    faster = 32 < tile.tokens <= 96 or (tile.tokens == 16 and tile.splits > 1)
+    timed = tile.warp_groups and weight.layout.bits == 4
+    return faster and timed and can_copy(weight, tile, device.shared_bytes)
 
 
 def _launch(

@@ -62,7 +62,8 @@ class Step:
 
     def state(self, input_ids: Tensor) -> State:
         """Where the calls after the first find their token, its positions and the mask."""
-        position, mask = self.given.get("position_ids"), self.given["attention_mask"] if self.hides else None
+        position = self.given.get("position_ids")
+        mask = self.given["attention_mask"] if self.hides else None
         if self.room is not None and mask is not None:
             mask = with_ones(mask, self.room)
         limit = self.config.max_length or 0

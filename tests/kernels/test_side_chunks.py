@@ -1,6 +1,7 @@
 """Scales and zero points copied in chunks of some steps: which can be, and that it makes no difference."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -40,6 +41,14 @@ def test_what_can_be_copied() -> None:
     assert not can_copy(weight("u4/g64/asym", 4160, 64), tile(256))  # the last step is behind the end of a row
     assert not can_copy(weight("u4/g64/asym", 512, 64), tile(256))  # rows of scales are half a chunk
     assert not can_copy(weight("i4/row/sym", 4096, 4096), tile(256))
+
+
+def test_tiles_that_copy() -> None:
+    u4 = weight("u4/g64/asym", 4096, 64)
+    tiles = [replace(tile(128), tokens=tokens, splits=splits) for tokens in (16, 32, 48, 96, 128) for splits in (1, 2)]
+    copies = [(tile.tokens, tile.splits) for tile in tiles if copies_sides(u4, tile, Device())]
+    assert copies == [(16, 2), (48, 1), (48, 2), (96, 1), (96, 2)]
+    assert not copies_sides(u4, replace(tile(128), warp_groups=False), Device())
 
 
 @pytest.mark.cuda
