@@ -12,8 +12,6 @@ the time of our steps goes, kernel by kernel: the profiler's times, in which nei
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks._gpu import Report, log
-from benchmarks._models import DEVICE, EAGER, Contender, captured, contenders, seconds, synchronize
+from benchmarks._models import DEVICE, EAGER, Contender, captured, contenders, generated, seconds, synchronize, waited
 from benchmarks.linear import stream_rate
 from qcompile.runtime import runner_of
 
@@ -108,28 +106,6 @@ def kernels(replay: Callable[[], object], repeats: int = 4) -> list[dict[str, An
         {"kernel": event.key[:70], "launches": event.count // repeats, "µs": event.device_time_total / repeats}
         for event in launched
     ]
-
-
-def generated(model: Any, prompt: torch.Tensor, tokens: int, repeats: int, **options: Any) -> float:
-    """Tokens a second of model.generate(): of 5/4 of so many new ones less 1/4, medians of calls that take turns."""
-
-    def call(new: int) -> float:
-        lengths = {"max_new_tokens": new, "min_new_tokens": new}
-        return waited(lambda: model.generate(prompt, attention_mask=torch.ones_like(prompt), **lengths, **options))
-
-    short, long = tokens // 4, tokens + tokens // 4
-    # The first three compile and record; the longer text first, whose cache then serves both.
-    taken = [(call(long), call(short)) for _ in range(3 + repeats)][3:]
-    return tokens * prompt.shape[0] / (statistics.median(a for a, _ in taken) - statistics.median(b for _, b in taken))
-
-
-def waited(call: Callable[[], object]) -> float:
-    """Seconds of a call, with nothing before it and till all of it is done."""
-    synchronize()
-    start = time.perf_counter()
-    call()
-    synchronize()
-    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

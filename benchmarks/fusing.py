@@ -16,11 +16,10 @@ from typing import Any
 import torch
 
 from benchmarks._gpu import Report, log
-from benchmarks._models import DEVICE, EAGER, Contender, contenders, seconds
+from benchmarks._models import DEVICE, EAGER, Contender, contenders, generated
 from benchmarks.prefill import measure
 
 LENGTHS = (32, 64, 128, 256, 512, 1024, 2048)
-NEW = 48
 
 
 def main() -> None:
@@ -52,14 +51,9 @@ def table_row(one: Contender, length: int) -> dict[str, Any]:
     on_gpu = DEVICE.type == "cuda"
     _, prefill, _ = measure(one, length)
     prompt = torch.randint(0, 500, (1, length), device=DEVICE)
-
-    def generate(new: int) -> float:
-        lengths = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
-        return seconds(lambda: one.model.generate(prompt, attention_mask=torch.ones_like(prompt), **lengths), 3)
-
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    decode = NEW / (generate(NEW + 16) - generate(16))
+    decode = generated(one.model, prompt, *(32, 3) if one.name == EAGER else (128, 5), do_sample=False)
     peak = torch.cuda.max_memory_allocated() / 1e9 if on_gpu else 0.0
     return {"length": length, "prefill, tokens/s": prefill, "decode, tokens/s": decode, "peak memory, GB": peak}
 
