@@ -86,7 +86,7 @@ def _launch(
         k,
         *weight.strides,
         whole,
-        1 if parts is None else tile.shares,
+        None if parts is None else tile.shares,
         W=weight.layout,
         ACTIVATION=activation,
         EVEN=k % _turns.WGMMA_CODES == 0,
@@ -146,7 +146,10 @@ def _wgmma(
 @gluon.jit
 def _tiles(sizes, TOKENS: gl.constexpr, HALF: gl.constexpr):
     M, N, K, whole, shares = sizes
-    return whole + (gl.cdiv(M, TOKENS) * gl.cdiv(N, 2 * HALF) - whole) * shares
+    count = gl.cdiv(M, TOKENS) * gl.cdiv(N, 2 * HALF)
+    if shares is not None:
+        count = whole + (count - whole) * shares
+    return count
 
 
 @gluon.jit
@@ -158,7 +161,7 @@ def _tile(index, sizes, TOKENS: gl.constexpr, CODES: gl.constexpr, HALF: gl.cons
     blocks_m = gl.cdiv(M, TOKENS)
     steps = gl.cdiv(K, CODES)
     block, part, first, end = index, -1, 0, steps
-    if index >= whole:
+    if shares is not None and index >= whole:
         others = blocks_m * gl.cdiv(N, 2 * HALF) - whole
         part, block = (index - whole) // others, whole + (index - whole) % others
         first, end = part * steps // shares, (part + 1) * steps // shares
