@@ -24,7 +24,8 @@ from qcompile.kernels._tiles import (
     triton,
 )
 
-# Scores of a group, and groups of a program that looks for the largest of each.
+# Scores of a group, twice as many where there would be more groups than one program holds; and groups of a program that
+# looks for the largest of each.
 GROUP, GROUPS = 32, 64
 # What one program holds in registers: the largest of all groups, or the scores of the groups it takes.
 MOST = 8192
@@ -38,9 +39,14 @@ _NO_KEY = tl.constexpr(2**31 - 1)
 
 def refuses(like: Tensor, vocabulary: int, top_k: int) -> str | None:
     """Why there is no `draw` from so many scores where `like` is, or None."""
-    if cdiv(vocabulary, GROUP) > MOST or power_of_two(top_k + TIES) * GROUP > MOST:
+    group = _group(vocabulary)
+    if cdiv(vocabulary, group) > MOST or power_of_two(top_k + TIES) * group > MOST:
         return f"handles no top_k of {top_k} among {vocabulary}"
     return refuses_device(like, torch.float32)
+
+
+def _group(vocabulary: int) -> int:
+    return GROUP if vocabulary <= MOST * GROUP else 2 * GROUP
 
 
 def draw(
@@ -57,13 +63,14 @@ def draw(
     """
     batch, vocabulary = scores.shape
     scores, noise = readable(scores), noise.contiguous()
-    groups, room = cdiv(vocabulary, GROUP), power_of_two(top_k + TIES)
+    group, room = _group(vocabulary), power_of_two(top_k + TIES)
+    groups = cdiv(vocabulary, group)
     largest = scores.new_empty(batch, groups, dtype=torch.int32)
     held, places = noise.new_empty(batch, room), scores.new_empty(batch, room, dtype=torch.int32)
     tokens, best = scores.new_empty(batch, dtype=torch.int64), noise.new_empty(batch)
     scaled = scores, changes.banned, changes.least, changes.at, vocabulary, changes.factor
     common = {
-        "GROUP": GROUP,
+        "GROUP": group,
         "BANS": changes.bans,
         "LOW_BITS": _LOW_BITS[scores.dtype],
         "PDL": dependent_launch(scores),

@@ -93,6 +93,14 @@ def test_fewer_groups_than_top_k(vocabulary: int, device: str) -> None:
     assert torch.equal(draw(scores, noise, 50, 0.9, 0.0)[0], (likely / noise).argmax(-1))
 
 
+def test_more_scores_than_groups_of_32(device: str) -> None:
+    """As Gemma 3 has."""
+    scores = torch.randn(1, 262208, device=device)
+    noise = torch.empty_like(scores).exponential_()
+    likely = processed(scores, 64, 0.95, 0.0).softmax(-1)
+    assert torch.equal(draw(scores, noise, 64, 0.95, 0.0)[0], (likely / noise).argmax(-1))
+
+
 def test_fewer_than_top_k(device: str) -> None:
     scores = torch.full((1, VOCABULARY), -torch.inf, device=device)
     scores[0, 3000] = -1.0
@@ -121,5 +129,7 @@ def test_refusals(device: str) -> None:
     like = torch.empty(0, device=device)
     assert refuses(like, 262144, 50) is None and refuses(like, 500, 256 - TIES) is None
     assert refuses(like, 128256, 257 - TIES) == f"handles no top_k of {257 - TIES} among 128256"
-    assert refuses(like, 262145, 5) == "handles no top_k of 5 among 262145"
+    assert refuses(like, 262145, 64) is None and refuses(like, 524288, 64) is None
+    assert refuses(like, 262145, 65) == "handles no top_k of 65 among 262145"
+    assert refuses(like, 524289, 5) == "handles no top_k of 5 among 524289"
     assert refuses(torch.empty(0, device="meta"), 128256, 5) == "needs cuda, x is on meta"

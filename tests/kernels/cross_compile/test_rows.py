@@ -73,6 +73,9 @@ def test_draw(compiled: Callable, assert_fits: Callable, scores: str) -> None:
     assert_fits(compiled(draw._draw, 8, ALL=draw.MOST // 2, ROOM=draw.MOST // 2 // draw.GROUP, **read))
     if scores == "*fp32":
         assert_fits(compiled(draw._draw, 8, ALL=draw.MOST, ROOM=draw.MOST // draw.GROUP, **read), stack=128)
+    read["GROUP"] = 2 * draw.GROUP  # of more scores than MOST such groups have
+    assert_fits(compiled(draw._largest_of_groups, 4, GROUPS=draw.GROUPS, **read))
+    assert_fits(compiled(draw._draw, 8, ALL=draw.MOST, ROOM=draw.MOST // 2 // draw.GROUP, **read), stack=128)
 
 
 def test_likeliest(compiled: Callable, assert_fits: Callable) -> None:
