@@ -53,6 +53,7 @@ def qcompile_backend(
             stacklevel=2,
         )
         return _torch.inductor_training(gm, example_inputs, patches)
+    _settle_floats(gm)
     normal = retrace(gm)
     normalize(normal.graph)
     weights = {index: x for index, x in enumerate(example_inputs) if isinstance(x, nn.Parameter)}
@@ -76,6 +77,16 @@ def qcompile_backend(
         outcome.insist()
     fakes = [node.meta["val"] for node in normal.graph.find_nodes(op="placeholder")]
     return _Exchanged(compile_graph(normal, fakes, patches), inputs, packed)
+
+
+def _settle_floats(gm: GraphModule) -> None:
+    """With dynamic=True a module's floats, as a norm's epsilon, are inputs. Patterns know numbers, and Inductor refuses
+    inputs that are read by `item`: they are what they are now, and Dynamo's guards see them change."""
+    for node in gm.graph.find_nodes(op="call_method", target="item"):
+        if isinstance(number := node.meta.get("example_value"), torch.SymFloat):
+            node.replace_all_uses_with(float(number))  # type: ignore[arg-type]
+            gm.graph.erase_node(node)
+    gm.recompile()
 
 
 @dataclass

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 
 import qcompile
 
@@ -51,6 +52,30 @@ def test_lengths_do_not_recompile(tiny_llama: Make, interpreted: None) -> None:
     with torch.compiler.set_stance("fail_on_recompile"):
         for length in (5, 9, 12):
             fast(torch.randint(0, 100, (2, length)), use_cache=False)
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.scale = nn.Linear(64, 64), 0.5
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x * self.scale)
+
+
+@torch.no_grad()
+def test_floats_of_modules_are_constants() -> None:
+    """Dynamo makes them inputs where sizes are dynamic; with fullgraph=True it settles them by itself."""
+    model = Scaled()
+    reference = quantized_twin(model)
+    fast = torch.compile(model, backend="qcompile", options=SPEC, dynamic=True)
+    torch.compiler.reset()
+    counters.clear()
+    for rows, scale in ((3, 0.5), (5, 3.0)):
+        model.scale = reference.scale = scale
+        x = torch.randn(rows, 64)
+        torch.testing.assert_close(fast(x), reference(x), rtol=1e-3, atol=1e-4)
+    assert counters["stats"]["unique_graphs"] == 2  # one for each scale
 
 
 def test_unknown_options_and_modes_are_named() -> None:
