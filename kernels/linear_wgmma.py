@@ -86,7 +86,7 @@ def _launch(
         k,
         *weight.strides,
         whole,
-        None if parts is None else tile.shares,
+        1 if parts is None else tile.shares,
         W=weight.layout,
         ACTIVATION=activation,
         EVEN=k % _turns.WGMMA_CODES == 0,
@@ -146,10 +146,7 @@ def _wgmma(
 @gluon.jit
 def _tiles(sizes, TOKENS: gl.constexpr, HALF: gl.constexpr):
     M, N, K, whole, shares = sizes
-    count = gl.cdiv(M, TOKENS) * gl.cdiv(N, 2 * HALF)
-    if shares is not None:
-        count = whole + (count - whole) * shares
-    return count
+    return whole + (gl.cdiv(M, TOKENS) * gl.cdiv(N, 2 * HALF) - whole) * shares
 
 
 @gluon.jit
@@ -161,7 +158,7 @@ def _tile(index, sizes, TOKENS: gl.constexpr, CODES: gl.constexpr, HALF: gl.cons
     blocks_m = gl.cdiv(M, TOKENS)
     steps = gl.cdiv(K, CODES)
     block, part, first, end = index, -1, 0, steps
-    if shares is not None and index >= whole:
+    if index >= whole:
         others = blocks_m * gl.cdiv(N, 2 * HALF) - whole
         part, block = (index - whole) // others, whole + (index - whole) % others
         first, end = part * steps // shares, (part + 1) * steps // shares
