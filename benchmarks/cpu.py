@@ -22,7 +22,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +37,7 @@ from benchmarks.record import device_slug, record
 from qcompile import models
 from qcompile.evaluate import Speed, throughputs
 from qcompile.kernels._cpp import load_cpp
-from qcompile.program import Program
+from qcompile.program import BoundProgram
 from qcompile.runtime import runner_of
 
 SPECS = ("u8/g64/asym", "u4/g64/asym", "u3/g64/asym", "u2/g64/asym", "u1/g64/asym")
@@ -287,24 +287,19 @@ def spent(model: nn.Module, prompt: int = 128) -> Spent:
 def timed_programs() -> Iterator[list[float]]:
     """Seconds of every step of a compiled program that generate() takes."""
     taken: list[float] = []
-    original: Callable[..., Any] = Program.calls
+    original = BoundProgram.run
 
-    def calls(self: Program, *args: Any) -> Callable[[], Any]:
-        step = original(self, *args)
+    def call(self: BoundProgram) -> Any:
+        start = time.perf_counter()
+        result = original(self)
+        taken.append(time.perf_counter() - start)
+        return result
 
-        def call() -> Any:
-            start = time.perf_counter()
-            result = step()
-            taken.append(time.perf_counter() - start)
-            return result
-
-        return call
-
-    Program.calls = calls  # type: ignore[method-assign]
+    BoundProgram.run = call  # type: ignore[method-assign]
     try:
         yield taken
     finally:
-        Program.calls = original  # type: ignore[method-assign]
+        BoundProgram.run = original  # type: ignore[method-assign]
 
 
 def notes(options: argparse.Namespace, limit: ReadLimit) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qcompile import _torch
 from qcompile.kernels import attention_cpu, fused_linear_cpu, linear_cpu
+from qcompile.kernels._follower_cpu import Follower
 from qcompile.kernels._packed_cpu import FLOATS
 from qcompile.ops.chain import Result, Step, chain, run
 from qcompile.ops.registry import OPS, binder, declare, opaque
@@ -107,20 +108,26 @@ class BoundChain:
     def __init__(self, op: ctypes.CDLL, tensors: Sequence[Tensor | None], caches: Sequence[Tensor], steps: str):
         given = [tensor.detach() for tensor in tensors if tensor is not None]
         moving = [index for index, tensor in enumerate(tensors) if tensor is None]
-        self.bound = _bind(given, moving, [cache.detach() for cache in caches], steps)
+        self.op, self.bound = op, _bind(given, moving, [cache.detach() for cache in caches], steps)
+        self.followers: list[Follower] = []
         weakref.finalize(self, op.release_chain, self.bound)
 
     def __call__(self, *moving: Tensor) -> Tensor:
         return _bound(self.bound, moving)
 
+    def let_follow(self, follower: object) -> bool:
+        """Whether each call does this from now on, too, on its result."""
+        if not isinstance(follower, Follower):
+            return False
+        self.op.let_follow(self.bound, follower.bound)
+        self.followers.append(follower)
+        return True
+
 
 @binder(chain_packed, pays=True)
 def bind_chain(tensors: Sequence[Tensor | None], caches: Sequence[Tensor], steps: str) -> BoundChain | None:
     op = linear_cpu.without_python()
-    # Of no tensor torch does not know whose op it calls.
-    if op is None or not any(tensor is None for tensor in tensors):
-        return None
-    return BoundChain(op, tensors, caches, steps)
+    return None if op is None else BoundChain(op, tensors, caches, steps)
 
 
 @chain.implementation("cpu", refuses, device="cpu")

@@ -5,12 +5,11 @@ With torch's ops it is twenty calls, and each of them takes 20 us after a model'
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from qcompile.kernels import linear_cpu
+from qcompile.kernels._follower_cpu import Follower
 from qcompile.kernels._packed_cpu import FLOATS, KINDS
 
 
@@ -23,13 +22,26 @@ def refuses(text: Tensor) -> str | None:
     return None if linear_cpu.without_python() else "the C++ that torch calls does not compile here"
 
 
+class Likeliest(Follower):
+    """A function of scores [batch, vocabulary], or [batch, 1, vocabulary]."""
+
+    def __call__(self, scores: Tensor) -> None:
+        if scores.dtype not in FLOATS:
+            scores = scores.float()
+        stride, *_, step = scores.stride()
+        if step != 1:
+            scores = scores.contiguous()
+            stride = scores.stride(0)
+        rows, *_, count = scores.shape
+        self.op.run_follower(self.bound, scores.data_ptr(), rows, stride, count, KINDS[scores.dtype])
+
+
 def bind_likeliest(
     banned: Tensor, least: Tensor, text: Tensor, at: Tensor, token: Tensor, unfinished: Tensor, pad: Tensor | None,
     ends: Tensor | None,
-) -> Callable[[Tensor], None]:  # fmt: skip
-    """A function of scores [batch, vocabulary], or [batch, 1, vocabulary], that does what argmax of them and `put` of
-    decode_state.State do, in the memory that these tensors have now. `banned` i64[n] are tokens in ascending order,
-    each of which counts as -inf before there are `least` i64[n] tokens."""
+) -> Likeliest:  # fmt: skip
+    """What does argmax of scores and `put` of decode_state.State, in the memory that these tensors have now. `banned`
+    i64[n] are tokens in ascending order, each of which counts as -inf before there are `least` i64[n] tokens."""
     op = linear_cpu.without_python()
     assert op is not None
     kept = tuple(None if x is None else x.detach() for x in (banned, least, text, at, token, unfinished, pad, ends))
@@ -40,15 +52,4 @@ def bind_likeliest(
         None if ends is None else ends.data_ptr(),
         0 if ends is None else len(ends),
     )
-    fixed = *bans, *texts, *ending
-
-    def put(scores: Tensor, _: object = kept) -> None:  # keeps them alive
-        if scores.dtype not in FLOATS:
-            scores = scores.float()
-        stride, *_, step = scores.stride()
-        if step != 1:
-            scores = scores.contiguous()
-            stride = scores.stride(0)
-        op.put_likeliest(scores.data_ptr(), scores.shape[0], stride, scores.shape[-1], KINDS[scores.dtype], *fixed)
-
-    return put
+    return Likeliest(op, op.bind_likeliest(*bans, *texts, *ending), kept)

@@ -191,12 +191,12 @@ def without_python() -> ctypes.CDLL | None:
     size, number = ctypes.c_int64, ctypes.c_int
     pointer = ctypes.c_void_p
     op.know.argtypes = [ctypes.c_char_p, size, *[pointer] * 4, *[size] * 4, number, number, ctypes.c_float]
-    op.put_likeliest.argtypes = [
-        pointer, *[size] * 3, number, *[pointer] * 2, size, pointer, size, *[pointer] * 5, size,
-    ]  # fmt: skip
-    op.add_to_each.argtypes = [pointer, size, size]
-    op.release_chain.argtypes = [size]
-    for function in (op.know, op.forget, op.put_likeliest, op.add_to_each, op.release_chain):
+    op.bind_likeliest.argtypes = [*[pointer] * 2, size, pointer, size, *[pointer] * 5, size]
+    op.bind_lengths.argtypes = [pointer, size, size]
+    op.bind_likeliest.restype = op.bind_lengths.restype = pointer
+    op.run_follower.argtypes = [*[pointer] * 2, *[size] * 3, number]
+    op.release_follower.argtypes, op.release_chain.argtypes, op.let_follow.argtypes = [pointer], [size], [size, pointer]
+    for function in (op.know, op.forget, op.run_follower, op.release_follower, op.release_chain, op.let_follow):
         function.restype = None
     return op
 

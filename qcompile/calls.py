@@ -190,6 +190,11 @@ class Build:
         effects = [(place, changes) for place, changes in self.effects if any(changes)]
         return Build(effects, _Mapping(dict, {n: self.make.items[n] for n in names if n in self.make.items}))
 
+    def place_of(self, name: str) -> int | None:
+        """Which of the graph's outputs is what the result, a mapping, has under this name."""
+        item = self.make.items.get(name) if isinstance(self.make, _Mapping) else None
+        return item.index if isinstance(item, _Nth) and item.of == 0 else None
+
 
 @dataclass(frozen=True)
 class _Nth:

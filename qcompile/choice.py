@@ -18,6 +18,7 @@ from qcompile.calls import PLAIN
 from qcompile.decode_state import State
 from qcompile.kernels import draw, likeliest_cpu, likeliest_cuda
 from qcompile.kernels._scores import NONE, Changes
+from qcompile.kernels.likeliest_cpu import Likeliest
 
 Process = Callable[[Tensor, Tensor], Tensor]
 
@@ -69,7 +70,7 @@ class Choice:
         # On a CPU the likeliest token needs neither float32 nor scores of its own.
         self.by_cpp = not (sample or steady) and self.temperature == 1 and likeliest_cpu.refuses(state.text) is None
         self.direct = self.by_cpp or (self.by_kernels and self.temperature is not None)
-        self.texts: Tensor | None = None  # that `put` appends to
+        self.texts: Tensor | None = None  # that `likeliest` appends to
 
     @property
     def key(self) -> Hashable | None:
@@ -85,9 +86,7 @@ class Choice:
         """The scores. `ids` i64[batch, …] are the text, as the processors are to see it."""
         state, quotients = self.state, None
         if self.by_cpp:
-            if self.texts is not state.text:
-                self._bind()
-            self.put(logits)
+            self.bound()(logits)
             return logits
         if self.direct and self.temperature is not None:
             scores = logits if logits.dim() == 2 else logits.select(1, -1)
@@ -107,10 +106,14 @@ class Choice:
             self.check()
         return scores
 
-    def _bind(self) -> None:
-        state, self.texts = self.state, self.state.text
-        texts = (state.text, state.at, state.token, state.unfinished, state.pad, state.ends)
-        self.put = likeliest_cpu.bind_likeliest(*_bans(state), *texts)
+    def bound(self) -> Likeliest:
+        """What a choice `by_cpp` does, in the memory that the state has now."""
+        state = self.state
+        if self.texts is not state.text:
+            self.texts = state.text
+            texts = (state.text, state.at, state.token, state.unfinished, state.pad, state.ends)
+            self.likeliest = likeliest_cpu.bind_likeliest(*_bans(state), *texts)
+        return self.likeliest
 
     def _drawn(self, scores: Tensor, noise: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The scores, of the likeliest tokens where no other can be drawn; the tokens; and by what they were drawn."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -67,13 +67,13 @@ def decode(
     ended = Ended(streamer, limit, input_ids.device if late else None)
     advance = Advance(step, choose, recordings if steady else None)
     state.make_room(length + 1)
-    scores = logits, choose(logits, input_ids)
+    scores: Scores | None = (logits, choose(logits, input_ids))
     with model._optimize_model_for_decode():
         while True:
             length += 1
-            if all_logits is not None:
+            if all_logits is not None and scores is not None:
                 all_logits.append(scores[0])
-            if all_scores is not None:
+            if all_scores is not None and scores is not None:
                 all_scores.append(scores[1])
             if criteria:
                 seen = None if all_scores is None else tuple(all_scores)
@@ -106,13 +106,18 @@ class Advance:
     def __init__(self, step: Step, choose: Choice, recordings: Recordings | None):
         self.step, self.choose, self.recordings = step, choose, recordings
         self.bound = False
+        self.asked = False
+        self.whole: Callable[[], Any] | None = None  # the model's call that ends with the choice
         self.warm = 0
         self.recording: Recording | None = None
         self.before: tuple[Tensor, torch.device] | None = None
 
-    def __call__(self, length: int, copies: bool) -> Scores:
+    def __call__(self, length: int, copies: bool) -> Scores | None:
         """Logits and scores of the token after `length` others; those of a recording are copied, or gone after the
-        next step."""
+        next step. None where nobody reads them."""
+        if self.whole is not None:
+            self.whole()
+            return None
         if not self.bound:
             self._bind()
         if self.choose.sample and self.choose.steady:
@@ -130,7 +135,10 @@ class Advance:
         if length is not None:
             self.step.now.make_room(length + 1)
         text = self.step.now.text
-        return logits, self.choose(logits, text if self.choose.direct else text[:, :length])
+        scores = self.choose(logits, text if self.choose.direct else text[:, :length])
+        if self.choose.by_cpp and not self.asked and logits.dim() == 3:
+            self.asked, self.whole = True, self.step.let_follow(self.choose.bound())
+        return logits, scores
 
     def _bind(self) -> None:
         self.bound, bound = True, self.step.bind()
@@ -169,7 +177,7 @@ class Ended:
     """
 
     def __init__(self, streamer: Any, max_length: float, late: torch.device | None):
-        self.streamer, self.max_length = streamer, max_length
+        self.streamer, self.max_length, self.copies = streamer, max_length, Copies()
         # What is read comes on a stream of its own, so that the next step waits for no copy.
         self.reads = None if late is None else torch.cuda.Stream(late)
         self.unread: deque[Read] = deque()
@@ -179,7 +187,7 @@ class Ended:
         last = length >= self.max_length
         if self.reads is None:
             if self.streamer is not None:
-                self.streamer.put(state.token.view(-1).to("cpu", copy=True))
+                self.streamer.put(self.copies(state.token))
             return last or True not in state.unfinished.tolist()
         self.unread.append(Read(state, length, self.streamer is not None, self.reads))
         while len(self.unread) > (not last):
@@ -194,6 +202,31 @@ class Ended:
     @property
     def surplus(self) -> int:
         return len(self.unread)
+
+
+class Copies:
+    """Copies of the same i64[batch, 1] on the CPU, i64[batch] each, made room for in advance: one by one, after a step
+    that has emptied the processor's caches, torch takes 20 us for each."""
+
+    def __init__(self) -> None:
+        self.left: list[tuple[Tensor, memoryview]] = []
+        self.given: memoryview | None = None
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        if self.given is None:
+            if tokens.device.type != "cpu":
+                return tokens.view(-1).to("cpu")
+            self.given = _bytes_of(tokens)
+        if not self.left:
+            self.left = [(each, _bytes_of(each)) for each in torch.empty(64, len(tokens), dtype=tokens.dtype).unbind()]
+        copy, memory = self.left.pop()
+        memory[:] = self.given
+        return copy
+
+
+def _bytes_of(dense: Tensor) -> memoryview:
+    """The memory of a tensor on the CPU, which this keeps alive."""
+    return memoryview(dense.numpy()).cast("B")  # pyright: ignore[reportArgumentType]
 
 
 class Read:

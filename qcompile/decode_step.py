@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +12,9 @@ from torch import Tensor
 from qcompile.again import Bound
 from qcompile.decode_state import State
 from qcompile.errors import ConfigError
+from qcompile.kernels._follower_cpu import Follower
+from qcompile.kernels.lengths_cpu import bind_lengths
+from qcompile.program import BoundProgram
 from qcompile.prompt import length_of, lengthened, refuses, with_ones
 from qcompile.runtime import runner_of
 
@@ -84,6 +87,20 @@ class Step:
                 self.bound = replace(bound[0], build=build), *bound[1:]
                 self.call = self.bound[0].calls(*self.bound[1:])
         return self.bound
+
+    def let_follow(self, follower: Follower) -> Callable[[], Any] | None:
+        """From now on the only call: it does this behind itself, on its logits, which are as the model has them, and
+        gives nothing. None where that cannot be."""
+        call, position = self.call if self.bound is not None else None, self.now.position
+        if not isinstance(call, BoundProgram):
+            return None
+        grow = None if position is None else bind_lengths(list(position.unbind()), 1)
+        if (position is not None and grow is None) or not call.let_follow("logits", follower):
+            return None
+        if grow is not None:
+            grow()  # for the next call
+            call.let_follow("logits", grow)
+        return call.run
 
     def __call__(self) -> Tensor:
         now = self.now

@@ -67,21 +67,34 @@ class Program:
 
     def calls(
         self, weights: Sequence[Tensor], tensors: Sequence[Tensor], caches: Sequence[Any], form: Form
-    ) -> Callable[[], Any]:
+    ) -> BoundProgram | Callable[[], Any]:
         """Calls of the program on these very tensors, whose memory stays theirs meanwhile; by one thread."""
         with torch.no_grad():
             bound = None if self.bind is None or self.replay is not None else self.bind(*weights, *tensors)
         if bound is None:
             return lambda: self(weights, tensors, caches, form)
+        return BoundProgram(bound, self.build, tensors, caches)
 
-        ungraded = torch.no_grad()(bound)
 
-        def call() -> Any:
-            # Where gradients are off already, as in generate(), they are not switched for each token.
-            outputs = (ungraded if torch.is_grad_enabled() else bound)()
-            return self.build(outputs, tensors, caches)
+class BoundProgram:
+    """Calls of a program that is bound to its tensors."""
 
-        return call
+    def __init__(self, bound: Any, build: calls.Build, tensors: Sequence[Tensor], caches: Sequence[Any]):
+        self.bound, self.build, self.tensors, self.caches = bound, build, tensors, caches
+        self.ungraded = torch.no_grad()(bound)
+
+    def __call__(self) -> Any:
+        return self.build(self.run(), self.tensors, self.caches)
+
+    def run(self) -> Sequence[Any]:
+        # Where gradients are off already, as in generate(), they are not switched for each token.
+        return (self.ungraded if torch.is_grad_enabled() else self.bound)()
+
+    def let_follow(self, name: str, follower: Any) -> bool:
+        """Whether each call ends with this, too, on what its result has under this name."""
+        place = self.build.place_of(name)
+        let_follow = getattr(None if place is None else self.bound.makers[place], "let_follow", None)
+        return let_follow is not None and let_follow(follower)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ LAYERS = [
     {"ops", "graph", "files"},
     {"passes", "kernels", "formats", "writers", "algorithms"},
     # what is to happen, how it is stored, and the account of it
-    {"installed", "hub"},
+    {"installed", "hub", "bound_region"},
     {"checks", "driver", "patterns", "pinned", "timing", "tuned"},
     {"fusing", "transformers_config", "fingerprint"},
     {"shelf"},

@@ -24,6 +24,14 @@ struct BoundChain {
     std::vector<Tensor> copies = std::vector<Tensor>(moving.size());
     Arguments looked = text->given;
     Kept kept = {};
+    std::vector<Follower*> followers;  // of each call
+
+    void finish(const Tensor& result) const {
+        const int64_t count = result.size(result.dim() - 1);
+        const Scores scores = {(char*)result.data_ptr(), result.numel() / std::max<int64_t>(1, count), count, count,
+                               kind_of(result)};
+        for (Follower* follower : followers) follower->follow(scores);
+    }
 };
 
 // `given` are the tensors but the moving ones.
@@ -35,7 +43,7 @@ int64_t bind_chain(std::vector<Tensor> given, std::vector<int64_t> moving, std::
     auto next = given.begin();
     for (size_t i = 0; i < count; i++) bound->tensors.push_back(moves(i) ? Tensor() : *next++);
     for (auto& arguments : bound->looked) {
-        auto stays = [&](const Argument* a) { return a->type != Argument::GIVEN || !moves(a->index); };
+        auto stays = [&](const Argument* a) { return a->type == Argument::CACHE || !moves(a->index); };
         arguments.erase(std::remove_if(arguments.begin(), arguments.end(), stays), arguments.end());
     }
     return (int64_t)bound;
@@ -59,15 +67,24 @@ Tensor bound_chain(int64_t bound, std::vector<Tensor> moving) {
         if (is_dense) copy_to(its.copies.at(i), from);
         its.tensors.at(its.moving.at(i)) = is_dense ? its.copies[i] : from;
     }
-    return run_chain({*its.text, its.tensors, its.caches, its.kept, its.looked}, its.tensors, its.caches, its.steps);
+    const Tensor result =
+        run_chain({*its.text, its.tensors, its.caches, its.kept, its.looked}, its.tensors, its.caches, its.steps);
+    its.finish(result);
+    return result;
 }
 
 }  // namespace
 
 extern "C" void release_chain(int64_t bound) { delete (BoundChain*)bound; }
 
+// From now on it follows each call of the chain.
+extern "C" void let_follow(int64_t bound, Follower* follower) { ((BoundChain*)bound)->followers.push_back(follower); }
+
 STABLE_TORCH_LIBRARY_IMPL(qcompile_kernels, CPU, m) {
     m.impl("chain_packed", TORCH_BOX(&chain_packed));
     m.impl("bind_chain", TORCH_BOX(&bind_chain));
+}
+// Calls may bring no tensor, by which torch would know that it is the CPU's.
+STABLE_TORCH_LIBRARY_IMPL(qcompile_kernels, CompositeExplicitAutograd, m) {
     m.impl("bound_chain", TORCH_BOX(&bound_chain));
 }

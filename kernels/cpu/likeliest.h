@@ -1,5 +1,7 @@
 // What happens between two steps of decoding: the likeliest token of each row of scores is appended to texts
-// (qcompile/decode_state.py), as torch's ops would do it, and lengths grow.
+// (qcompile/decode_state.py), as torch's ops would do it, and lengths grow. Both are bound to their memory.
+
+#include <vector>
 
 namespace {
 
@@ -51,22 +53,65 @@ int64_t likeliest(const void* row, int64_t count, int kind, const Banned& banned
     return 0;
 }
 
+// The scores of each text's next token.
+struct Scores {
+    const char* at;
+    int64_t rows, stride, count;
+    int kind;
+};
+
+// What was given its memory once. A bound chain does it behind itself, on its result, where it is told to.
+struct Follower {
+    virtual ~Follower() = default;
+    virtual void follow(const Scores& scores) = 0;
+};
+
+// Texts, and what is asked of their next tokens: see State in qcompile/decode_state.py.
+struct Likeliest : Follower {
+    Banned banned;
+    int64_t *text, room, *at, *token;
+    bool* unfinished;
+    const int64_t *pad, *ends;
+    int64_t end_count;
+
+    void follow(const Scores& scores) override {
+        for (int64_t m = 0; m < scores.rows; m++) {
+            const char* row = scores.at + m * scores.stride * size_of(scores.kind);
+            int64_t best = likeliest(row, scores.count, scores.kind, banned, *at);
+            if (pad && !unfinished[m]) best = *pad;
+            token[m] = text[m * room + *at] = best;
+            if (std::find(ends, ends + end_count, best) != ends + end_count) unfinished[m] = false;
+        }
+        ++*at;
+    }
+};
+
+// Numbers that grow by as much each time.
+struct Lengths : Follower {
+    std::vector<int64_t*> numbers;
+    int64_t added;
+
+    void follow(const Scores&) override {
+        for (int64_t* number : numbers) *number += added;
+    }
+};
+
 }  // namespace
 
-extern "C" void put_likeliest(const void* scores, int64_t rows, int64_t stride, int64_t count, int kind,
-                              const int64_t* banned, const int64_t* least, int64_t bans, int64_t* text, int64_t room,
-                              int64_t* at, int64_t* token, bool* unfinished, const int64_t* pad, const int64_t* ends,
-                              int64_t end_count) {
-    for (int64_t m = 0; m < rows; m++) {
-        const char* row = (const char*)scores + m * stride * size_of(kind);
-        int64_t best = likeliest(row, count, kind, {banned, least, bans}, *at);
-        if (pad && !unfinished[m]) best = *pad;
-        token[m] = text[m * room + *at] = best;
-        if (std::find(ends, ends + end_count, best) != ends + end_count) unfinished[m] = false;
-    }
-    ++*at;
+extern "C" Follower* bind_likeliest(const int64_t* banned, const int64_t* least, int64_t bans, int64_t* text,
+                                    int64_t room, int64_t* at, int64_t* token, bool* unfinished, const int64_t* pad,
+                                    const int64_t* ends, int64_t end_count) {
+    auto bound = new Likeliest;
+    bound->banned = {banned, least, bans}, bound->text = text, bound->room = room, bound->at = at, bound->token = token;
+    bound->unfinished = unfinished, bound->pad = pad, bound->ends = ends, bound->end_count = end_count;
+    return bound;
 }
-
-extern "C" void add_to_each(int64_t* const* numbers, int64_t count, int64_t added) {
-    for (int64_t i = 0; i < count; i++) *numbers[i] += added;
+extern "C" Follower* bind_lengths(int64_t* const* numbers, int64_t count, int64_t added) {
+    auto bound = new Lengths;
+    bound->numbers.assign(numbers, numbers + count), bound->added = added;
+    return bound;
 }
+extern "C" void run_follower(Follower* bound, const void* scores, int64_t rows, int64_t stride, int64_t count, int kind) {
+    bound->follow({(const char*)scores, rows, stride, count, kind});
+}
+extern "C" void release_follower(Follower* bound) { delete bound; }

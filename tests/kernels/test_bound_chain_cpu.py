@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from qcompile.decode_state import State
 from qcompile.kernels.chain_cpu import bind_chain, chain_anyhow
+from qcompile.kernels.lengths_cpu import bind_lengths
+from qcompile.kernels.likeliest_cpu import bind_likeliest
 
 # Where there is a compiler, sources that do not compile are no reason to skip.
 if not any(map(shutil.which, ("g++", "clang++"))):
@@ -47,12 +50,44 @@ def test_bound_steps_that_go_wrong(decode_layer: Layers) -> None:
     tensors, caches, text = layer.arguments
     at = layer.positions.index
     bound = bind_chain([None if i == at else tensor for i, tensor in enumerate(tensors)], caches, text)
-    assert bound is not None and bind_chain(tensors, caches, text) is None
+    assert bound is not None
+    bound(tensors[at])  # a process's first call of its kind is Python's
     want = bound(tensors[at])
     for _ in range(2):
         with pytest.raises((RuntimeError, IndexError), match="out of"):
             bound(tensors[at] + layer.CAPACITY)
         assert torch.equal(bound(tensors[at]), want)
+
+
+def test_bound_to_all_of_its_tensors(decode_layer: Layers) -> None:
+    layer = decode_layer(torch.bfloat16)
+    tensors, caches, text = layer.arguments
+    _, twins, _ = layer.arguments
+    mine = [tensor.clone() for tensor in tensors]
+    bound = bind_chain(mine, caches, text)
+    assert bound is not None
+    for _ in range(3):  # the memory is read, not what was in it
+        mine[0].normal_()
+        mine[layer.positions.index].add_(1)
+        want = chain_anyhow(mine, twins, text)
+        got = bound()
+        assert (got - want).norm() <= 0.02 * want.norm()
+        assert all(torch.equal(cache, twin) for cache, twin in zip(caches, twins))
+
+
+def test_what_follows_each_call(decode_layer: Layers) -> None:
+    tensors, caches, text = decode_layer(torch.bfloat16).arguments
+    bound, length = bind_chain([None, *tensors[1:]], caches, text), torch.tensor(3)
+    assert bound is not None and not bound.let_follow(lambda: None)
+    batch = len(tensors[0])
+    state, other = (State(torch.zeros(batch, 2, dtype=torch.int64), 9, None, None) for _ in range(2))
+    none = torch.empty(0, dtype=torch.int64)
+    assert bound.let_follow(bind_lengths([length], 2))
+    assert bound.let_follow(bind_likeliest(none, none, state.text, state.at, state.token, state.unfinished, None, None))
+    for step in range(3):
+        gc.collect()  # nobody else has what follows
+        other.put(bound(torch.randn_like(tensors[0])).flatten(1).argmax(-1))
+        assert int(length) == 5 + 2 * step and torch.equal(state.text, other.text)
 
 
 def test_bound_in_two_threads(decode_layer: Layers) -> None:
