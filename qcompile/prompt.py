@@ -19,6 +19,7 @@ from qcompile.stores import ActivationRounding
 # More tokens, of all sequences together, keep the GPU busier than Python takes to launch: 0.9 ms a layer on an H100's
 # host, of Llama-3-8B's shape in u4/g64.
 MOST = 1024
+# Linears of many rows are compiled for multiples of sixteen, and again for other numbers.
 SHORTEST = 16
 
 
@@ -49,11 +50,12 @@ def refuses(model: Any, config: Any, input_ids: Tensor, given: Mapping[str, Any]
 
 
 def length_of(model: Any, input_ids: Tensor, room: int) -> int:
-    """The length of the call: a multiple of an eighth of the next power of two, as far as cache and positions reach."""
+    """The length of the call: a multiple of an eighth of the next power of two, of sixteen for long prompts, as far as
+    cache and positions reach."""
     batch, length = input_ids.shape
-    step = max(SHORTEST, (1 << (length - 1).bit_length()) // 8)
+    step = max(SHORTEST, (1 << (length - 1).bit_length()) // 8) if length <= MOST else SHORTEST
     longer = min(-(-length // step) * step, room, model.config.get_text_config().max_position_embeddings)
-    return longer if length < longer and batch * longer <= MOST else length
+    return longer if length < longer and (batch * longer <= MOST or length > MOST) else length
 
 
 def lengthened(input_ids: Tensor, given: Mapping[str, Any], length: int) -> tuple[Tensor, dict[str, Any]]:

@@ -79,12 +79,14 @@ def test_lengths_are_few_and_not_much_longer() -> None:
     def length(n: int, batch: int = 1, room: int = 4096) -> int:
         return prompt.length_of(model, torch.empty(batch, n, device="meta"), room)
 
-    assert [length(n) for n in (2, 16, 17, 128, 129, 500, 1000, 1025)] == [16, 16, 32, 128, 160, 512, 1024, 1025]
+    assert [length(n) for n in (2, 16, 17, 128, 129, 500, 1000)] == [16, 16, 32, 128, 160, 512, 1024]
+    assert [length(n) for n in (1025, 1040, 1041, 2047)] == [1040, 1040, 1056, 2048]
     assert len({length(n) for n in range(2, 1025)}) == 20
     assert all(length(n) - n < max(16, n / 4) for n in range(2, 1025))
     assert length(17, room=20) == 20 and length(17, room=3) == 17
     # Of all sequences together.
     assert length(60, batch=16) == 64 and length(65, batch=16) == 65
+    assert length(1025, batch=16) == 1040
     model.config.max_position_embeddings = 20
     assert length(17) == 20 and length(21) == 21
 

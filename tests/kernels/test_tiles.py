@@ -10,6 +10,7 @@ from qcompile import kernels
 from qcompile.kernels._tiles import COUNTS, INTERPRET
 
 jit = pytest.importorskip("triton.runtime.jit")
+FASTER_BY_SIXTEENS = ["_wgmma"]
 MODULES = [f"{kernels.__name__}.{module.name}" for module in pkgutil.iter_modules(kernels.__path__)]
 
 
@@ -22,6 +23,8 @@ def launched(module: ModuleType) -> list:
 @pytest.mark.parametrize("name", MODULES)
 def test_whether_sixteen_divides_a_count_does_not_matter(name: str) -> None:
     for kernel in launched(importlib.import_module(name)):
+        if kernel.fn.__name__ in FASTER_BY_SIXTEENS:
+            continue
         counts = [parameter for parameter in kernel.params if parameter.name in COUNTS and not parameter.is_constexpr]
         assert all(one.do_not_specialize or one.do_not_specialize_on_alignment for one in counts), kernel.fn.__name__
 

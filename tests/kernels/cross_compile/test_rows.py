@@ -17,9 +17,10 @@ from qcompile.kernels import (
 )
 
 
-def test_norm(compiled: Callable, assert_fits: Callable) -> None:
-    assert_fits(compiled(norm._rms_norm, 8, OFFSET=0.0, BLOCK_M=1, BLOCK_N=4096))
-    assert_fits(compiled(norm._layer_norm, 8, BLOCK_M=1, BLOCK_N=4096))
+@pytest.mark.parametrize("early", [True, False])
+def test_norm(compiled: Callable, assert_fits: Callable, early: bool) -> None:
+    assert_fits(compiled(norm._rms_norm, 8, OFFSET=0.0, EARLY=early, BLOCK_M=1, BLOCK_N=4096))
+    assert_fits(compiled(norm._layer_norm, 8, EARLY=early, BLOCK_M=1, BLOCK_N=4096))
 
 
 def test_gated_act(compiled: Callable, assert_fits: Callable) -> None:
