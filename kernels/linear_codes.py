@@ -63,7 +63,7 @@ def multiply_codes(
 ) -> Tensor:
     """act(codes @ W.T * step by row * scale by output + bias), for contiguous codes (M, K) and data (N, K).
 
-    int8 codes go with data of uint8 that starts at 0. Steps and scales, in float32, may be one for all.
+    int8 codes go with data of uint8 that starts at 0. Steps, in float32, and scales, of any floats, may be one for all.
     """
     (m, k), n = codes.shape, data.shape[0]
     out = codes.new_empty(m, n, dtype=dtype)
@@ -259,7 +259,7 @@ def _store(sums, outs, out, first, sides, first_m, first_n, size, ACTIVATION: gl
     L: gl.constexpr = sums[0].type.layout
     n = first_n + gl.arange(0, sums[0].shape[0], layout=gl.SliceLayout(1, L))
     n = gl.minimum(n, N - 1)
-    scale = gl.load(scale_ptr + n * scale_stride)[:, None]
+    scale = gl.load(scale_ptr + n * scale_stride).to(gl.float32)[:, None]
     store_wait(0)  # the last tile has left shared memory
     for block in gl.static_range(len(sums)):
         m = first_m + block * AT_ONCE + gl.arange(0, AT_ONCE, layout=gl.SliceLayout(0, L))

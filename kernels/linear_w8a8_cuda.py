@@ -73,7 +73,7 @@ def linear_codes_cuda(
         if rows.numel():
             scale_sums(rows[None], step, None, None, x, None)
         return linear_cuda.linear_cuda(x, data, scale, None, bias, spec, activation).reshape(shape)
-    scale = scale.reshape(-1).to(torch.float32)
+    scale = scale.reshape(-1).contiguous()
     if linear_codes.refuses(rows, data, dtype) is None:
         integers, device = rows.dtype == torch.int8, _tuning.Device.of(rows.device)
         tile = _turns.product_tile(rows.shape[0], outputs, columns, integers, device)

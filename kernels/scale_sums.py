@@ -65,7 +65,7 @@ def _scale_sums(
         sums += tl.load(at, mask=inside)
     y = sums.to(tl.float32) * tl.load(step_ptr + m * step_stride)
     if scale_ptr is not None:
-        y *= tl.load(scale_ptr + n * scale_stride, mask=inside, other=0.0)
+        y *= tl.load(scale_ptr + n * scale_stride, mask=inside, other=0.0).to(tl.float32)
     if bias_ptr is not None:
         y += tl.load(bias_ptr + n, mask=inside, other=0.0).to(tl.float32)
     tl.store(out_ptr + m * out_stride + n, activate(y, ACTIVATION).to(out_ptr.dtype.element_ty), mask=inside)

@@ -52,7 +52,7 @@ def check(
 ) -> None:
     x, w = random_codes(element, m, k), random_codes(element, n, k)
     step, scale = (torch.rand(1 if shared else count, device="cuda") + 0.5 for count in (m, n))
-    scale /= k * 40
+    scale = (scale / (k * 40)).to(dtype)
     b = (torch.randn(n, device="cuda") * 0.1).to(dtype) if bias else None
     got = multiply_codes(x, step, stored(w), scale, b, activation, dtype, tile)
     close(got, meaning(x, step, w, scale, b, activation))

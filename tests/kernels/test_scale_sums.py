@@ -19,6 +19,7 @@ def test_meaning(
     bias = random_tensor(outputs) if rows > 1 else None
     sums = torch.randint(-(10**6), 10**6, (parts, rows, outputs)).to(random_tensor(1).device, kind)
     step, scale = (torch.rand(1 if shared else n, device=sums.device) * 1e-3 for n in (rows, outputs))
+    scale = scale.to(dtype)
     around = random_tensor(rows, outputs + 7)
     out, beside = around[:, 3 : 3 + outputs], around.clone()
     scale_sums(sums, step, scale, bias, out, "relu")

@@ -203,7 +203,7 @@ def test_codes(
     """Products of floats keep in memory what they need once a tile, where Triton 3.9 compiles them."""
     integers = element == "i8"
     tile = _turns.product_tile(rows, 4096, inputs, integers, chip)
-    types = {"step_ptr": "*fp32", "scale_ptr": "*fp32"}
+    types: dict[str, str] = {"step_ptr": "*fp32"}
     types |= {"x": described(element, tile.at_once, 128), "w": described(element, 64, 128)}
     sums = "*i32" if integers else "*fp32"
     types["out"] = sums if tile.splits > 1 else described("bf16", tile.at_once, 64)

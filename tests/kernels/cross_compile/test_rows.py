@@ -40,7 +40,7 @@ def test_scale_sums(gpu: int, compiled: Callable, assert_fits: Callable, parts: 
     """Sums of products, and codes that are to be floats."""
     if parts == "*fp8e4nv" and gpu < 89:
         pytest.skip("has no fp8")
-    types = {"parts_ptr": parts, "step_ptr": "*fp32", "scale_ptr": "*fp32"}
+    types = {"parts_ptr": parts, "step_ptr": "*fp32"}
     codes = parts in ("*i8", "*fp8e4nv")
     around = {"PARTS": 1, "ACTIVATION": None} if codes else {"PARTS": 2, "ACTIVATION": "silu"}
     absent, kernel = ("scale_ptr", "bias_ptr") if codes else (), scale_sums._scale_sums
