@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from qcompile import _torch
@@ -95,6 +96,10 @@ _bind = declare("bind_chain(Tensor[] given, int[] moving, Tensor(a!)[] caches, s
 _bound = declare("bound_chain(int bound, Tensor[] moving) -> Tensor")
 
 
+# NOTE: torch 2.11 crashes in the call of bind_chain (a Xeon, Python 3.12); of 2.12 nothing is known.
+BINDS = torch.__version__ >= (2, 13)
+
+
 class BoundChain:
     """chain_packed of tensors that C++ has been given once, but for those that are None: a call brings these.
 
@@ -126,7 +131,7 @@ class BoundChain:
 
 @binder(chain_packed, pays=True)
 def bind_chain(tensors: Sequence[Tensor | None], caches: Sequence[Tensor], steps: str) -> BoundChain | None:
-    op = linear_cpu.without_python()
+    op = linear_cpu.without_python() if BINDS else None
     return None if op is None else BoundChain(op, tensors, caches, steps)
 
 

@@ -12,13 +12,15 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from qcompile.decode_state import State
-from qcompile.kernels.chain_cpu import bind_chain, chain_anyhow
+from qcompile.kernels.chain_cpu import BINDS, bind_chain, chain_anyhow
 from qcompile.kernels.lengths_cpu import bind_lengths
 from qcompile.kernels.likeliest_cpu import bind_likeliest
 
 # Where there is a compiler, sources that do not compile are no reason to skip.
 if not any(map(shutil.which, ("g++", "clang++"))):
     pytest.skip("there is no C++ compiler", allow_module_level=True)
+if not BINDS:
+    pytest.skip("this torch cannot bind a chain", allow_module_level=True)
 
 Layers = Callable[..., Any]  # see DecodeLayer in conftest.py
 
