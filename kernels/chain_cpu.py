@@ -97,7 +97,7 @@ _bound = declare("bound_chain(int bound, Tensor[] moving) -> Tensor")
 
 
 # NOTE: torch 2.11 crashes in the call of bind_chain (a Xeon, Python 3.12); of 2.12 nothing is known.
-BINDS = torch.__version__ >= (2, 13)
+BINDS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
 
 
 class BoundChain:
