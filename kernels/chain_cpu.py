@@ -96,7 +96,8 @@ _bind = declare("bind_chain(Tensor[] given, int[] moving, Tensor(a!)[] caches, s
 _bound = declare("bound_chain(int bound, Tensor[] moving) -> Tensor")
 
 
-# NOTE: torch 2.11 crashes in the call of bind_chain (a Xeon, Python 3.12); of 2.12 nothing is known.
+# NOTE: on a Xeon with AMX, with torch 2.11 on Python 3.12, the call of bind_chain is a segmentation fault, nobody knows
+# why: on a Zen 5 the same torch and the same g++ (13.3) bind.
 BINDS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
 
 

@@ -71,9 +71,11 @@ def decode(
     with model._optimize_model_for_decode():
         while True:
             length += 1
-            if all_logits is not None and scores is not None:
+            if all_logits is not None:
+                assert scores is not None
                 all_logits.append(scores[0])
-            if all_scores is not None and scores is not None:
+            if all_scores is not None:
+                assert scores is not None
                 all_scores.append(scores[1])
             if criteria:
                 seen = None if all_scores is None else tuple(all_scores)

@@ -1,5 +1,6 @@
 """Fixtures that every test may use: fixed seeds, golden texts, shared test data; and the marker `cuda`."""
 
+import copy
 import difflib
 import os
 import random
@@ -9,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 # What torch keeps of operators on fake tensors pays in models of many like layers, not in graphs as small as here.
 os.environ.setdefault("TORCH_FAKE_TENSOR_DISPATCH_CACHE", "0")
@@ -143,3 +145,26 @@ def tiny_llama() -> Callable[..., torch.nn.Module]:
         return LlamaForCausalLM(config).eval()
 
     return make
+
+
+@pytest.fixture(scope="module")
+def twins() -> Iterator[Callable[..., tuple[Any, Any]]]:
+    """`twins(*include)`: an optimized model, of which these parts are quantized, too, and a float model of the same
+    weights in transformers' loop. What is captured stays."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    import qcompile
+    from qcompile import _torch
+
+    sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=100)
+
+    def make(*include: str) -> tuple[Any, Any]:
+        torch.manual_seed(0)
+        reference = LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2, max_position_embeddings=256)).eval()
+        model = qcompile.optimize(copy.deepcopy(reference), "u4/g32/asym", include=include, progress=False)
+        reference.load_state_dict(qcompile.dequantize(model))
+        return model, reference
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_torch, "inductor", lambda gm, fakes, patches=None: gm)
+        yield make

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import shutil
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,32 +14,14 @@ from transformers.generation.logits_process import LogitsProcessor
 from transformers.generation.streamers import BaseStreamer
 
 import qcompile
-from qcompile import _torch, decode, recordings
+from qcompile import decode, recordings
 from qcompile.decode import Ended
 from qcompile.errors import ConfigError
 
 
 @pytest.fixture(scope="module")
-def pair() -> Iterator[tuple[Any, Any]]:
-    """An optimized model, and a float model of the same weights in transformers' loop. What is captured stays."""
-    yield from optimized()
-
-
-@pytest.fixture(scope="module")
-def pair_with_head() -> Iterator[tuple[Any, Any]]:
-    """The same with an output layer that is quantized, too."""
-    yield from optimized("lm_head")
-
-
-def optimized(*include: str) -> Iterator[tuple[Any, Any]]:
-    torch.manual_seed(0)
-    sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=100)
-    reference = LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2, max_position_embeddings=256)).eval()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_torch, "inductor", lambda gm, fakes, patches=None: gm)
-        model = qcompile.optimize(copy.deepcopy(reference), "u4/g32/asym", include=include, progress=False)
-        reference.load_state_dict(qcompile.dequantize(model))
-        yield model, reference
+def pair(twins: Callable[..., tuple[Any, Any]]) -> tuple[Any, Any]:
+    return twins()
 
 
 @pytest.fixture
@@ -406,41 +387,3 @@ def test_nobody_waits_for_the_gpu(on_gpu: tuple[Any, Any], monkeypatch: pytest.M
         finally:
             torch.cuda.set_sync_debug_mode("default")
         assert out.shape == (3, 47) and Watched.count == 40
-
-
-@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="there is no C++ compiler")
-@pytest.mark.parametrize(
-    "options", [{}, {"min_new_tokens": 9}, {"do_sample": True, "top_k": 5}, {"output_logits": True}]
-)
-def test_a_step_that_ends_with_the_choice(
-    pair_with_head: Any, looped: list[Any], monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
-) -> None:
-    """From the second one on, where tokens are the likeliest and nobody reads scores."""
-    whole: list[bool] = []
-    let_follow = decode.Step.let_follow
-
-    def noted(self: decode.Step, follower: Any) -> Any:
-        whole.append((found := let_follow(self, follower)) is not None)
-        return found
-
-    monkeypatch.setattr(decode.Step, "let_follow", noted)
-    options = {"do_sample": False, "return_dict_in_generate": True, **options}
-    kept: list[Tensor] = []
-    streamer = Collected()
-    streamer.put = lambda value: kept.append(value)  # type: ignore[method-assign]
-    outs = []
-    for model in pair_with_head:
-        torch.manual_seed(2)
-        given = dict(prompts(1), max_new_tokens=80, pad_token_id=0, streamer=streamer)
-        outs.append(model.generate(**given, **options).sequences)
-    assert torch.equal(*outs)
-    half = len(kept) // 2
-    assert torch.equal(torch.cat(kept[1:half]), outs[0][0, 7:])  # a streamer may keep what it is given
-    assert whole == [True] * (not options["do_sample"] and "output_logits" not in options)
-    padded = prompts(1)
-    padded["attention_mask"][0, :3] = 0
-    for ends in (None, 46):
-        padded |= {"max_new_tokens": 50, "pad_token_id": 0, "eos_token_id": ends}
-        got, want = (model.generate(**padded) for model in pair_with_head)
-        assert torch.equal(got, want) and whole[-1:] == [True]
-        assert len(got[0]) == 57 if ends is None else 10 < len(got[0]) < 57, got
