@@ -7,7 +7,6 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from qcompile import _torch
@@ -96,11 +95,6 @@ _bind = declare("bind_chain(Tensor[] given, int[] moving, Tensor(a!)[] caches, s
 _bound = declare("bound_chain(int bound, Tensor[] moving) -> Tensor")
 
 
-# NOTE: on a Xeon with AMX, with torch 2.11 on Python 3.12, the call of bind_chain is a segmentation fault, nobody knows
-# why: on a Zen 5 the same torch and the same g++ (13.3) bind.
-BINDS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
-
-
 class BoundChain:
     """chain_packed of tensors that C++ has been given once, but for those that are None: a call brings these.
 
@@ -132,7 +126,7 @@ class BoundChain:
 
 @binder(chain_packed, pays=True)
 def bind_chain(tensors: Sequence[Tensor | None], caches: Sequence[Tensor], steps: str) -> BoundChain | None:
-    op = linear_cpu.without_python() if BINDS else None
+    op = linear_cpu.without_python()
     return None if op is None else BoundChain(op, tensors, caches, steps)
 
 

@@ -12,9 +12,8 @@ from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 from qcompile.decode_step import Step
-from qcompile.kernels.chain_cpu import BINDS
 
-if not BINDS or not any(map(shutil.which, ("g++", "clang++"))):
+if not any(map(shutil.which, ("g++", "clang++"))):
     pytest.skip("no chain is bound here", allow_module_level=True)
 
 

@@ -1,10 +1,16 @@
-// The text of a chain's steps, taken apart once.
+// The text of a chain's steps, taken apart once. Without streams: where the compiler links a libstdc++ of its own into
+// this, as g++ does that has only the static one, they crash beside the one that torch has brought.
 
-#include <locale>
+#include <locale.h>
+#ifdef __APPLE__
+#include <xlocale.h>
+#endif
+
+#include <algorithm>
+#include <cstdlib>
 #include <memory>
 #include <mutex>
 #include <shared_mutex>
-#include <sstream>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -30,10 +36,19 @@ struct Text {
     Arguments given;  // those that are tensors
 };
 
+// use(part) with each part of `text`; nothing stands behind the last end.
+template <typename Use> void each_part(const std::string& text, char end, Use use) {
+    for (size_t from = 0, to; from < text.size(); from = to + 1) {
+        to = std::min(text.find(end, from), text.size());
+        use(text.substr(from, to - from));
+    }
+}
+
 int64_t numbers_of(const std::string& words, int64_t* to) {
-    std::istringstream in(words);
     int64_t count = 0;
-    for (std::string each; count < MOST_DIMS && std::getline(in, each, ',');) to[count++] = std::stoll(each);
+    each_part(words, ',', [&](const std::string& each) {
+        if (count < MOST_DIMS) to[count++] = std::stoll(each);
+    });
     return count;
 }
 
@@ -50,9 +65,8 @@ Argument argument_of(const std::string& word) {
         a.dims = numbers_of(word.substr(sizes + 1, strides - sizes - 1), a.sizes);
         numbers_of(word.substr(strides + 1), a.strides);
     }
-    std::istringstream number(word);
-    number.imbue(std::locale::classic());  // whatever the process calls a decimal point
-    if (!(number >> a.number)) a.number = 0;
+    static const locale_t plain = newlocale(LC_ALL_MASK, "C", nullptr);  // whatever the process calls a decimal point
+    a.number = strtod_l(word.c_str(), nullptr, plain);                   // 0 where there is none
     return a;
 }
 
@@ -64,14 +78,14 @@ std::shared_ptr<const Text> text_of(const std::string& steps) {
         if (const auto found = known.find(steps); found != known.end()) return found->second;
     }
     auto text = std::make_shared<Text>();
-    std::istringstream lines(steps);
-    for (std::string line; std::getline(lines, line);) {
-        std::istringstream words(line);
+    each_part(steps, '\n', [&](const std::string& line) {
         Call call;
-        words >> call.op;
-        for (std::string word; words >> word;) call.arguments.push_back(argument_of(word));
+        each_part(line, ' ', [&](const std::string& word) {
+            if (call.op.empty()) call.op = word;
+            else call.arguments.push_back(argument_of(word));
+        });
         text->calls.push_back(call);
-    }
+    });
     for (const Call& call : text->calls) {
         auto& given = text->given.emplace_back();
         for (const Argument& a : call.arguments)

@@ -4,6 +4,7 @@ import gc
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,17 +13,24 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from qcompile.decode_state import State
-from qcompile.kernels.chain_cpu import BINDS, bind_chain, chain_anyhow
+from qcompile.kernels import chain_cpu
+from qcompile.kernels.chain_cpu import bind_chain, chain_anyhow
 from qcompile.kernels.lengths_cpu import bind_lengths
 from qcompile.kernels.likeliest_cpu import bind_likeliest
 
 # Where there is a compiler, sources that do not compile are no reason to skip.
 if not any(map(shutil.which, ("g++", "clang++"))):
     pytest.skip("there is no C++ compiler", allow_module_level=True)
-if not BINDS:
-    pytest.skip("this torch cannot bind a chain", allow_module_level=True)
 
 Layers = Callable[..., Any]  # see DecodeLayer in conftest.py
+
+
+def test_no_streams() -> None:
+    # They read zeros, or crash, where the compiler links a static libstdc++ (g++ -static-libstdc++).
+    headers = ("iostream", "sstream", "fstream", "locale", "iomanip")
+    for path in (Path(chain_cpu.__file__).parent / "cpu").iterdir():
+        text = path.read_text(encoding="utf-8")
+        assert not [header for header in headers if f"#include <{header}>" in text], path.name
 
 
 @pytest.mark.parametrize("rounding", [(), ("i8/token/dynamic",)], ids=["", "rounding"])
