@@ -14,7 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 from qcompile.decode_step import Step
 
 if not any(map(shutil.which, ("g++", "clang++"))):
-    pytest.skip("no chain is bound here", allow_module_level=True)
+    pytest.skip("there is no C++ compiler", allow_module_level=True)
 
 
 @pytest.fixture(scope="module")

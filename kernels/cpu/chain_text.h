@@ -1,5 +1,5 @@
-// The text of a chain's steps, taken apart once. Without streams: where the compiler links a libstdc++ of its own into
-// this, as g++ does that has only the static one, they crash beside the one that torch has brought.
+// The text of a chain's steps, taken apart once. Without streams: where the compiler links a static libstdc++ into this,
+// they crash, or read zeros, beside the libstdc++ that torch has brought.
 
 #include <locale.h>
 #ifdef __APPLE__
