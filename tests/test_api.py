@@ -13,6 +13,8 @@ from torch import nn
 
 import qcompile
 from qcompile.errors import ConfigError, SpecError, StrictError, WeightError
+from qcompile.kernels._packed_cpu import matrix_instructions
+from qcompile.quant.spec import QSpec
 
 Make = Callable[..., nn.Module]
 
@@ -212,7 +214,9 @@ def test_report(tiny_llama: Make, interpreted: None) -> None:
     sites = {op["module"] for op in data["programs"][0]["ops"]}
     assert sites <= {name for name, _ in reference.named_modules()}
     assert "q_proj+k_proj+v_proj" in text and "kept: lm_head" in text and "fuse_siblings" in text
-    assert data["tuning"] is None and "tiles" not in text  # there are none to choose on a CPU
+    # There are none to choose on a CPU, which may have matrix instructions.
+    told = matrix_instructions(QSpec.parse("u4/g32/asym").element)
+    assert data["tuning"] == told and ("tiles" in text) == (told is not None)
     assert "tiles       measured" in str(replace(report, tuning="measured"))
 
 
