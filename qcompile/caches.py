@@ -29,7 +29,8 @@ def heads_of(model: nn.Module, forward: Callable[..., Any]) -> list[Heads]:
     first = next(model.parameters())
     tokens = torch.ones((1, 2), dtype=torch.long, device=first.device)
     try:
-        cache = _torch.run_fake(lambda: forward(input_ids=tokens, use_cache=True)).past_key_values
+        outputs = _torch.run_fake(lambda: forward(input_ids=tokens, use_cache=True))
+        cache = getattr(outputs, calls.cache_name(dir(outputs)))
     except Exception as error:  # somebody else's forward: whatever it raises is the reason
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise UnsupportedError(f"{type(model).__name__}.forward(input_ids, use_cache=True): {reason}") from error
@@ -155,7 +156,7 @@ def _form(cache: Any) -> tuple[Any, ...]:
     return (
         heads,
         len(first.keys),
-        first.dtype,
+        getattr(first, "dtype", first.keys.dtype),  # where keys are codes, of what these stand for
         first.device,
         getattr(first, "codes", None),
         getattr(first, "fixed", False),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Container, Hashable, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any
@@ -18,6 +18,8 @@ from torch import Tensor
 
 from qcompile.errors import UnsupportedError
 
+# A call's key/value cache, and that of what it gives: the name of transformers from 5.24 on, and the one before.
+CACHE_NAMES = ("cache", "past_key_values")
 # What a key can hold as it is.
 PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device, type)
 
@@ -66,6 +68,11 @@ def _take(value: Any, flat: Flat) -> Callable[[Sequence[Any]], Any]:
         parts = [_take(item, flat) for item in value]
         return lambda tensors: type(value)(part(tensors) for part in parts)
     raise UnsupportedError(f"an argument of type {type(value).__name__}")
+
+
+def cache_name(names: Container[str]) -> str:
+    """Which of CACHE_NAMES is among these names, of a forward's parameters or of a call's arguments."""
+    return next((name for name in CACHE_NAMES if name in names), CACHE_NAMES[-1])
 
 
 def is_cache(value: Any) -> bool:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qcompile.calls import cache_name
 from qcompile.choice import Choice
 from qcompile.decode_state import State
 from qcompile.decode_step import NO_CACHE, Step, check_room, room_of, why_not
@@ -49,7 +50,7 @@ def decode(
             model, input_ids, logits_processor, stopping_criteria, generation_config, streamer=streamer, **model_kwargs
         )
     config, length = generation_config, input_ids.shape[1]
-    room = room_of(model_kwargs["past_key_values"])
+    room = room_of(model_kwargs[cache_name(model_kwargs)])
     check_room(room, input_ids, config, model_kwargs)
     steady = input_ids.is_cuda and room is not None
     late = steady and _is_transformers([*logits_processor, *stopping_criteria])
@@ -98,7 +99,7 @@ def decode(
         sequences=sequences,  # pyright: ignore[reportArgumentType]
         scores=None if all_scores is None else tuple(all_scores[kept]),  # pyright: ignore[reportArgumentType]
         logits=None if all_logits is None else tuple(all_logits[kept]),  # pyright: ignore[reportArgumentType]
-        past_key_values=step.cache,
+        **{step.cache_name: step.cache},
     )
 
 

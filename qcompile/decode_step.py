@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from qcompile.again import Bound
+from qcompile.calls import CACHE_NAMES, cache_name
 from qcompile.decode_state import State
 from qcompile.errors import ConfigError
 from qcompile.kernels._follower_cpu import Follower
@@ -19,7 +20,7 @@ from qcompile.prompt import length_of, lengthened, refuses, with_ones
 from qcompile.runtime import runner_of
 
 # Arguments that are carried on from step to step; any others must be plain values.
-_CARRIED = ("past_key_values", "attention_mask", "position_ids")
+_CARRIED = (*CACHE_NAMES, "attention_mask", "position_ids")
 # A model that has one of its own takes steps unlike other models'.
 _METHODS = (
     "prepare_inputs_for_generation",
@@ -43,7 +44,8 @@ class Step:
     def __init__(self, model: Any, config: Any, model_kwargs: Mapping[str, Any], room: int | None):
         self.model, self.config, self.given, self.room = model, config, dict(model_kwargs), room
         self.plain = {name: value for name, value in model_kwargs.items() if name not in _CARRIED}
-        self.cache = model_kwargs["past_key_values"]
+        self.cache_name = cache_name(model_kwargs)
+        self.cache = model_kwargs[self.cache_name]
         # Asked before the prompt's call is launched, behind which the answer would come.
         mask = model_kwargs.get("attention_mask")
         self.hides = mask is not None and not bool((mask == 1).all())
@@ -83,7 +85,7 @@ class Step:
         if self.room is not None and runner is not None and not any(hooks):
             bound = runner.bind(self._arguments())
             if not isinstance(bound, str):
-                build = bound[0].build.only("logits", "past_key_values")
+                build = bound[0].build.only("logits", self.cache_name)
                 self.bound = replace(bound[0], build=build), *bound[1:]
                 self.call = self.bound[0].calls(*self.bound[1:])
         return self.bound
@@ -113,7 +115,7 @@ class Step:
         return self._logits(self.call())
 
     def _arguments(self) -> dict[str, Any]:
-        given = {"input_ids": self.now.token, "past_key_values": self.cache}
+        given = {"input_ids": self.now.token, self.cache_name: self.cache}
         if self.now.position is not None:
             given["position_ids"] = self.now.position
         if self.now.mask is not None:
@@ -121,7 +123,7 @@ class Step:
         return {**given, **self.plain, "return_dict": True}
 
     def _logits(self, outputs: Any) -> Tensor:
-        self.cache = outputs.get("past_key_values", self.cache)
+        self.cache = outputs.get(self.cache_name, self.cache)
         logits = outputs["logits"]
         if self.as_is and logits.shape[1] == 1:
             return logits
@@ -144,7 +146,7 @@ def why_not(model: Any, input_ids: Tensor, model_kwargs: Mapping[str, Any]) -> s
             return f"{kind.__name__} has a {name} of its own"
     if hasattr(kind, "create_masks_for_generate"):
         return f"{kind.__name__} makes masks of its own"
-    if model_kwargs.get("past_key_values") is None or not model_kwargs.get("use_cache", True):
+    if model_kwargs.get(cache_name(model_kwargs)) is None or not model_kwargs.get("use_cache", True):
         return NO_CACHE
     if input_ids.device != model.device:
         return f"input_ids are on {input_ids.device}, the model is on {model.device}"
@@ -171,6 +173,6 @@ def check_room(room: int | None, input_ids: Tensor, config: Any, model_kwargs: M
     new = config.max_length - given
     if (needed := before + new - 1) > room:  # the last token is not put into the cache
         raise ConfigError(
-            f"past_key_values has room for {room} tokens, a prompt of {before} and {new} new ones need {needed}; "
-            "make it longer, or max_new_tokens smaller"
+            f"{cache_name(model_kwargs)} has room for {room} tokens, a prompt of {before} and {new} new ones need "
+            f"{needed}; make it longer, or max_new_tokens smaller"
         )

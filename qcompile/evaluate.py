@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 import statistics
@@ -12,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from qcompile.calls import cache_name
 
 
 def document_tokens(text: str, tokenizer: Any, begin: int | None = None) -> Tensor:
@@ -47,10 +50,11 @@ def perplexity(
             f"{windows or 1} windows of {window} need {(windows or 1) * window + 1} tokens, got {len(ids)}"
         )
     device = next(iter([*model.parameters(), *model.buffers()])).device
+    name = cache_name(inspect.signature(model.forward).parameters)
     total = 0.0
     for start in range(0, (windows or count) * window, window):
         x = ids[start : start + window + 1].to(device)
-        cached = {"use_cache": False} if cache is None else {"past_key_values": cache()}
+        cached = {"use_cache": False} if cache is None else {name: cache()}
         logits = model(input_ids=x[None, :-1], **cached).logits[0].float()
         total += float(nn.functional.cross_entropy(logits, x[1:], reduction="sum"))
     return math.exp(total / ((windows or count) * window))

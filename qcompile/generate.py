@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from qcompile.caches import KeptCaches, cache_codes
+from qcompile.calls import CACHE_NAMES, cache_name
 from qcompile.decode import decode
 from qcompile.errors import ConfigError
 from qcompile.ops.row_codes import CODES
@@ -26,7 +27,9 @@ _OTHER_LOOPS = (
     "output_hidden_states",
 )  # fmt: skip
 # With one of these, a cache comes from elsewhere.
-_OTHER_CACHES = ("past_key_values", "assistant_model", "prompt_lookup_num_tokens", "custom_generate", "inputs_embeds")
+_OTHER_CACHES = (
+    *CACHE_NAMES, "assistant_model", "prompt_lookup_num_tokens", "custom_generate", "inputs_embeds",
+)  # fmt: skip
 
 
 class Generate:
@@ -53,7 +56,7 @@ class Generate:
             and self._setting(kwargs, "num_beams", 1) == 1
         ):
             if (cache := self._cache(runner, kwargs)) is not None:
-                kwargs["past_key_values"] = cache
+                kwargs[cache_name(runner.__signature__.parameters)] = cache
                 kwargs.pop("cache_implementation", None)
             if not any(self._setting(kwargs, name) for name in _OTHER_LOOPS):
                 kwargs = self._with_stop_strings(kwargs)

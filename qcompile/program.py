@@ -162,7 +162,7 @@ def preview_call(model: nn.Module, forward: Forward, kwargs: Mapping[str, Any], 
 
 
 def describe(kwargs: Mapping[str, Any], fakes: Sequence[Any]) -> str:
-    """A call by the types of its tensor arguments: `input_ids i64[s0,s1]`, caches as `past_key_values`."""
+    """A call by the types of its tensor arguments: `input_ids i64[s0,s1]`, caches as `past_key_values StaticLayer`."""
     symbols: dict[str, str] = {}
     given = iter(fakes)
     words = []
