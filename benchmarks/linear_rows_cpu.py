@@ -3,7 +3,8 @@
     python -m benchmarks.linear_rows_cpu [--specs u4/g64/asym] [--shapes 2048x2048 …] [--activations i8/token/dynamic]
 
 Every number of rows is measured, each way once a round, so that neighbours are compared within the same seconds. A step
-is the time of one row more over the time without it. Copies of a weight take turns, as in benchmarks.linear_cpu.
+is the time of one row more over the time without it. Copies of a weight take turns, one at each call with any number of
+rows: else a cache that holds one round's copies would answer for the memory.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from tabulate import tabulate
 from torch import Tensor
 
-from benchmarks.linear_cpu import random_weight, taking_turns
+from benchmarks.linear_cpu import random_weight
 from benchmarks.record import device_slug, record
 from qcompile.kernels import _packed_cpu as packed
 from qcompile.kernels.linear_cpu import linear_packed
@@ -30,7 +31,7 @@ from qcompile.quant.spec import QSpec
 SHAPES = ("2048x2048", "8192x2048", "2048x8192")
 SPECS = ("u4/g64/asym", "u8/g64/asym")
 SHOWN = (2, 4, 8, 12, 16, 17, 24, 32, 33, 48, 64)
-COPIES_BYTES = 256_000_000
+COPIES_BYTES = 512_000_000
 
 
 def main() -> None:
@@ -70,18 +71,18 @@ def measure(
     outputs: int, columns: int, specs: Sequence[str], activations: str | None, rows: Sequence[int], rounds: int
 ) -> list[list[str]]:
     copies = max(1, min(64, COPIES_BYTES // (2 * outputs * columns)))
-    dense = [torch.randn(outputs, columns).to(torch.bfloat16) for _ in range(copies)]
-    weights = {spec: [random_weight(spec, outputs, columns) for _ in range(copies)] for spec in specs}
+    dense = itertools.cycle([torch.randn(outputs, columns).to(torch.bfloat16) for _ in range(copies)])
+    weights = {spec: itertools.cycle([random_weight(spec, outputs, columns) for _ in range(copies)]) for spec in specs}
     ways: dict[tuple[str, int], Callable[[], object]] = {}
     for count in rows:
         x = torch.randn(count, columns).to(torch.bfloat16)
-        ways["torch", count] = taking_turns(lambda w, x=x: F.linear(x, w), dense)
+        ways["torch", count] = lambda x=x: F.linear(x, next(dense))
         for spec, copy in weights.items():
-            ways[spec, count] = taking_turns(lambda w, x=x, spec=spec: linear_packed(x, *w, None, spec), copy)
+            ways[spec, count] = lambda x=x, copy=copy, spec=spec: linear_packed(x, *next(copy), None, spec)
             if activations and way_of(spec, columns, x.dtype):
                 name = f"{spec} × {activations.partition('/')[0]}"
                 codes = activation_codes(x, None, ActivationSpec.parse(activations))
-                ways[name, count] = taking_turns(lambda w, codes=codes, spec=spec: of_codes(codes, w, spec), copy)
+                ways[name, count] = lambda codes=codes, copy=copy, spec=spec: of_codes(codes, next(copy), spec)
     times = medians(ways, rounds)
     names = dict.fromkeys(name for name, _ in times if name != "torch")
     return [[f"{outputs} × {columns}", name, *figures(times, name, rows)] for name in names]

@@ -28,13 +28,13 @@ void pack_rows(const uint16_t* x, int64_t x_stride, int64_t rows, int64_t column
     }
 }
 
-// Dequantizes a panel, a unit of a row at a time, here and there between products.
+// Dequantizes a panel, output by output, some units at a time between products.
 template <typename Way> struct Filler {
     const Weight& w;
     const Place* places;
     int64_t groups;  // how far the scales of outputs lie apart, and their zero points
     const float *scales = nullptr, *zeros = nullptr;
-    int64_t next = 0, count = 0, first = 0, steps = 0;
+    int64_t output = HEIGHT, unit = 0, first = 0, units = 0;  // the next ones, and those of a panel
     Tile* to = nullptr;
     Row row[HEIGHT] = {};
 
@@ -42,27 +42,36 @@ template <typename Way> struct Filler {
     void start(int64_t n, const float* scales, const float* zeros, int64_t begin, int64_t units, Tile* to) {
         for (int64_t r = 0; r < HEIGHT; r++) row[r] = w.row(std::min(n + r, w.rows - 1));
         this->scales = scales, this->zeros = zeros, this->to = to;
-        next = 0, count = units * HEIGHT, first = begin / UNIT, steps = 2 * units;
+        output = unit = 0, first = begin / UNIT, this->units = units;
     }
 
-    INLINE void some(int64_t pieces) {
-        const float *scales = this->scales, *zeros = this->zeros;
-        const Place* places = this->places;
-        const int64_t groups = this->groups, first = this->first, steps = this->steps, columns = w.columns;
-        const int64_t ahead = HEIGHT * w.data_stride, whole_units = columns / UNIT;
-        Tile* to = this->to;
-        uint64_t i = next;
-        const uint64_t end = std::min(next + pieces, count);
-        for (; i < end; i++) {
-            const uint64_t u = i / HEIGHT, r = i % HEIGHT;
-            const int64_t unit = first + u;
-            __builtin_prefetch(row[r].plane[0] + unit * 8 * width_of(0) + ahead, 0, 2);
-            const __m512i codes = __builtin_expect(unit < whole_units, 1) ? codes64<false>(row[r], unit, columns)
-                                                                          : codes64<true>(row[r], unit, columns);
-            char* at = to[r / SIDE * steps + 2 * u].row[r % SIDE];
-            dequantize_unit<Way>(codes, scales + r * groups, zeros + r * groups, places[unit], at, at + sizeof(Tile));
+    int64_t left() const { return (HEIGHT - output) * units - unit; }
+
+    INLINE void some(int64_t count) {
+        while (count > 0 && output < HEIGHT) {
+            const int64_t end = std::min(unit + count, units);
+            count -= end - unit;
+            fill(output, unit, end);
+            unit = end;
+            if (unit == units) unit = 0, output++;
         }
-        next = i;
+    }
+
+    INLINE void fill(int64_t r, int64_t from, int64_t end) const {
+        const Row row = this->row[r];
+        const float *scales = this->scales + r * groups, *zeros = this->zeros + r * groups;
+        const Place* places = this->places;
+        const int64_t columns = w.columns, ahead = HEIGHT * w.data_stride, first = this->first;
+        char* at = to[r / SIDE * 2 * units + 2 * from].row[r % SIDE];
+        auto one = [&](int64_t u, auto last) __attribute__((always_inline)) {
+            __builtin_prefetch(row.plane[0] + u * 8 * width_of(0) + ahead, 0, 2);
+            dequantize_unit<Way>(codes64<last()>(row, u, columns), scales, zeros, places[u], at, at + sizeof(Tile));
+            at += 2 * sizeof(Tile);
+        };
+        const int64_t whole_units = std::min(first + end, columns / UNIT);
+        int64_t u = first + from;
+        for (; u < whole_units; u++) one(u, std::false_type());
+        if (u < first + end) one(u, std::true_type());
     }
 };
 
@@ -125,10 +134,10 @@ template <typename Way> struct Block {
         };
         begin(0);
         for (int64_t job = 0; job < jobs; job++) {
-            filler.some(filler.count);
+            filler.some(filler.left());
             if (job + 1 < jobs) begin(job + 1);
             const int64_t steps = 2 * units_of(job), products = (width + 1) / 2 * steps;
-            const int64_t pieces = (filler.count - filler.next + products - 1) / products;
+            const int64_t pieces = (filler.left() + products - 1) / products;
             const Tile *from = panel + job % 2 * 2 * STEPS, *x = packed + job / panels * STEPS * x_tiles();
             Tile* to = sums + job % panels * 2 * width;
             for (int64_t m = 0; m < width; m += 2) {
